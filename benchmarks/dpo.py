@@ -82,7 +82,7 @@ def run_ours(spec: dict[str, Any], turns: Turns) -> None:
 
     import slimtune
     from slimtune.compat.peft_registration import skip_registering_classes_as_peft
-    from slimtune.core.attention.attention_functions import use_packed_attention
+    from slimtune.core.attention.attention_functions import using_packed_attention
     from slimtune.core.config.objective_registry import load_objective_class
     from slimtune.core.data.example_lengths import count_tokens_per_row
     from slimtune.core.data.rows import Row
@@ -118,7 +118,7 @@ def run_ours(spec: dict[str, Any], turns: Turns) -> None:
     size, at = spec["batch"], 0
     turns.say(ready=True, prepare=prepare)
     model.train()
-    with use_packed_attention(model):
+    with using_packed_attention(model):
         while turns.wait():
             step = examples[at : at + size]
             at += size

@@ -16,7 +16,7 @@ from plan import NEEDED
 
 from slimtune import get_peft_model
 from slimtune.core.adapters.method_registry import METHODS, get_method_config_class
-from slimtune.core.attention.attention_functions import use_packed_attention
+from slimtune.core.attention.attention_functions import using_packed_attention
 from slimtune.core.config.method_settings import fill_recipe_defaults
 from slimtune.core.models.loader import load_base
 from slimtune.core.training.loss import compute_step_loss, make_collator
@@ -43,7 +43,7 @@ def count_kept_bytes(model, tokens: int) -> int:
     """Return the bytes that exist after the forward pass of a row and did not before."""
     row = [(7 * i * i + 3) % 1000 for i in range(tokens)]
     batch = make_collator(model, 0)([{"input_ids": row, "labels": row}])
-    with use_packed_attention(model), MemoryTracker() as tracker:
+    with using_packed_attention(model), MemoryTracker() as tracker:
         tracker.assign([*model.parameters(), *model.buffers()], "model")
         loss = compute_step_loss(model, batch)
     kept = sum(tracker.live.values()) - tracker.live["model"]

@@ -49,7 +49,7 @@ def build_tree(
 def run_rates(trees: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Train the recipes at once; return the last and the lowest validation loss of each."""
     from slimtune.core.config import Recipe
-    from slimtune.core.training.train import Interrupted, Terminated
+    from slimtune.core.training.train import InterruptedAfterCheckpoint, TerminatedAfterCheckpoint
     from slimtune.experiments.simultaneous_runs import train_recipes_together
 
     with tempfile.TemporaryDirectory() as folder:
@@ -57,7 +57,7 @@ def run_rates(trees: list[dict[str, Any]]) -> list[dict[str, Any]]:
         results = train_recipes_together(recipes)
         found = []
         for i, result in enumerate(results):
-            if isinstance(result, Interrupted | Terminated):
+            if isinstance(result, InterruptedAfterCheckpoint | TerminatedAfterCheckpoint):
                 raise SystemExit(str(result))
             if isinstance(result, Exception):
                 found.append({"error": str(result)[:200]})

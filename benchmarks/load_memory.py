@@ -38,7 +38,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def work(base: str, dtype: str) -> None:
     """Load, attach, and do one step; say each phase's end on stdout, and wait to be read."""
     from slimtune import LoraConfig, get_peft_model
-    from slimtune.core.attention.attention_functions import use_packed_attention
+    from slimtune.core.attention.attention_functions import using_packed_attention
     from slimtune.core.foundation.device import disable_malloc_trim
     from slimtune.core.models.loader import load_base
     from slimtune.core.training.loss import forward_backward, make_collator, move_batch_to_device
@@ -61,7 +61,7 @@ def work(base: str, dtype: str) -> None:
         [{"input_ids": r, "labels": r} for r in rows]
     )
     optimizer = build_optimizer(model)
-    with use_packed_attention(model):
+    with using_packed_attention(model):
         forward_backward(model, [move_batch_to_device(p, torch.device("cpu")) for p in packs])
     optimizer.step()
     optimizer.zero_grad()

@@ -25,10 +25,10 @@ import transformers as tf
 from plan_ways.referee import measured
 
 from slimtune import LoraConfig
-from slimtune.core.foundation.device import simulate_device_for_kernel_choice
+from slimtune.core.foundation.device import simulating_device_for_kernel_choice
 from slimtune.core.models.base_config import load_base_config
 from slimtune.planning.fake_tensors import fake_tensor_mode, list_module_tensors, replace_meta_with_fake_cpu_tensors
-from slimtune.planning.gpu_specs import find_gpu_by_name
+from slimtune.planning.gpu_specs import require_gpu_by_name
 from slimtune.planning.memory_trace import trace_training_step
 from slimtune.planning.memory_tracker import MemoryTracker
 from slimtune.planning.plan_request import MicroBatchWorkload, PlanRequest
@@ -66,7 +66,7 @@ def peers(job: MicroBatchWorkload) -> int:
     with torch.device("meta"):
         model: Any = tf.AutoModelForCausalLM.from_config(job.base_config, dtype=job.dtype)
         model = peft.get_peft_model(model, config)
-    with fake_tensor_mode(), simulate_device_for_kernel_choice("cuda"):
+    with fake_tensor_mode(), simulating_device_for_kernel_choice("cuda"):
         replace_meta_with_fake_cpu_tensors(model)
         model.train()
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -84,7 +84,7 @@ def peers(job: MicroBatchWorkload) -> int:
 def long() -> bool:
     """The longest row on a card of 24 GiB."""
     request = PlanRequest(
-        load_base_config("llama-3.1-8b"), find_gpu_by_name("rtx-3090"), LoraConfig(r=32, **ALL), seq_len=LONGEST,
+        load_base_config("llama-3.1-8b"), require_gpu_by_name("rtx-3090"), LoraConfig(r=32, **ALL), seq_len=LONGEST,
         quantization="nf4", gradient_checkpointing=True, offload_activations=True, mlp_tile_size=TILE,
     )  # fmt: skip
     longest = estimate_resources(request, advise=False).max_seq_len // 10_000 * 10_000

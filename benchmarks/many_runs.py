@@ -77,7 +77,7 @@ def measure_peft(recipes: list[Any]) -> dict[str, Any]:
     from slimtune.core.training.datasets import tokenize_recipe_datasets
 
     disable_malloc_trim()  # as slimtune does
-    base = load_base_model(recipes[0].model, recipes[0].data.chat_template)
+    base = load_base_model(recipes[0].model, recipes[0].data.chat_template, None)
     rows = list(tokenize_recipe_datasets(recipes[0], base.tokenizer).train)
     collator, found = Collator(base.tokenizer.pad_token_id, packing=False), {"seconds": 0.0, "losses": []}
     for recipe in recipes:
@@ -119,7 +119,7 @@ def measure_products(trees: list[dict[str, Any]]) -> dict[str, Any]:
     from slimtune.core.training.datasets import tokenize_recipe_datasets
 
     recipe = Recipe.from_dict(trees[0])
-    base = load_base_model(recipe.model, recipe.data.chat_template)
+    base = load_base_model(recipe.model, recipe.data.chat_template, None)
     rows = tokenize_recipe_datasets(recipe, base.tokenizer).train
     tokens = round(sum(len(row["input_ids"]) for row in rows) / len(rows) * recipe.train.batch_size)
     head = base.model.get_output_embeddings()

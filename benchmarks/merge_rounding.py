@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from slimtune.export.expected_logps import AdapterReference, make_reference_texts
+from slimtune.export.expected_logps import AdapterReference, make_fixed_and_held_out_reference_texts
 from slimtune.export.gptq_rounding import record_linear_layer_inputs, round_with_inputs
 from slimtune.export.merge import load_run_for_export
 from slimtune.export.merged_weights import LazyMergedStateDict
@@ -28,7 +28,9 @@ def main() -> None:
     loaded = load_run_for_export(args.run)
     model, tokenizer = loaded.model.to(torch.float32), loaded.base.tokenizer
     reference = AdapterReference(
-        model, tokenizer, make_reference_texts(tokenizer, loaded.recipe, model.config.get_text_config())
+        model,
+        tokenizer,
+        make_fixed_and_held_out_reference_texts(tokenizer, loaded.recipe, model.config.get_text_config()),
     )
     effect, positions = reference.effect, sum(map(len, reference.log_probs))
     inputs = record_linear_layer_inputs(model, loaded.recipe, tokenizer)

@@ -33,7 +33,7 @@ from plan_ways.referee import measured
 from slimtune.core.adapters.method_registry import METHODS, get_method_config_class
 from slimtune.core.config.method_settings import fill_recipe_defaults
 from slimtune.core.foundation.formatting import format_bytes
-from slimtune.core.models.base_config import load_checkpoint_config
+from slimtune.core.models.base_config import load_convertible_base_config
 from slimtune.planning.memory_trace import trace_training_step
 from slimtune.planning.plan_request import MicroBatchWorkload
 
@@ -45,7 +45,7 @@ NEEDED = {
 MEAN, WORST = 0.5, 2.0
 """Errors of the peak that are too large, in per cent."""
 BASES: dict[str, Any] = {
-    "smollm2-135m": lambda: load_checkpoint_config("smollm2-135m"),
+    "smollm2-135m": lambda: load_convertible_base_config("smollm2-135m"),
     "gpt2": lambda: tf.GPT2Config(),
     "qwen2": lambda: tf.Qwen2Config(
         hidden_size=640, intermediate_size=2560, num_hidden_layers=10, num_attention_heads=10, num_key_value_heads=2,

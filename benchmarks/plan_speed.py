@@ -28,7 +28,7 @@ def measured(name: str) -> dict[str, float]:
     from slimtune import LoraConfig
     from slimtune.core.models.base_config import load_base_config
     from slimtune.planning.extrapolation import extrapolate_step_trace, fit_memory_formula
-    from slimtune.planning.gpu_specs import find_gpu_by_name
+    from slimtune.planning.gpu_specs import require_gpu_by_name
     from slimtune.planning.plan_request import PlanRequest
     from slimtune.planning.planner import estimate_resources
 
@@ -36,7 +36,7 @@ def measured(name: str) -> dict[str, float]:
     method = LoraConfig(r=JOB["rank"], target_modules="all-linear", task_type="CAUSAL_LM")
     request = PlanRequest(
         load_base_config(name),
-        find_gpu_by_name("rtx-3090"),
+        require_gpu_by_name("rtx-3090"),
         method,
         seq_len=JOB["seq_len"],
         gradient_accumulation_steps=JOB["gradient_accumulation_steps"],
@@ -45,7 +45,7 @@ def measured(name: str) -> dict[str, float]:
     job = request.job()
     model = job.build_model()
     extrapolate_step_trace(
-        PlanRequest(load_base_config("smollm2-135m"), find_gpu_by_name("rtx-3090"), method).job()
+        PlanRequest(load_base_config("smollm2-135m"), require_gpu_by_name("rtx-3090"), method).job()
     )  # warm up
     found: dict[str, float] = {}
     for what, run in (

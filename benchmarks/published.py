@@ -40,7 +40,7 @@ from transformers import masking_utils
 
 import slimtune
 from slimtune.core.adapters.method_registry import get_method_config_class
-from slimtune.core.foundation.device import simulate_device_for_kernel_choice
+from slimtune.core.foundation.device import simulating_device_for_kernel_choice
 from slimtune.core.foundation.json_results import to_json_dict
 from slimtune.core.models.base_config import load_base_config
 from slimtune.errors import UsageError
@@ -66,7 +66,7 @@ def fake_cuda() -> Iterator[None]:
     masked = mock.patch.object(masking_utils, "is_tracing", return_value=True)
     # LoKr draws random numbers even if it drops nothing.
     drawn = mock.patch.object(torch, "rand", side_effect=lambda *_, **__: torch.tensor([0.5]))
-    with fake_tensor_mode(), simulate_device_for_kernel_choice("cuda"), masked, drawn:
+    with fake_tensor_mode(), simulating_device_for_kernel_choice("cuda"), masked, drawn:
         yield
 
 

@@ -24,7 +24,7 @@ from transformers import AutoConfig
 from slimtune import LoraConfig
 from slimtune.core.adapters.method_registry import get_method_config_class
 from slimtune.extras.known_models import load_known_models_by_alias
-from slimtune.planning.gpu_specs import find_gpu_by_name
+from slimtune.planning.gpu_specs import require_gpu_by_name
 from slimtune.planning.memory_trace import trace_training_step
 from slimtune.planning.meta_model import build_adapted_meta_model
 from slimtune.planning.plan_request import MicroBatchWorkload
@@ -65,8 +65,8 @@ def trace_work(point_json: str, device: Any, dtype: torch.dtype) -> tuple[Counte
         savings = {"checkpointing": point["checkpointing"], "tile": ONE_TILE}
         plain = None if "rank" in point else build_adapted_meta_model(config, None, dtype, **savings)
         found = trace_training_step(job, plain)
-        trained = found.state.get("adapters") or found.state["weights"]
-        return found.operator_counts, 2 * found.state["optimizer"] + 5 * trained
+        trained = found.state_bytes_by_part.get("adapters") or found.state_bytes_by_part["weights"]
+        return found.counts_by_operator_cost, 2 * found.state_bytes_by_part["optimizer"] + 5 * trained
 
     # Every adapted layer but the first is alike, and so is every one below them.
     (one, first), (two, second) = trace(1, 1), trace(2, 2)
@@ -82,7 +82,7 @@ def compare_points() -> list[dict[str, Any]]:
     """Return the points, each with its planned range, the error of the middle, and the share of the roofline."""
     rows = []
     for point in TABLE["points"]:
-        gpu = find_gpu_by_name(point["card"])
+        gpu = require_gpu_by_name(point["card"])
         key = json.dumps({k: point[k] for k in WORK_FIELDS if k in point})
         dtype = torch.bfloat16 if gpu.bf16 else torch.float16
         work, optimizer_step_bytes = trace_work(key, gpu.device, dtype)

@@ -24,7 +24,7 @@ import torch
 from transformers import AutoConfig
 
 from slimtune.extras.known_models import load_known_models_by_alias
-from slimtune.planning.gpu_specs import find_gpu_by_name
+from slimtune.planning.gpu_specs import require_gpu_by_name
 from slimtune.planning.interval import Interval
 from slimtune.planning.meta_model import build_adapted_meta_model
 from slimtune.planning.serving_memory import count_request_kv_cache_bytes, count_weight_bytes_and_macs_per_token
@@ -57,7 +57,7 @@ def predict(point: dict[str, Any]) -> Interval:
     cached = (
         count_request_kv_cache_bytes(model.config, 25600, engine, "f16") / 25600 * point["tokens"] if decodes else 0
     )
-    gpu = find_gpu_by_name(point["card"])
+    gpu = require_gpu_by_name(point["card"])
     if "core_share" in point:  # a version with fewer cores than that of the table
         gpu = replace(gpu, rates={d: point["core_share"] * rate for d, rate in (gpu.rates or {}).items()})
     text = model.config.get_text_config()
@@ -81,7 +81,7 @@ def compare_points() -> list[dict[str, Any]]:
         error = (band.low * band.high) ** 0.5 / point["tokens_per_second"] - 1
         inside = band.low <= point["tokens_per_second"] <= band.high
         engine = point["engine"] if point["engine"] in ("vllm", "mlx") else "llama.cpp"
-        kind = (engine, get_serving_fit_hardware_key(find_gpu_by_name(point["card"])), point["test"])
+        kind = (engine, get_serving_fit_hardware_key(require_gpu_by_name(point["card"])), point["test"])
         rows.append({**point, "band": band, "error": error, "inside": inside, "kind": kind})
     return rows
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from slimtune.planning.gpu_specs import GpuSpec, find_gpu_by_name
+from slimtune.planning.gpu_specs import GpuSpec, require_gpu_by_name
 from slimtune.planning.interval import Interval
 from slimtune.planning.plan_result import PARTS, MemorySaving, ResourceEstimate
 
@@ -15,7 +15,7 @@ def hand_plan(
     method: str = "lora", card: GpuSpec | None = None, sizes: tuple[float, ...] = SIZES, **fields: Any
 ) -> ResourceEstimate:
     """Return a plan with these sizes in GiB; the allocator takes 0.1 to 0.5 GiB more."""
-    card = find_gpu_by_name("rtx-3090") if card is None else card
+    card = require_gpu_by_name("rtx-3090") if card is None else card
     parts = {part: int(size * GIB) for part, size in zip(PARTS, sizes, strict=True)}
     allocated = sum(parts.values()) - parts["runtime"]
     made: dict[str, Any] = {

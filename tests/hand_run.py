@@ -13,7 +13,7 @@ from slimtune.core.adapters.peft_model import get_peft_model
 from slimtune.core.config import Recipe
 from slimtune.core.models.loader import load_base
 from slimtune.core.training.run_dir import RunDir
-from slimtune.extras.training_fingerprint import TrainingFingerprint, describe_config
+from slimtune.extras.training_fingerprint import TrainingFingerprint, select_forward_config_fields
 
 TALKS = [
     ("Define hope.", "Desire and expectation rolled into one."),
@@ -54,7 +54,7 @@ def make_run(
     )
     run = RunDir.create(path, recipe)
     base_model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    fingerprint = TrainingFingerprint(config=describe_config(base_model.config.to_dict()))
+    fingerprint = TrainingFingerprint(config=select_forward_config_fields(base_model.config.to_dict()))
     model = get_peft_model(base_model, recipe.method_config())
     model.adapter_state.training_fingerprints["default"] = fingerprint.to_json()
     draws = torch.Generator().manual_seed(1)

@@ -25,7 +25,7 @@ from torch import nn
 
 import slimtune
 from slimtune.core.adapters.adapted_layer import AdaptedLayerMixin
-from slimtune.core.attention.attention_functions import use_packed_attention
+from slimtune.core.attention.attention_functions import using_packed_attention
 from slimtune.core.attention.packed_layout import PackedLayout
 from slimtune.core.data.collator import Collator
 from slimtune.core.training.loss import compute_step_loss
@@ -73,7 +73,7 @@ def backward(model, rows, **sizes):
     """Run the micro-batches of one step backward, as training does; return their number."""
     batches = Collator(0, with_packed_layout=True, **sizes).make_micro_batches(rows)
     total = sum(len(b["targets"]) for b in batches)
-    with use_packed_attention(model) as supported:
+    with using_packed_attention(model) as supported:
         assert supported
         for batch in batches:
             compute_step_loss(model, batch, total).backward()
@@ -156,7 +156,7 @@ def test_wrong_layout_would_show():
     batch = Collator(0, with_packed_layout=True)(rows)
     assert batch["layout"].parents == (-1, 0, 0, 0)
     batch["layout"] = PackedLayout(batch["layout"].lengths, (-1, 0, 1, 0))
-    with use_packed_attention(model):
+    with using_packed_attention(model):
         assert (
             largest_relative_error(get_gradients(model, lambda: compute_step_loss(model, batch).backward()), expected)
             > 1e-2

@@ -13,7 +13,7 @@ from row_files import write_jsonl
 from safetensors.torch import load_file
 
 from slimtune.core.config import Recipe
-from slimtune.core.training.train import Interrupted, train
+from slimtune.core.training.train import InterruptedAfterCheckpoint, train
 from slimtune.core.training.train_result import TrainResult
 from slimtune.core.training.training_loop import TrainingLoop
 
@@ -58,11 +58,13 @@ def do_at(monkeypatch: pytest.MonkeyPatch, step: int, change: Callable[[], Any])
     monkeypatch.setattr(TrainingLoop, "train_step", changed)
 
 
-def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, error: type[BaseException] = Interrupted) -> None:
+def interrupt_at(
+    monkeypatch: pytest.MonkeyPatch, step: int, error: type[BaseException] = InterruptedAfterCheckpoint
+) -> None:
     """Let Ctrl-C, or another error, come as a run begins the step after `step` steps."""
 
     def stop() -> None:
-        if error is not Interrupted:
+        if error is not InterruptedAfterCheckpoint:
             raise error
         os.kill(os.getpid(), signal.SIGINT)
 
@@ -70,7 +72,11 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, error: type[BaseExc
 
 
 def train_until(
-    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, step: int, error: type[BaseException] = Interrupted, **how: Any
+    recipe: Recipe,
+    monkeypatch: pytest.MonkeyPatch,
+    step: int,
+    error: type[BaseException] = InterruptedAfterCheckpoint,
+    **how: Any,
 ) -> Path:
     """Train a recipe until Ctrl-C, or another error, comes after `step` steps; return its folder."""
     with monkeypatch.context() as patch:

@@ -6,7 +6,7 @@ import torch
 from hand_run import make_run, write_rows
 from transformers import AutoTokenizer
 
-from slimtune.core.attention.attention_functions import use_packed_attention
+from slimtune.core.attention.attention_functions import using_packed_attention
 from slimtune.core.data.tokenize import tokenize_dataset
 from slimtune.core.training.loss import compute_step_loss, make_collator
 from slimtune.extras.row_files import read_rows
@@ -53,7 +53,7 @@ def train_run(path, base, talks):
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         draw = random.Random(0)
         for _ in range(150):
-            with use_packed_attention(model):
+            with using_packed_attention(model):
                 compute_step_loss(model.train(), collator(draw.sample(examples, 8))).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()

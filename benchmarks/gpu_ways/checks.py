@@ -105,7 +105,7 @@ def laid(model: Any, room: int | None = None, share: bool = True) -> Gradients:
             pack = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in pack.items()}
             yield compute_step_loss(model, pack, sum(map(count_supervised_targets, every)))
 
-    with register.use_packed_attention(model):
+    with register.using_packed_attention(model):
         return gradients(model, loss)
 
 

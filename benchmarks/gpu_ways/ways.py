@@ -58,7 +58,7 @@ def slimtune(spec: Spec, checkpointing: bool = False, by_segment: bool = False) 
         collator.max_tokens = room // parts
         return collator.make_micro_batches(rows)
 
-    ExitStack().enter_context(register.use_packed_attention(model))
+    ExitStack().enter_context(register.using_packed_attention(model))
     return Way(model, passes, lambda batch, targets: compute_step_loss(model, batch, targets))
 
 

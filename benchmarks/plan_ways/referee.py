@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from slimtune import get_peft_model
-from slimtune.core.attention.attention_functions import use_packed_attention
+from slimtune.core.attention.attention_functions import using_packed_attention
 from slimtune.core.config.objective_registry import load_objective_class
 from slimtune.core.data.example_lengths import ExampleLength, count_tokens_per_row
 from slimtune.core.training.loss import forward_backward, make_collator
@@ -78,7 +78,7 @@ def _train(job: MicroBatchWorkload) -> int:
         model.update_and_allocate(number)
         optimizer.zero_grad()
 
-    with use_packed_attention(model):
+    with using_packed_attention(model):
         step(1)
         gc.collect()
         moments = [t for s in optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)]

@@ -27,7 +27,7 @@ from slimtune.core.adapters.adapter_module import BaseForward
 from slimtune.core.attention.attention_functions import (
     LAYOUT_KWARG,
     make_placeholder_mask,
-    use_packed_attention,
+    using_packed_attention,
 )
 from slimtune.core.data.collator import Collator
 from slimtune.core.foundation.device import disable_malloc_trim
@@ -95,7 +95,7 @@ def main() -> None:
 
     loss_of = all_logits_loss if "logits" in off else compute_step_loss
     dtype = next(p.dtype for p in model.parameters() if p.requires_grad)
-    with contextlib.nullcontext() if "layout" in off else use_packed_attention(model):
+    with contextlib.nullcontext() if "layout" in off else using_packed_attention(model):
         facts = {"adapters": str(dtype).removeprefix("torch."), "room": collator.max_tokens}
         serve(turns, model, passes, loss_of, **facts)
 

@@ -8,11 +8,11 @@ The text between the groups is here; which names exist, and in which module each
 from pathlib import Path
 
 import slimtune
-from slimtune.compat.public_names import HOMES, map_method_names_to_homes
+from slimtune.compat.public_names import HOMES, map_method_names_to_modules
 from slimtune.compat.tuner_models import TUNER_TYPES
 
 PAGE = Path(__file__).parents[1] / "api.md"
-ALL_HOMES = {**map_method_names_to_homes(), **HOMES}
+ALL_HOMES = {**map_method_names_to_modules(), **HOMES}
 HEAD = """# Python
 
 Names, arguments and files are those of HF PEFT: `from slimtune import …` stands where a script says

@@ -26,7 +26,7 @@ from rich.console import Console
 import slimtune.errors
 from slimtune.cli import common, explain_command
 from slimtune.diagnostics.knowledge import ErrorPage, find_answers, infer_error_code, load_error_pages
-from slimtune.diagnostics.knowledge.guides import load_sections
+from slimtune.diagnostics.knowledge.guides import load_docs_sections_by_heading
 from slimtune.errors import AdapterError, DataError, RunError, SlimtuneError, UsageError
 
 ROOT = Path(__file__).parents[2]
@@ -86,11 +86,11 @@ def test_questions_name_answers_that_exist():
     named = {
         name for file in ("asked", "forum") for row in read_lines(f"{file}_questions.jsonl") for name in row["right"]
     }
-    assert named - PAGES.keys() - load_sections().keys() - {"none"} == set()
+    assert named - PAGES.keys() - load_docs_sections_by_heading().keys() - {"none"} == set()
 
 
 def test_each_heading_of_the_docs_is_answered_by_its_section():
-    sections = load_sections()
+    sections = load_docs_sections_by_heading()
     assert len([heading for heading in sections if ": " in heading]) > 50  # lessons
     assert [heading for heading in sections if name_answer(heading) != heading] == []
 

@@ -3,7 +3,7 @@
 import pytest
 from hand_plan import hand_plan
 
-from slimtune.planning.gpu_specs import find_gpu_by_name, list_gpu_specs
+from slimtune.planning.gpu_specs import list_gpu_specs, require_gpu_by_name
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +71,7 @@ def test_json(slimtune_json):
     cards = {c["name"]: c for c in slimtune_json("gpus")["cards"]}
     assert len(cards) == len(list_gpu_specs())
     assert all(c["source"] for c in cards.values())
-    gpu = find_gpu_by_name("rtx-3090")
+    gpu = require_gpu_by_name("rtx-3090")
     assert cards["rtx-3090"]["memory_bytes"] == gpu.memory
     assert cards["rtx-3090"]["usable_bytes"] == {"low": gpu.usable.low, "high": gpu.usable.high}
     assert cards["rtx-3090"]["flops"] == gpu.rates
@@ -85,11 +85,11 @@ def test_gpus_for_a_job(slimtune):
     assert "llama-3.1-8b with lora needs 18.6 to 19.0 GiB on GPUs in bfloat16" in lines
     names = [line.split()[0] for line in lines if " fits " in line or " tight " in line]
     assert any(line.endswith(": rx-7900-xt, 20.0 GiB") for line in lines)
-    shown = [find_gpu_by_name(name) for name in names]
+    shown = [require_gpu_by_name(name) for name in names]
     assert [g.memory for g in shown] == sorted(g.memory for g in shown), "smallest first"
     assert {"rtx-3090", "m3-max-128gb"} <= set(names)
     assert not {"rtx-4080", "v100-32gb"} & set(names), "too small, or too small without bf16"
-    assert find_gpu_by_name("rtx-3090").usable.format() in done.stdout
+    assert require_gpu_by_name("rtx-3090").usable.format() in done.stdout
     known = [g for g in list_gpu_specs() if g.kind in ("desktop", "datacentre", "mac") and g.trains]
     assert lines[-1].startswith("slimtune does not train on Intel GPUs: arc-a750, ")
     assert lines[-2].startswith(f"{len(known) - len(shown)} of {len(known)} ")

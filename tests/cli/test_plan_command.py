@@ -16,13 +16,13 @@ from slimtune.core.training.datasets import tokenize_recipe_datasets
 from slimtune.core.training.default_learning_rate import fill_in_learning_rate
 from slimtune.errors import UsageError
 from slimtune.planning import gpu_specs as gpus
-from slimtune.planning.gpu_specs import find_gpu_by_name, make_gpu_with_memory
+from slimtune.planning.gpu_specs import make_gpu_with_memory, require_gpu_by_name
 from slimtune.planning.interval import Interval
 from slimtune.planning.plan_request import build_plan_request
 from slimtune.planning.this_machine import detect_gpu_or_cpu_spec
 
 TALK = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "%s"}]}\n'
-CARD = find_gpu_by_name("rtx-3090")
+CARD = require_gpu_by_name("rtx-3090")
 BASE = ("plan", "llama-3.1-8b", "--gpu", "rtx 3090")
 
 

@@ -24,7 +24,7 @@ from slimtune import (
 )
 from slimtune.compat.helpers import check_if_peft_model, rescale_adapter_scale
 from slimtune.compat.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from slimtune.compat.public_names import INNER, MODULES, PUBLIC, is_peft_module, map_method_names_to_homes
+from slimtune.compat.public_names import INNER, MODULES, PUBLIC, is_peft_module, map_method_names_to_modules
 from slimtune.core.adapters.method_registry import METHODS
 from slimtune.errors import ConfigError
 
@@ -35,7 +35,7 @@ def test_every_name_and_module_exists():
     for home, names in [*INNER.items(), *PUBLIC.items()]:
         module = importlib.import_module(f"slimtune.{home}")
         assert [n for n in names if not hasattr(module, n)] == [], home
-    for name, home in map_method_names_to_homes().items():
+    for name, home in map_method_names_to_modules().items():
         assert hasattr(importlib.import_module(f"slimtune.{home}"), name), name
     methods = (f"tuners.{name}{part}" for name in METHODS.built_in_names() for part in ("", ".layer"))
     for module in [*MODULES, *filter(is_peft_module, methods)]:
@@ -46,8 +46,8 @@ def test_names_of_a_method_are_those_that_peft_has():
     for method in METHODS.built_in_names():
         found = importlib.util.find_spec(f"peft.tuners.{method}")
         assert is_peft_module(f"tuners.{method}") == (found is not None), method
-    assert {n for n in map_method_names_to_homes() if n.endswith("Model")} <= {*dir(peft)}
-    targets = {n for n in map_method_names_to_homes() if n.startswith("TRANSFORMERS")}
+    assert {n for n in map_method_names_to_modules() if n.endswith("Model")} <= {*dir(peft)}
+    targets = {n for n in map_method_names_to_modules() if n.startswith("TRANSFORMERS")}
     assert targets - {"TRANSFORMERS_MODELS_TO_TRAINABLETOKENS_TARGET_MODULES_MAPPING"} <= {*dir(peft.utils.constants)}
 
 

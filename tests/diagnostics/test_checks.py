@@ -442,5 +442,5 @@ def test_faults_come_before_warnings(machine):
 
 def test_program_that_hangs_is_ended(monkeypatch):
     monkeypatch.setattr(installed_programs, "PATIENCE", 0.1)
-    assert "0.1 s" in facts.run_and_get_output_or_empty("sleep", "60")
-    assert facts.run_and_get_output_or_empty("no-such-program") == ""
+    assert "0.1 s" in facts.run_and_get_stdout_stderr_or_hang_note("sleep", "60")
+    assert facts.run_and_get_stdout_stderr_or_hang_note("no-such-program") == ""

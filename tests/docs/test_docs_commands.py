@@ -19,7 +19,7 @@ import typer
 from slimtune.cli import app
 from slimtune.cli.command_help import require_flags_given_once
 from slimtune.core.config.recipe import parse_recipe_sections
-from slimtune.core.config.recipe_loading import parse_override, set_tree_value
+from slimtune.core.config.recipe_loading import parse_override_path_and_value, set_tree_value
 from slimtune.core.foundation.strict_yaml import parse_yaml
 
 ROOT = Path(__file__).parents[2]
@@ -67,7 +67,7 @@ def check_command(line: str) -> None:
         key.replace("__", ".", 1): parse_yaml(value, key) if isinstance(value, str) else value
         for key, value in given.items()
         if "__" in key and value not in (None, [], ()) and key != "data__columns"
-    } | dict(parse_override(text) for text in given.get("set_") or [])
+    } | dict(parse_override_path_and_value(text) for text in given.get("set_") or [])
     methods = str(settings.pop("method.name", "lora")).split(",") if name == "plan" else ["lora"]
     if name == "compare":  # `--set dora.r=8` sets a field of one of its entries
         entries = {"dora": "method", "dpo": "task"}

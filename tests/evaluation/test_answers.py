@@ -9,7 +9,7 @@ from run_answers import RunAnswers
 
 from slimtune.core.data.rows import Row
 from slimtune.errors import ModelError, UsageError
-from slimtune.evaluation.eval_result import AnswerCheckScores, AnswerPair, read_eval_result
+from slimtune.evaluation.eval_result import AnswerPair, BaseAndTunedAnswerMeasure, read_eval_result
 from slimtune.evaluation.evaluate import EvalSettings, evaluate
 from slimtune.evaluation.generated_answers import (
     average_answer_checks,
@@ -47,10 +47,13 @@ def test_prompts_are_spread_over_the_rows():
 
 def test_summary():
     checks = [
-        {"ended": AnswerCheckScores(base=b, tuned=True), "tokens": AnswerCheckScores(base=2, tuned=n)}
+        {"ended": BaseAndTunedAnswerMeasure(base=b, tuned=True), "tokens": BaseAndTunedAnswerMeasure(base=2, tuned=n)}
         for b, n in ((1, 1), (0, 4))
     ]
-    summary = {"ended": AnswerCheckScores(base=0.5, tuned=1.0), "tokens": AnswerCheckScores(base=2.0, tuned=2.5)}
+    summary = {
+        "ended": BaseAndTunedAnswerMeasure(base=0.5, tuned=1.0),
+        "tokens": BaseAndTunedAnswerMeasure(base=2.0, tuned=2.5),
+    }
     answers = [AnswerPair(line=1, prompt=[], reference="", base="a", tuned="b", checks=c) for c in checks]
     assert average_answer_checks(answers) == summary
     table = make_answer_check_table(summary, answers)

@@ -270,4 +270,4 @@ def test_documentation_names_every_issue():
     shares = {code: share.strip() for codes, share in table.items() for code in re.findall(r"`([\w-]+)`", codes)}
     named = {None: "", 0: "1 row"}
     for code, kind in FINDING_TYPES.items():
-        assert shares[code] == named.get(kind.error_from, f"{100 * (kind.error_from or 0):g} %"), code
+        assert shares[code] == named.get(kind.error_from_share, f"{100 * (kind.error_from_share or 0):g} %"), code

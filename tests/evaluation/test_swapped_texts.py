@@ -7,7 +7,7 @@ import pytest
 from row_files import write_jsonl
 
 from slimtune.evaluation.data_report.report_builder import make_data_report
-from slimtune.evaluation.data_report.swapped_texts import find_swapped_lines, hash_sides
+from slimtune.evaluation.data_report.swapped_texts import find_lines_with_swapped_sides, hash_prompt_and_answer_features
 from slimtune.extras.row_files import read_rows
 
 EXAMPLE = Path(__file__).parents[2] / "examples/devils-dictionary"
@@ -51,13 +51,18 @@ def test_pairs_are_judged_by_their_better_answer(tmp_path):
 @pytest.mark.parametrize("name", ["train", "validation", "test"])
 def test_real_rows_raise_no_false_alarm_and_at_least_half_of_the_swapped_ones_are_found(tmp_path, name):
     records = [json.loads(line) for line in (EXAMPLE / f"{name}.jsonl").read_text("utf-8").splitlines()]
-    assert find_swapped_lines([s for r in read_rows(EXAMPLE / f"{name}.jsonl") if (s := hash_sides(r))]) == []
+    assert (
+        find_lines_with_swapped_sides(
+            [s for r in read_rows(EXAMPLE / f"{name}.jsonl") if (s := hash_prompt_and_answer_features(r))]
+        )
+        == []
+    )
     swapped = set(range(3, len(records), 40))
     for i in swapped:
         question, answer = records[i]["messages"][-2:]
         question["content"], answer["content"] = answer["content"], question["content"]
     rows = read_rows(write_jsonl(tmp_path / "a.jsonl", records))
-    sides = [s for r in rows if (s := hash_sides(r))]
-    found = {line - 1 for line in find_swapped_lines(sides)}
+    sides = [s for r in rows if (s := hash_prompt_and_answer_features(r))]
+    found = {line - 1 for line in find_lines_with_swapped_sides(sides)}
     assert found <= swapped
     assert 2 * len(found) >= len(swapped)

@@ -47,7 +47,13 @@ def grid(tree: dict[str, Any], tmp_path: Path) -> Callable[..., ComparisonGrid]:
         tokens, overrides = settings.pop("tokens", 900), settings.pop("overrides", {})
         candidates = build_candidates(labels, tree, overrides)
         return build_comparison_grid(
-            tree, candidates, seeds=seeds, tokens=tokens, trials=trials, output_dir=tmp_path / out, **settings
+            tree,
+            candidates,
+            seed_count=seeds,
+            tokens_per_run=tokens,
+            trials=trials,
+            output_dir=tmp_path / out,
+            **settings,
         )
 
     return make
@@ -66,12 +72,12 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return PLANS[method]
 
     def launch_worker(
-        files: Sequence[Path], *, skip_test_rows: bool = False, allow_faulty_rows: bool, **_: Any
+        files: Sequence[Path], *, skip_test_evaluation: bool = False, allow_faulty_rows: bool, **_: Any
     ) -> WorkerResult:
         started.extend(file.stem for file in files)
         try:
             errors = worker.train_and_test_recipes_returning_errors(
-                files, skip_test_rows=skip_test_rows, allow_faulty_rows=allow_faulty_rows
+                files, skip_test_evaluation=skip_test_evaluation, allow_faulty_rows=allow_faulty_rows
             )
         except SlimtuneError as e:
             return WorkerResult(e.message, False, 0.0)
@@ -80,8 +86,8 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(compare, "estimate_resources", plan_once)
     monkeypatch.setattr(compare, "write_score_cost_chart", lambda *_: None)
-    monkeypatch.setattr(compare, "train_recipes_in_subprocess", launch_worker)
-    monkeypatch.setattr("slimtune.experiments.search.train_recipes_in_subprocess", launch_worker)
+    monkeypatch.setattr(compare, "train_recipes_at_once_in_subprocess", launch_worker)
+    monkeypatch.setattr("slimtune.experiments.search.train_recipes_at_once_in_subprocess", launch_worker)
     return started
 
 

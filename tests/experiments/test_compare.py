@@ -105,13 +105,13 @@ def test_seeds_at_once_give_the_numbers_of_seeds_alone(grid, in_process):
 
 
 def test_failed_run_is_reported_and_tried_again(grid, without_training, monkeypatch):
-    launch_worker = module.train_recipes_in_subprocess
+    launch_worker = module.train_recipes_at_once_in_subprocess
 
     def fail(files, **how):
         failed = files[0].stem == "lora-7"
         return WorkerResult("broken", False, 0.0) if failed else launch_worker(files, **how)
 
-    monkeypatch.setattr(module, "train_recipes_in_subprocess", fail)
+    monkeypatch.setattr(module, "train_recipes_at_once_in_subprocess", fail)
     settings = grid("lora", "ia3")
     result = run_comparison(settings)
     assert result.failed == [FailedRun(method="lora", seed=7, why="broken")]
@@ -123,7 +123,7 @@ def test_failed_run_is_reported_and_tried_again(grid, without_training, monkeypa
     table = (settings.output_dir / "table.md").read_text()
     assert "lora, seed 7 (broken)" in table
     assert re.search(r"lora .*\b1 of 2\b", table)
-    monkeypatch.setattr(module, "train_recipes_in_subprocess", launch_worker)
+    monkeypatch.setattr(module, "train_recipes_at_once_in_subprocess", launch_worker)
     assert run_comparison(grid("lora", "ia3")).failed == []
     assert without_training == ["ia3-7", "lora-8", "ia3-8", "lora-7"]
 

@@ -57,7 +57,9 @@ def test_tasks_are_ranked_by_held_out_accuracy(tree, in_process, tmp_path, monke
     tree["data"] |= {"validation_fraction": 0.0, "format": "preference"}
     rates = {f"{task}.learning_rate": 2e-2 for task in ("dpo", "ipo", "sft")}
     candidates = build_candidates(["dpo", "ipo", "sft"], tree, rates, names_are_tasks=True)
-    grid = build_comparison_grid(tree, candidates, seeds=2, tokens=None, trials=0, output_dir=tmp_path / "c")
+    grid = build_comparison_grid(
+        tree, candidates, seed_count=2, tokens_per_run=None, trials=0, output_dir=tmp_path / "c"
+    )
     result = run_comparison(grid)
     assert result.failed == []
     found = {line.method: line for line in result.methods}

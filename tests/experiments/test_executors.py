@@ -142,7 +142,7 @@ def test_run_that_is_no_longer_wanted_ends_alone():
     with make_executor(parse_executor_spec("local:2"), Path()) as executor:
         launches = [(Path("a"), launch), (Path("b"), lambda **_: DONE)]
         results = dict(executor.run(launches, lambda file: file.name == "a"))
-    assert {file.name: result.stopped for file, result in results.items()} == {"a": True, "b": False}
+    assert {file.name: result.stopped_by_should_stop for file, result in results.items()} == {"a": True, "b": False}
 
 
 def test_comparison_at_the_same_time_has_the_numbers_of_one_after_another(grid, without_training):
@@ -191,7 +191,7 @@ def flat_losses(monkeypatch):
         return DONE
 
     launch.interrupt_at = None
-    monkeypatch.setattr(search, "train_recipes_in_subprocess", launch)
+    monkeypatch.setattr(search, "train_recipes_at_once_in_subprocess", launch)
     monkeypatch.setattr("slimtune.experiments.tuning.write_tune_trials_chart", lambda *_: None)
     return launch
 

@@ -10,7 +10,7 @@ import torch
 from tiny_run import distance, metrics, recipe_of, write_settings
 
 from slimtune.core.config import Recipe
-from slimtune.core.training.train import Interrupted, train
+from slimtune.core.training.train import InterruptedAfterCheckpoint, train
 from slimtune.core.training.training_loop import TrainingLoop
 from slimtune.errors import RunError, UsageError
 from slimtune.experiments import simultaneous_runs as together
@@ -122,7 +122,7 @@ def test_interrupted_runs_are_resumed(make, monkeypatch, tmp_path):
         return after_step(loop, values)
 
     monkeypatch.setattr(TrainingLoop, "after_step", interrupt)
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptedAfterCheckpoint):
         train_recipes_together([make(name, **how) for name, how in several.items()])
     monkeypatch.setattr(TrainingLoop, "after_step", after_step)
     for name in several:

@@ -26,8 +26,8 @@ def quadratic(monkeypatch):
     """Replace trials: the loss is quadratic in the logarithm of the rate, lowest at `best`; `tried` lists the rates."""
     tried: list[tuple[str, float]] = []
 
-    def launch(files, *, skip_test_rows=False, **_):
-        assert skip_test_rows
+    def launch(files, *, skip_test_evaluation=False, **_):
+        assert skip_test_evaluation
         (recipe_file,) = files
         recipe = load_recipe(recipe_file).to_dict()
         label, rate = recipe_file.parent.name, recipe["train"]["learning_rate"]
@@ -46,7 +46,7 @@ def quadratic(monkeypatch):
         return WorkerResult("", False, 0.0)
 
     launch.best, launch.interrupt_at, launch.tried = 1e-3, None, tried
-    monkeypatch.setattr(search, "train_recipes_in_subprocess", launch)
+    monkeypatch.setattr(search, "train_recipes_at_once_in_subprocess", launch)
     return launch
 
 
@@ -84,7 +84,7 @@ def test_rate_at_the_edge_is_reported(grid, quadratic):
 
 def test_failed_trial_is_an_error(grid, monkeypatch):
     monkeypatch.setattr(
-        search, "train_recipes_in_subprocess", lambda *_, **__: WorkerResult("the disk is full", False, 0.0)
+        search, "train_recipes_at_once_in_subprocess", lambda *_, **__: WorkerResult("the disk is full", False, 0.0)
     )
     settings = grid("lora", trials=2)
     with pytest.raises(RunError, match=r"train\.learning_rate 0\.005 .*disk"):
@@ -141,11 +141,11 @@ def test_failed_trial_is_reported_and_tried_again(tune_tree, quadratic, monkeypa
         too_big = load_recipe(files[0]).method.settings["r"] == 8
         return WorkerResult("broken", False, 0.0) if too_big else quadratic(files, **how)
 
-    monkeypatch.setattr(search, "train_recipes_in_subprocess", fail_at_8)
+    monkeypatch.setattr(search, "train_recipes_at_once_in_subprocess", fail_at_8)
     result, log = tune_tree("method.r=4,8", trials=9)
     assert [(t.outcome, t.why) for t in result.trials] == [("complete", ""), ("failed", "broken")]
     assert any("method.r 8: " in line and "broken" in line for line in log)
-    monkeypatch.setattr(search, "train_recipes_in_subprocess", quadratic)
+    monkeypatch.setattr(search, "train_recipes_at_once_in_subprocess", quadratic)
     again, _ = tune_tree("method.r=4,8", trials=9)
     assert [t.outcome for t in again.trials] == ["complete", "complete"]
 
@@ -158,11 +158,11 @@ def test_trial_out_of_time_is_continued(tune_tree, quadratic, monkeypatch):
             pass
         return WorkerResult("", True, 0.0)
 
-    monkeypatch.setattr(search, "train_recipes_in_subprocess", wait)
+    monkeypatch.setattr(search, "train_recipes_at_once_in_subprocess", wait)
     result, log = tune_tree("train.learning_rate=log:1e-5..1e-2", trials=3, minutes=0.001)
     assert len(result.trials) == 1
     assert "0.001 minutes" in log[-1]
-    monkeypatch.setattr(search, "train_recipes_in_subprocess", quadratic)
+    monkeypatch.setattr(search, "train_recipes_at_once_in_subprocess", quadratic)
     again, log = tune_tree("train.learning_rate=log:1e-5..1e-2", trials=3)
     assert [t.run for t in again.trials] == ["trial-1", "trial-2", "trial-4"]
 
@@ -175,7 +175,7 @@ def test_trial_outside_of_the_forgetting_budget_is_pruned(tune_tree, tree, quadr
         write_jsonl(run / "metrics.jsonl", lines)
         return result
 
-    monkeypatch.setattr(search, "train_recipes_in_subprocess", launch_and_forget)
+    monkeypatch.setattr(search, "train_recipes_at_once_in_subprocess", launch_and_forget)
     tree["train"]["forgetting_budget"], tree["method"]["r"] = 0.1, 8
     forgetful = None
     before = tune_tree("method.r=8,6,4,3,2", trials=5)[0].trials
@@ -224,7 +224,7 @@ def test_trials_at_once_are_one_process_and_are_pruned_alone(tune_tree, quadrati
             quadratic([file], **how)
         return WorkerResult("", all_stopped, 0.0)
 
-    monkeypatch.setattr(search, "train_recipes_in_subprocess", launch_group)
+    monkeypatch.setattr(search, "train_recipes_at_once_in_subprocess", launch_group)
     result, _ = tune_tree("train.learning_rate=log:1e-5..1e-2", trials=12, at_once=3)
     assert list(map(len, groups)) == [3] * 4
     outcomes = {t.run: t.outcome for t in result.trials}

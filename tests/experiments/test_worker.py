@@ -8,7 +8,7 @@ import time
 import pytest
 
 from slimtune.experiments import run_worker as worker
-from slimtune.experiments.run_worker import train_recipes_in_subprocess
+from slimtune.experiments.run_worker import train_recipes_at_once_in_subprocess
 
 
 @pytest.fixture
@@ -17,14 +17,14 @@ def launch_script(monkeypatch, tmp_path):
 
     def launch(code: str, names: str = "r", **settings):
         monkeypatch.setattr(worker, "WORKER_COMMAND", (sys.executable, "-c", code))
-        return train_recipes_in_subprocess([tmp_path / f"{name}.yaml" for name in names], **settings)
+        return train_recipes_at_once_in_subprocess([tmp_path / f"{name}.yaml" for name in names], **settings)
 
     return launch
 
 
 def test_flags_and_log(launch_script, tmp_path):
     result = launch_script(
-        "import sys; print(sys.argv[1:], file=sys.stderr)", skip_test_rows=True, allow_faulty_rows=True
+        "import sys; print(sys.argv[1:], file=sys.stderr)", skip_test_evaluation=True, allow_faulty_rows=True
     )
     assert result[:2] == ("", False)
     assert (tmp_path / "r.log").read_text().strip() == str([str(tmp_path / "r.yaml"), "--trial", "--force"])
@@ -55,7 +55,9 @@ def test_death_is_named(launch_script, code, error):
 
 def test_should_stop_ends_the_process(launch_script):
     start = time.monotonic()
-    assert launch_script("import time; time.sleep(60)", should_stop=lambda: time.monotonic() - start > 0.5).stopped
+    assert launch_script(
+        "import time; time.sleep(60)", should_stop=lambda: time.monotonic() - start > 0.5
+    ).stopped_by_should_stop
     assert time.monotonic() - start < 30
 
 

@@ -27,7 +27,7 @@ from slimtune.export import served_base
 from slimtune.export.export_format import EXPORT_FORMATS
 from slimtune.export.exporter import export
 from slimtune.export.manifest import EXPORT_MANIFEST, ExportManifest, read_export_manifest
-from slimtune.export.verify import find_lora_conversion_tolerance, verify
+from slimtune.export.verify import find_nearest_lora_error_tolerance, verify
 
 pytest.importorskip("gguf")
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="xllamacpp is not installed")
@@ -425,11 +425,11 @@ def test_command_line(run, tmp_path):
 @pytest.mark.parametrize("values", [{"dtype": 7, "name": [1], "conversion": 5}, {"conversion": {"error": "x"}}])
 def test_facts_of_a_wrong_type_loosen_no_comparison(tmp_path, values):
     facts = ExportManifest("vllm", tmp_path, values).read_facts()
-    assert (facts.dtype, facts.name, find_lora_conversion_tolerance(facts)) == (None, None, None)
+    assert (facts.dtype, facts.name, find_nearest_lora_error_tolerance(facts)) == (None, None, None)
 
 
 @pytest.mark.parametrize("error", [1e9, -1, float("nan")])
 def test_a_conversion_that_loses_more_than_all_is_damaged(tmp_path, error):
     facts = ExportManifest("vllm", tmp_path, {"conversion": {"method": "loha", "error": error}}).read_facts()
     with pytest.raises(UsageError, match=r"conversion\.error"):
-        find_lora_conversion_tolerance(facts)
+        find_nearest_lora_error_tolerance(facts)

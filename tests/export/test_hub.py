@@ -105,7 +105,7 @@ def test_only_adapter_tokenizer_and_card_are_uploaded(hub, run, tmp_path):
 
 def test_card_with_results(run):
     write_json(run / "eval-test.json", EVAL)
-    result = push(run, "ada/words", dry_run=True, base="ada/tiny")
+    result = push(run, "ada/words", dry_run=True, base_hub_id="ada/tiny")
     metadata = get_metadata(result["card"])
     assert (result["base"], result["eval_file"]) == ("ada/tiny", "eval-test.json")
     assert (metadata["base_model"], metadata["base_model_relation"]) == ("ada/tiny", "adapter")
@@ -153,9 +153,9 @@ def test_base_without_hub_id(hub, run, caplog):
 
 def test_licence(hub, run, tiny_folder):
     hub.make("engines/tiny", **{"README.md": b"---\nlicense: mit\n---\n"})
-    assert get_metadata(push(run, "ada/words", dry_run=True, base="engines/tiny")["card"])["license"] == "mit"
+    assert get_metadata(push(run, "ada/words", dry_run=True, base_hub_id="engines/tiny")["card"])["license"] == "mit"
     (tiny_folder / "README.md").write_text("---\nlicense: other\nlicense_name: words-1\nlicense_link: x\n---\n")
-    card = push(run, "ada/words", dry_run=True, base="ada/tiny")["card"]
+    card = push(run, "ada/words", dry_run=True, base_hub_id="ada/tiny")["card"]
     assert re.search(r"^\| licence .*\bwords-1 ", card, re.MULTILINE)
     expected = {"license": "other", "license_name": "words-1", "license_link": "x"}
     assert {k: v for k, v in get_metadata(card).items() if "license" in k} == expected
@@ -213,7 +213,7 @@ def test_card_on_the_hub(hub, run):
 
 def test_missing_base_is_noted(run, tiny_folder):
     shutil.rmtree(tiny_folder)
-    assert has_note(push(run, "ada/words", dry_run=True, base="ada/tiny"), "not loaded into its base")
+    assert has_note(push(run, "ada/words", dry_run=True, base_hub_id="ada/tiny"), "not loaded into its base")
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
@@ -258,7 +258,9 @@ def test_changed_base(hub, run, tiny_folder, tiny_llama):
     assert_refused(hub, run, AdapterError, "another base")
 
 
-@pytest.mark.parametrize("options", [{"repo_id": "words"}, {"repo_id": "a/b/c"}, {"repo_id": "a/b", "base": "tiny"}])
+@pytest.mark.parametrize(
+    "options", [{"repo_id": "words"}, {"repo_id": "a/b/c"}, {"repo_id": "a/b", "base_hub_id": "tiny"}]
+)
 def test_malformed_ids(run, options):
     with pytest.raises(UsageError, match=r"NAME/REPOSITORY|owner"):
         push(run, dry_run=True, **options)
@@ -277,7 +279,7 @@ def test_merged_model(hub, run, tmp_path):
     assert "export_manifest.json" not in files
     assert_no_local_path(files, tmp_path)
     with pytest.raises(UsageError, match="--base"):
-        push(out, "ada/whole", base="ada/tiny", token=TOKEN)
+        push(out, "ada/whole", base_hub_id="ada/tiny", token=TOKEN)
 
 
 def test_damaged_checkpoint(hub, tiny_folder):
@@ -393,7 +395,7 @@ print(json.dumps({
 @pytest.mark.slow
 def test_loaded_from_the_hub(hub, run, tiny_folder, tmp_path):
     push(tiny_folder, "ada/tiny", token=TOKEN, private=True)
-    push(run, "ada/words", token=TOKEN, private=True, base="ada/tiny")
+    push(run, "ada/words", token=TOKEN, private=True, base_hub_id="ada/tiny")
     settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0"}
     command = [sys.executable, "-c", LOAD]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **settings}, check=False)

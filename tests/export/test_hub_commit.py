@@ -64,7 +64,7 @@ def test_new_branch(hub):
 
 def test_kept_files(hub):
     hub.make("ada/words", **{"README.md": b"by hand", "model.safetensors": b"x"})
-    done = commit(keep=("README.md",))
+    done = commit(keep_if_existing=("README.md",))
     assert hub.repos["ada/words"].files()["README.md"] == b"by hand"
     assert done.not_uploaded_files == ["README.md"]
     assert "model.safetensors" in done.existing_files

@@ -17,7 +17,7 @@ from slimtune.core.training.datasets import load_eval_dataset_and_stats
 from slimtune.core.training.train import train
 from slimtune.export import expected_logps as reference
 from slimtune.export import gptq_rounding
-from slimtune.export.expected_logps import QUESTIONS, make_reference_texts
+from slimtune.export.expected_logps import QUESTIONS, make_fixed_and_held_out_reference_texts
 from slimtune.export.exporter import export
 from slimtune.export.merge import merge
 from slimtune.export.verify import verify
@@ -58,7 +58,7 @@ def settings(folder, base, task="dpo", dtype="float32", **data):
 def texts_of(tokenizer, recipe, rows=None):
     with pytest.MonkeyPatch.context() as patch:  # the tiny tokenizer makes a token of each byte
         patch.setattr(reference, "MAX_POSITIONS", 10_000)
-        found = make_reference_texts(tokenizer, recipe, llama().config, rows)[len(QUESTIONS) :]
+        found = make_fixed_and_held_out_reference_texts(tokenizer, recipe, llama().config, rows)[len(QUESTIONS) :]
     return [tokenizer.decode(text.prompt_and_answer_ids) for text in found], [text.prompt for text in found]
 
 

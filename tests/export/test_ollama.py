@@ -56,8 +56,8 @@ def export(tmp_path):
     adapter = gguf_file(folder / "adapter.gguf")
 
     def make(base, name="smollm2", *, linted=True, **options):
-        given = {"adapter": adapter, "tokenizer": TOKENIZERS[name], "config": config(), "name": "devil", **options}
-        facts = write_modelfile(folder, base=str(base), **given)
+        given = {"adapter_gguf": adapter, "tokenizer": TOKENIZERS[name], "config": config(), "name": "devil", **options}
+        facts = write_modelfile(folder, base_name_or_path=str(base), **given)
         if linted:
             found = lint(folder / "Modelfile", estimate_resources=False)
             # It looks for {{ .Prompt }}, the older way; this TEMPLATE goes over .Messages.
@@ -109,9 +109,9 @@ def test_library_name_keeps_its_own_template(export, name):
 
 def test_merged_base(export, tmp_path):
     folder = hf_folder(tmp_path / "merged")
-    assert export(folder, adapter=None)[1][0] == ("FROM", str(folder))
+    assert export(folder, adapter_gguf=None)[1][0] == ("FROM", str(folder))
     gguf_file(export.folder / "model.gguf")
-    _, lines = export(export.folder / "model.gguf", adapter=None)
+    _, lines = export(export.folder / "model.gguf", adapter_gguf=None)
     assert lines[0] == ("FROM", "./model.gguf"), "files in the export have relative paths"
     assert "ADAPTER" not in dict(lines)
 
@@ -205,9 +205,9 @@ REFUSED = {
     "Ollama does not accept the name 'my model'": {"name": "my model"},
     "does not accept the name '-rf'": {"name": "-rf"},
     "does not accept the name 'x\\nFROM y'": {"name": "x\nFROM y"},
-    "the base './none.gguf' does not exist": {"base": "./none.gguf"},
-    "the base '' does not exist": {"base": ""},
-    "the base 'x\\nADAPTER y' does not exist": {"base": "x\nADAPTER y"},
+    "the base './none.gguf' does not exist": {"base_name_or_path": "./none.gguf"},
+    "the base '' does not exist": {"base_name_or_path": ""},
+    "the base 'x\\nADAPTER y' does not exist": {"base_name_or_path": "x\nADAPTER y"},
     "the system prompt is empty": {"system": " "},
     "SYSTEM contains characters that Ollama drops": {"system": "a\u00a0b"},
 }
@@ -215,7 +215,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("message", REFUSED)
 def test_refusals(tmp_path, message):
-    usual = {"base": "smollm2", "adapter": None, "tokenizer": None, "config": config(), "name": "x"}
+    usual = {"base_name_or_path": "smollm2", "adapter_gguf": None, "tokenizer": None, "config": config(), "name": "x"}
     with pytest.raises(UsageError) as error:
         write_modelfile(tmp_path, **{**usual, **REFUSED[message]})
     assert message in str(error.value)
@@ -260,8 +260,8 @@ def test_unreadable_bases(export, base, tmp_path):
 def test_hostile_paths(tmp_path, part):
     base, folder = gguf_file(tmp_path / part / "base.gguf"), tmp_path / "out" / part
     folder.mkdir(parents=True)
-    given = {"adapter": None, "tokenizer": TOKENIZERS["smollm2"], "config": config(), "name": "x"}
-    facts = write_modelfile(folder, base=str(base), **given)
+    given = {"adapter_gguf": None, "tokenizer": TOKENIZERS["smollm2"], "config": config(), "name": "x"}
+    facts = write_modelfile(folder, base_name_or_path=str(base), **given)
     lines = read_modelfile((folder / "Modelfile").read_bytes().decode())
     assert lines[0] == ("FROM", str(base))
     assert sum(name == "FROM" for name, _ in lines) == 1
@@ -269,7 +269,7 @@ def test_hostile_paths(tmp_path, part):
 
 
 def test_out_that_looks_like_a_flag(export):
-    facts, _ = export("smollm2", out=Path("-rf/it"))
+    facts, _ = export("smollm2", final_path=Path("-rf/it"))
     assert facts.commands[0] == "ollama create devil -f ./-rf/it/Modelfile"
 
 

@@ -18,7 +18,7 @@ from slimtune.core.training.trained_model import TrainedModel
 from slimtune.errors import AdapterError
 from slimtune.export import expected_logps, gguf, merge
 from slimtune.export.adapter_file_check import require_trained_adapter_in_gguf
-from slimtune.export.expected_logps import ADAPTER_TOLERANCES, AdapterReference, make_reference_texts
+from slimtune.export.expected_logps import ADAPTER_TOLERANCES, AdapterReference, make_fixed_and_held_out_reference_texts
 from slimtune.generation.inference_engines import InProcessLlamaCppEngine
 
 pytestmark = [
@@ -43,7 +43,7 @@ def adapt_and_train(spec):
         optimizer.zero_grad()
     loaded = TrainedModel(model.eval(), base, Path(), None)
     model.float()
-    merge.restore_embedding_scales(model)
+    merge.set_unrounded_embedding_scales(model)
     return loaded
 
 
@@ -53,7 +53,7 @@ def real_base(request, tmp_path_factory):
     loaded = adapt_and_train(str(join_gemma_gguf()) if request.param == "gemma" else request.param)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(expected_logps, "MAX_POSITIONS", POSITIONS)
-        texts = make_reference_texts(loaded.base.tokenizer, None, loaded.model.config)
+        texts = make_fixed_and_held_out_reference_texts(loaded.base.tokenizer, None, loaded.model.config)
     file = tmp_path_factory.mktemp("base") / "base.gguf"
     merge.write_base_gguf(loaded, file)
     return loaded.model, AdapterReference(loaded.model, loaded.base.tokenizer, texts), file

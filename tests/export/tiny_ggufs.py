@@ -11,7 +11,11 @@ import torch
 import transformers as tf
 from tiny_gguf import add_vocabulary, finish_gguf
 
-from slimtune.export.gguf import convert_to_llama_cpp_tensors, get_gguf_architecture_spec, make_gguf_module_name_mapper
+from slimtune.export.gguf import (
+    convert_to_llama_cpp_tensors,
+    make_gguf_module_name_mapper,
+    require_gguf_architecture_spec,
+)
 
 SIZES = {
     "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -84,7 +88,7 @@ def write(file: Path, model: Any, tokenizer: Any) -> Path:
     import gguf
 
     whole, config = model.config, model.config.get_text_config()
-    w = gguf.GGUFWriter(str(file), get_gguf_architecture_spec(whole).name)
+    w = gguf.GGUFWriter(str(file), require_gguf_architecture_spec(whole).name)
     w.add_block_count(config.num_hidden_layers)
     w.add_context_length(config.max_position_embeddings)
     w.add_embedding_length(config.hidden_size)

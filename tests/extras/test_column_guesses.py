@@ -5,7 +5,7 @@ import json
 import pytest
 
 from slimtune.errors import DataError
-from slimtune.extras.column_guesses import guess_columns, make_column_flags
+from slimtune.extras.column_guesses import guess_columns_and_whether_by_order, make_column_flags_and_doubt
 from slimtune.extras.row_files import open_rows
 
 PAIRS = [{"Question": f"Describe a map {i}.", "good": f"A door {i}.", "bad": f"Bad {i}"} for i in range(6)]
@@ -37,25 +37,25 @@ def write(tmp_path, records, name="rows.jsonl"):
     ],
 )
 def test_columns_are_guessed_by_names_then_by_values(roles, records, expected):
-    assert guess_columns(roles, records)[0] == expected
+    assert guess_columns_and_whether_by_order(roles, records)[0] == expected
 
 
 def test_a_column_good_with_ratings_is_the_label_of_kto_rows():
     records = [{"asked": f"q {i}", "answer": f"a {i}", "good": "yn"[i % 2] == "y"} for i in range(6)]
-    found, _ = guess_columns(("prompt", "completion", "label"), records, ratings=True)
+    found, _ = guess_columns_and_whether_by_order(("prompt", "completion", "label"), records, ratings=True)
     assert found == {"prompt": "asked", "completion": "answer", "label": "good"}
 
 
 def test_flags_are_quoted_and_columns_that_nobody_can_guess_are_left_open():
-    assert make_column_flags("instruction", ("instruction", "output"), SHOP)[0] == (
+    assert make_column_flags_and_doubt("instruction", ("instruction", "output"), SHOP)[0] == (
         "--column 'instruction=Customer asks' --column 'output=We reply'"
     )
-    assert "label=COLUMN" in make_column_flags("classification", ("text", "label"), [{"t": "abc"}])[0]
+    assert "label=COLUMN" in make_column_flags_and_doubt("classification", ("text", "label"), [{"t": "abc"}])[0]
 
 
 def test_a_hint_says_when_only_the_order_tells_the_better_answer():
     records = [{"q": f"x {i}?", "A": f"one {i}", "B": f"two {i}"} for i in range(4)]
-    flags, unsure = make_column_flags("preference", ("prompt", "chosen", "rejected"), records)
+    flags, unsure = make_column_flags_and_doubt("preference", ("prompt", "chosen", "rejected"), records)
     assert ("chosen=A" in flags, bool(unsure)) == (True, True)
 
 

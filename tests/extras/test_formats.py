@@ -139,7 +139,7 @@ def test_unused_columns_are_counted(tmp_path):
     rows = [{"id": 1, "text": "a", "Label": 0, "meta": None}, {"id": 2, "text": "b", "Label": 1}, {"text": "c"}]
     file = open_rows(write(tmp_path / "a.jsonl", *rows))
     assert len(list(file)) == len(list(file)) == 3  # counted anew each time
-    assert [(c.name, c.rows, c.line, bool(c.effect_of_missing)) for c in file.unused_columns] == [
+    assert [(c.name, c.row_count, c.line, bool(c.effect_of_missing)) for c in file.unused_columns] == [
         ("id", 2, 1, False),
         ("Label", 2, 1, True),
     ]

@@ -17,7 +17,7 @@ from tiny_gguf import write_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from slimtune.core.foundation.fingerprint import config_fingerprint
-from slimtune.core.models.base_config import load_base_config, load_checkpoint_config
+from slimtune.core.models.base_config import load_base_config, load_convertible_base_config
 from slimtune.core.models.loader import load_base, load_tokenizer
 from slimtune.core.models.model_source import resolve_model_source
 from slimtune.errors import ModelError, RunError
@@ -184,7 +184,7 @@ def test_folder(write):
     assert (folder.stat().st_mode & 0o777, (folder / "model.safetensors").stat().st_mode & 0o777) == (0o755, 0o644)
     config = json.loads((folder / "config.json").read_text())
     assert not config.keys() & {"quantization_config", "_model_name_or_path"}
-    assert load_checkpoint_config(str(file)).hidden_size == config["hidden_size"] == 32
+    assert load_convertible_base_config(str(file)).hidden_size == config["hidden_size"] == 32
 
 
 @pytest.mark.parametrize(("pre", "expected"), [("smollm", ["a", "Ġ", "Ġ", "1"]), ("gpt-2", ["a", "Ġ", "Ġ1"])])

@@ -15,7 +15,7 @@ from pyarrow import parquet
 from row_files import write_jsonl
 
 from slimtune.core.data.rows import InvalidRow, Row
-from slimtune.core.foundation.files import parse_dataset_id
+from slimtune.core.foundation.files import parse_hub_dataset_id_or_none
 from slimtune.errors import DataError, UsageError
 from slimtune.extras import row_readers as readers
 from slimtune.extras.row_files import open_rows, read_rows
@@ -152,10 +152,10 @@ def test_hub_dataset(tmp_path, monkeypatch):
 def test_dataset_ids(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
-    assert parse_dataset_id("org/name") == ("org/name", None, "train")
-    assert parse_dataset_id("org/name/main:test[:10%]") == ("org/name", "main", "test[:10%]")
+    assert parse_hub_dataset_id_or_none("org/name") == ("org/name", None, "train")
+    assert parse_hub_dataset_id_or_none("org/name/main:test[:10%]") == ("org/name", "main", "test[:10%]")
     for path in ("rows.jsonl", "org/rows.jsonl", "data/rows", "name", "/org/name", "./org/name", "a/b/c/d"):
-        assert parse_dataset_id(path) is None, path
+        assert parse_hub_dataset_id_or_none(path) is None, path
 
 
 def test_byte_order_mark_blank_lines_and_crlf(tmp_path):

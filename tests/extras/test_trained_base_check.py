@@ -15,7 +15,7 @@ import slimtune
 from slimtune.core.training.train import train
 from slimtune.core.training.trained_model import load_run
 from slimtune.errors import AdapterError, PeftWarning
-from slimtune.extras.base_digests import find_cached_snapshot
+from slimtune.extras.base_digests import require_cached_snapshot
 
 HI = torch.arange(3, 40)[None]
 pytestmark = pytest.mark.filterwarnings("error")
@@ -175,9 +175,9 @@ def test_one_of_several_cached_revisions_is_not_proven(home, hub_base):
 
 
 def test_missing_snapshot_is_said_in_one_sentence(hub_base):
-    assert find_cached_snapshot("org/tiny", None) == hub_base
+    assert require_cached_snapshot("org/tiny", None) == hub_base
     with pytest.raises(OSError, match=r"^[^.]+v2$"):
-        find_cached_snapshot("org/tiny", "v2")
+        require_cached_snapshot("org/tiny", "v2")
 
 
 # --- adapters made of adapters ----------------------------------------------------------------------------------------

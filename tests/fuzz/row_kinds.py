@@ -53,7 +53,7 @@ def make_damaged_rows(
     def work() -> str:
         options = {"max_seq_len": 10**7}
         report = make_data_report(
-            file, qwen_tokenizer(), model="tiny", format=format, processes=1, sample_rows=4, **options
+            file, qwen_tokenizer(), model="tiny", format=format, processes=1, shown_row_count=4, **options
         )
         report.require_no_errors()
         rows = read_rows(file, format=format)

@@ -165,7 +165,7 @@ def test_failing_step_ends_its_rows_only(start, tiny_tokenizer):
     runner_decode = generator.runner.decode
 
     def decode(batch):
-        if batch.rows[0].adapter == "Prompt":
+        if batch.rows[0].adapter_or_base == "Prompt":
             raise MemoryError("no room for the cache")
         return runner_decode(batch)
 

@@ -8,7 +8,7 @@ from models_zoo import gemma2, llama, qwen2
 
 from slimtune import LoraConfig, PrefixTuningConfig, get_peft_model
 from slimtune.core.adapters.active_adapters import BASE_ROW
-from slimtune.core.attention.attention_functions import use_packed_attention
+from slimtune.core.attention.attention_functions import using_packed_attention
 from slimtune.generation.answer_queue import SamplingParams
 from slimtune.generation.generation_models import GenerationModel
 from slimtune.generation.training_samples import sample_answers_between_steps
@@ -74,7 +74,7 @@ def test_log_probabilities_are_those_of_the_trainer(base, config, tokenizer):
     model, step = make_training(CONFIGS[config], base)
     for _ in range(3):
         step()
-        with use_packed_attention(model):
+        with using_packed_attention(model):
             tuned, reference = (sample(model, tokenizer, name) for name in ("default", BASE_ROW))
         for adapter, groups in (("default", tuned), (BASE_ROW, reference)):
             for prompt, group in zip(PROMPTS, groups, strict=True):

@@ -17,7 +17,7 @@ from transformers import LlamaConfig
 from slimtune.errors import RunError, UsageError
 from slimtune.hardware import speed_benchmark as bench
 from slimtune.planning import measured_speeds as store
-from slimtune.planning.gpu_specs import find_gpu_by_name, load_this_machine_measured_gpu
+from slimtune.planning.gpu_specs import load_this_machine_measured_gpu, require_gpu_by_name
 from slimtune.planning.measured_speeds import load_machine_measurement, overwrite_machine_measurement
 from slimtune.planning.plan_result import TrainingWorkload
 from slimtune.planning.serving_speed import estimate_decode_and_prefill_speed
@@ -64,7 +64,7 @@ def test_median_is_of_alternating_rounds():
 
 def test_stored_measurement_comes_back(stored):
     assert load_machine_measurement() == FOUND
-    assert load_this_machine_measured_gpu().measured == FOUND == find_gpu_by_name("This Machine").measured
+    assert load_this_machine_measured_gpu().measured == FOUND == require_gpu_by_name("This Machine").measured
     assert detect_gpu_or_cpu_spec("cpu").measured == FOUND
 
 
@@ -74,7 +74,7 @@ def test_measurement_of_another_processor_or_thread_count_is_not_used(stored, mo
     monkeypatch.setattr(store, "read_processor_name", lambda: "another CPU")
     assert load_machine_measurement() is None
     with pytest.raises(UsageError, match="this machine"):
-        find_gpu_by_name("this machine")
+        require_gpu_by_name("this machine")
 
 
 @pytest.mark.parametrize("change", [{"training": 3}, {"bandwidth": -1}, {"more": 1}, {"serving": {"x": {}}}])

@@ -10,7 +10,7 @@ import slimtune
 from slimtune import LoraConfig, get_peft_model
 from slimtune.core.adapters.adapter_module import MergeUnsupported
 from slimtune.core.adapters.adapter_tensors import get_adapter_tensors
-from slimtune.core.attention.attention_functions import use_packed_attention
+from slimtune.core.attention.attention_functions import using_packed_attention
 from slimtune.core.training.loss import compute_supervised_token_nll, make_collator
 from slimtune.core.training.memory_savings import enable_tiled_mlp
 from slimtune.errors import UsageError
@@ -113,14 +113,14 @@ def test_packed_rows_equal_rows_alone():
     rows = [{"input_ids": r.tolist(), "labels": r.tolist()} for r in (ids[0], ids[2], ids[1, :7], ids[1])]
     collator = make_collator(model, 0)
     assert (collator.with_packed_layout, collator.share_prefix) == (True, False)
-    with torch.no_grad(), use_packed_attention(model):
+    with torch.no_grad(), using_packed_attention(model):
         packed = compute_supervised_token_nll(model, collator(rows))
     alone = torch.cat(
         [compute_supervised_token_nll(model, make_collator(model, 0, packing=False)([row])).detach() for row in rows]
     )
     assert distance(packed, alone) < CLOSE
     batch = make_collator(llama(), 0)([{k: [9] * 9 + v for k, v in row.items()} for row in rows])  # shares 9 tokens
-    with use_packed_attention(model), pytest.raises(UsageError, match="share a prefix"):
+    with using_packed_attention(model), pytest.raises(UsageError, match="share a prefix"):
         compute_supervised_token_nll(model, batch)
 
 

@@ -23,7 +23,7 @@ from transformers.models.phi3.modeling_phi3 import Phi3MLP
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 from slimtune import LoraConfig, get_peft_model
-from slimtune.core.attention.attention_functions import use_packed_attention
+from slimtune.core.attention.attention_functions import using_packed_attention
 from slimtune.core.kernels import activation_offload
 from slimtune.core.training.loss import compute_step_loss, compute_supervised_token_nll, make_collator
 from slimtune.core.training.memory_savings import (
@@ -85,7 +85,7 @@ def test_recomputing_repeats_the_dropout():
         torch.manual_seed(5)
         return compute_step_loss(model, make_collator(model, 0)(ROWS))
 
-    with compute_in_float64(), use_packed_attention(model):
+    with compute_in_float64(), using_packed_attention(model):
         loss().backward()
         expected = slope_along(weight, direction, loss)
     assert (weight.grad * direction).sum().item() == pytest.approx(expected, rel=1e-6)
@@ -115,7 +115,7 @@ def test_recomputing_keeps_less():
         model = get_peft_model(zoo.llama(dtype=torch.bfloat16), LoraConfig(r=2, target_modules="all-linear"))
         with_savings(model.train(), **savings)
         batch = make_collator(model, 0)(ROWS)
-        with use_packed_attention(model):
+        with using_packed_attention(model):
             found = saved_for_backward(lambda: compute_step_loss(model, batch), [*model.parameters(), *model.buffers()])
         return storage_bytes(found)
 
@@ -146,7 +146,7 @@ def test_the_feed_forward_runs_twice_not_three_times():
     model = with_savings(adapted("lora"), checkpointing=True, tile=7)
     calls = []
     model.get_submodule("model.layers.1.mlp.up_proj").register_forward_hook(lambda *_: calls.append(1))
-    with use_packed_attention(model):
+    with using_packed_attention(model):
         batch = make_collator(model, 0)(ROWS)
         compute_step_loss(model, batch).backward()
     assert len(calls) == 2 * -(-batch["input_ids"].shape[1] // 7)

@@ -8,7 +8,7 @@ from reference import compute_in_float64, get_gradients, largest_relative_error,
 from torch import nn
 
 from slimtune import get_peft_model
-from slimtune.core.attention.attention_functions import LAYOUT_KWARG, use_packed_attention
+from slimtune.core.attention.attention_functions import LAYOUT_KWARG, using_packed_attention
 from slimtune.core.attention.packed_layout import PackedLayout
 from slimtune.core.data.packing import pack_into_one_sequence
 from slimtune.core.kernels import activation_offload
@@ -65,7 +65,7 @@ def packed_loss_and_gradients(model):
         loss = compute_step_loss(model, make_collator(model, 0)(ROWS))
         return loss if regularization is None else loss + regularization
 
-    with use_packed_attention(model) as is_packed:
+    with using_packed_attention(model) as is_packed:
         assert is_packed
         return loss_and_gradients(model, compute_loss)
 
@@ -160,5 +160,5 @@ def test_layers_share_the_masks_behind_a_prefix():
 def test_a_packed_sequence_has_one_adapter(names):
     model = adapted("prompt_tuning")
     batch = make_collator(model, 0)(ROWS)
-    with use_packed_attention(model), pytest.raises(UsageError, match=r"adapter_names.*packed"):
+    with using_packed_attention(model), pytest.raises(UsageError, match=r"adapter_names.*packed"):
         model(input_ids=batch["input_ids"], adapter_names=names, use_cache=False, **{LAYOUT_KWARG: batch["layout"]})

@@ -44,5 +44,5 @@ def test_served_rows_equal_the_method_alone(method):
     for row, (text, logits) in found.items():
         for n, each in enumerate(logits):
             ids = torch.tensor([[*text, 9, 30, 4][: len(text) + n]])
-            alone = run_with(model, row.adapter, lambda ids=ids: run(model, ids))[0, -1]
-            assert (each - alone).abs().max() < 1e-5, (row.adapter, n)
+            alone = run_with(model, row.adapter_or_base, lambda ids=ids: run(model, ids))[0, -1]
+            assert (each - alone).abs().max() < 1e-5, (row.adapter_or_base, n)

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from slimtune.core.attention.attention_functions import use_packed_attention
+from slimtune.core.attention.attention_functions import using_packed_attention
 from slimtune.core.training.loss import compute_step_loss, score_row_logps_by_example_index
 
 
@@ -30,7 +30,7 @@ def take_step(model, examples, objective, collator, groups=None):
     rows = objective.prepare_step(examples, lambda rows: score_rows(model, rows, collator))
     batches = [collator([rows[i] for i in group]) for group in groups or collator.group_rows(rows)]
     num_items = objective.count_items(rows)
-    with use_packed_attention(model):
+    with using_packed_attention(model):
         loss = sum(compute_step_loss(model.get_base_model(), batch, num_items, objective) for batch in batches)
         loss.backward()
     return loss.item(), get_gradients(model)

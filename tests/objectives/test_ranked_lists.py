@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from slimtune.core.attention.attention_functions import use_packed_attention
+from slimtune.core.attention.attention_functions import using_packed_attention
 from slimtune.core.config.objective_registry import load_objective_class
 from slimtune.core.data.collator import Collator
 from slimtune.core.training.loss import compute_step_loss, make_collator, score_examples_by_objective
@@ -40,7 +40,7 @@ def take_pair(example, i, j):
 
 def compute(model, objective, examples, collator, items=None):
     items = objective.count_items(examples) if items is None else items
-    with use_packed_attention(model):
+    with using_packed_attention(model):
         loss = sum(compute_step_loss(model, collator([e]), items, objective) for e in examples)
         gradient = torch.autograd.grad(loss, model.model.norm.weight)[0]
     return loss.item(), gradient

@@ -14,7 +14,7 @@ from tiny_families import Float64, build
 
 from slimtune import get_peft_model_state_dict, set_peft_model_state_dict
 from slimtune.core.adapters.peft_model import get_peft_model
-from slimtune.core.attention.attention_functions import use_packed_attention
+from slimtune.core.attention.attention_functions import using_packed_attention
 from slimtune.core.data.collator import Collator
 from slimtune.core.training.loss import compute_row_logits, forward_backward, make_collator, score_examples_by_objective
 from slimtune.errors import DataError
@@ -66,7 +66,7 @@ def lora(model):
 def test_logits_are_those_of_padded_rows(family, packing):
     model = classifier(family)
     collator = make_collator(model, 5, packing=packing)
-    with torch.no_grad(), use_packed_attention(model):
+    with torch.no_grad(), using_packed_attention(model):
         ours = compute_row_logits(model, collator(examples()))
         theirs = model(**padded()).logits
     assert (ours - theirs).abs().max() < 1e-5
@@ -83,7 +83,7 @@ def test_loss_and_gradients_are_those_of_peft(family):
     set_peft_model_state_dict(ours, peft.get_peft_model_state_dict(theirs))
     objective, collator = Classification(), make_collator(ours, 0)
     batches = [collator(examples()[:3]), collator(examples()[3:])]
-    with Float64(), use_packed_attention(ours):
+    with Float64(), using_packed_attention(ours):
         mine = forward_backward(ours, batches, objective=objective, num_items=objective.count_items(examples()))
     with Float64():
         loss = theirs(**padded(), labels=torch.tensor(LABELS)).loss

@@ -18,14 +18,14 @@ from slimtune.core.config.objective_registry import list_objectives, load_object
 from slimtune.core.data.tokenized_dataset import list_tokens_and_labels_by_row
 from slimtune.core.training.datasets import tokenize_recipe_datasets
 from slimtune.core.training.default_learning_rate import fill_in_learning_rate
-from slimtune.core.training.train import Interrupted, train
+from slimtune.core.training.train import InterruptedAfterCheckpoint, train
 from slimtune.core.training.trained_model import load_run
 from slimtune.core.training.training_loop import TrainingLoop
 from slimtune.errors import DataError, RunError, UsageError
 from slimtune.evaluation.evaluate import EvalSettings, evaluate
 from slimtune.export.merge import merge
 from slimtune.objectives.pair_objective import PairObjective
-from slimtune.planning.gpu_specs import find_gpu_by_name
+from slimtune.planning.gpu_specs import require_gpu_by_name
 from slimtune.planning.plan_request import build_plan_request
 from slimtune.planning.planner import estimate_resources
 
@@ -73,7 +73,7 @@ def test_packed_run_equals_padded(make, task):
 def test_is_planned(make, task):
     recipe = make(task, "run")
     estimate = estimate_resources(
-        build_plan_request(recipe, find_gpu_by_name("rtx-3090"), [(9, 5, 7)] * 6), advise=False
+        build_plan_request(recipe, require_gpu_by_name("rtx-3090"), [(9, 5, 7)] * 6), advise=False
     )
     assert (estimate.verdict, estimate.method) == ("fits", "lora")
 
@@ -144,7 +144,7 @@ def test_interrupted_run_ends_as_the_undisturbed_one(make, task, monkeypatch):
 def test_reference_of_other_rows_is_refused(make, monkeypatch, tmp_path):
     recipe = make("dpo", "run", data={"validation_fraction": 0.0})  # then, too, a run has a reference
     interrupt_at(monkeypatch, 1)
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptedAfterCheckpoint):
         train(recipe)
     path = tmp_path / "pairs.jsonl"
     path.write_text(path.read_text().replace("abc", "abd"))
@@ -192,7 +192,7 @@ def test_settings_of_dpo_are_checked(make):
     with pytest.raises(UsageError, match=r"data\.format: .*'chat'.*dpo"):
         make("dpo", "run", data={"format": "chat"})
     recipe = make("dpo", "run", learning_rate="auto")
-    assert fill_in_learning_rate(recipe, rows=32, hidden_size=64).train.learning_rate == 2e-5
+    assert fill_in_learning_rate(recipe, row_count=32, hidden_size=64).train.learning_rate == 2e-5
 
 
 @pytest.mark.slow

@@ -9,10 +9,10 @@ from rich.console import Console
 from slimtune.cli.plan_chart import ALLOCATOR, COLOURS, make_memory_bars, write_plan_chart
 from slimtune.core.foundation.formatting import format_bytes
 from slimtune.errors import UsageError
-from slimtune.planning.gpu_specs import find_gpu_by_name, make_gpu_with_memory
+from slimtune.planning.gpu_specs import make_gpu_with_memory, require_gpu_by_name
 from slimtune.planning.plan_result import PARTS
 
-GPU = find_gpu_by_name("rtx-3090")
+GPU = require_gpu_by_name("rtx-3090")
 CUT = hand_plan("full", sizes=FULL, verdict="does not fit")
 
 

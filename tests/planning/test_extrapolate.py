@@ -98,8 +98,14 @@ def test_two_and_three_layers_give_all_layers(name):
     if name == "gemma3":  # whose kinds of layer alternate, which matters in a model this small
         assert extrapolated.peak == pytest.approx(trace.peak, rel=0.02)
         return
-    assert {**extrapolated.phases, BACKWARD[1]: trace.phases[BACKWARD[1]]} == trace.phases
-    assert (extrapolated.state, extrapolated.operator_counts) == (trace.state, trace.operator_counts)
+    assert {
+        **extrapolated.bytes_by_phase_and_part,
+        BACKWARD[1]: trace.bytes_by_phase_and_part[BACKWARD[1]],
+    } == trace.bytes_by_phase_and_part
+    assert (extrapolated.state_bytes_by_part, extrapolated.counts_by_operator_cost) == (
+        trace.state_bytes_by_part,
+        trace.counts_by_operator_cost,
+    )
 
 
 @pytest.mark.parametrize(
@@ -112,7 +118,10 @@ def test_two_and_three_layers_give_all_layers(name):
 def test_layers_that_differ_are_traced_whole(settings):
     method = slimtune.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", **settings)
     job = make_job(method=method, lengths=(200,))
-    assert extrapolate_step_trace(job, job.build_model()).phases == trace_training_step(job).phases
+    assert (
+        extrapolate_step_trace(job, job.build_model()).bytes_by_phase_and_part
+        == trace_training_step(job).bytes_by_phase_and_part
+    )
 
 
 def test_peak_of_a_merge():
@@ -134,5 +143,5 @@ def test_layers_that_share_keys_are_planned_without_them(family):
     without = replace(job, base_config=tiny_families.build(family, num_hidden_layers=4).config).build_model()
     assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in without.parameters())
     trace, extrapolated = trace_training_step(job), extrapolate_step_trace(job, model)
-    assert extrapolated.state == trace.state
-    assert extrapolated.operator_counts == trace.operator_counts
+    assert extrapolated.state_bytes_by_part == trace.state_bytes_by_part
+    assert extrapolated.counts_by_operator_cost == trace.counts_by_operator_cost

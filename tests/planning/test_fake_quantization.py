@@ -16,7 +16,7 @@ from models_zoo import DECODER, gpt2, llama
 from torch import nn
 
 from slimtune import LoraConfig
-from slimtune.core.foundation.device import simulate_device_for_kernel_choice
+from slimtune.core.foundation.device import simulating_device_for_kernel_choice
 from slimtune.core.kernels.linear_layers import get_dequantized_weight, is_quantized
 from slimtune.errors import ModelError, UsageError
 from slimtune.planning.fake_quantization import KINDS, fake_quantize_model, resolve_quantization_kind
@@ -109,7 +109,7 @@ def test_states_in_8_bits():
     sizes = [p.numel() for p in job.build_model().parameters() if p.requires_grad]
     assert {n < 4096 for n in sizes} == {True, False}
     expected = 2 * 1024 + sum(8 * n if n < 4096 else 2 * (n + 4 * -(-n // 256)) for n in sizes)
-    assert trace_training_step(job).state["optimizer"] == expected
+    assert trace_training_step(job).state_bytes_by_part["optimizer"] == expected
 
 
 @pytest.mark.slow
@@ -132,7 +132,7 @@ def test_no_bitsandbytes(method, kind, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # an import of it fails
     job = make_job(kind, method, device="cuda", gradient_checkpointing=True)
     frozen = sum(p.nbytes for p in make_job(None, method).build_model().parameters() if not p.requires_grad)
-    assert trace_training_step(job).state["weights"] < frozen / 2
+    assert trace_training_step(job).state_bytes_by_part["weights"] < frozen / 2
 
 
 @each_kind
@@ -147,7 +147,7 @@ def trace_layer_on_gpu(kind, tokens, name="gate_proj"):
         model = tf.LlamaForCausalLM(tf.LlamaConfig(**SIZES)).to(BF16)
     fake_quantize_model(model, kind)
     layer = model.model.layers[0].mlp.get_submodule(name)
-    with fake_tensor_mode(), simulate_device_for_kernel_choice("cuda"):
+    with fake_tensor_mode(), simulating_device_for_kernel_choice("cuda"):
         replace_meta_with_fake_cpu_tensors(layer)
         x = torch.empty(1, tokens, layer.in_features, dtype=BF16, requires_grad=True)
         with MemoryTracker() as tracker:

@@ -10,7 +10,7 @@ import pytest
 from slimtune.errors import UsageError
 from slimtune.planning import gpu_specs as gpus
 from slimtune.planning import this_machine
-from slimtune.planning.gpu_specs import GIB, GpuSpec, find_gpu_by_name, list_gpu_specs, make_gpu_with_memory
+from slimtune.planning.gpu_specs import GIB, GpuSpec, list_gpu_specs, make_gpu_with_memory, require_gpu_by_name
 from slimtune.planning.this_machine import detect_gpu_or_cpu_spec
 
 TABLE = list(csv.DictReader((files("slimtune.planning") / "gpus.csv").read_text().splitlines()))
@@ -91,12 +91,12 @@ def test_age_of_figures():
     ],
 )
 def test_names_as_people_write_them(name, found):
-    assert find_gpu_by_name(name).name == found
+    assert require_gpu_by_name(name).name == found
 
 
 def test_memory_that_a_chip_does_not_have():
     with pytest.raises(UsageError, match=r"m4-max-48gb.*m4-max-64gb.*m4-max-128gb"):
-        find_gpu_by_name("m4 max 80gb")
+        require_gpu_by_name("m4 max 80gb")
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_memory_that_a_chip_does_not_have():
 )
 def test_nearest_card_has_the_same_numbers(name, nearest):
     with pytest.raises(UsageError) as caught:
-        find_gpu_by_name(name)
+        require_gpu_by_name(name)
     close = f"in the table; did you mean {nearest!r}?" if nearest else "in the table\n"
     assert close in str(caught.value)
 

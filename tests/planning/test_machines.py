@@ -7,29 +7,29 @@ from hand_plan import hand_plan
 
 from slimtune.hardware.machine_choice import (
     count_runs_to_break_even,
-    list_api_prices,
     list_purchase_prices,
+    list_tuning_service_prices,
     make_machine_offer,
     rank_fitting_machines_by_price,
 )
-from slimtune.planning.gpu_specs import find_gpu_by_name
+from slimtune.planning.gpu_specs import require_gpu_by_name
 from slimtune.planning.interval import Interval
 
 
 def machine(name, speed=1000.0, **fields):
-    card = find_gpu_by_name(name)
+    card = require_gpu_by_name(name)
     return make_machine_offer(card, hand_plan("lora", card, tokens_per_second=Interval(speed, speed), **fields),
-                            tokens=3_600_000, dollars_per_kwh=0.5)  # fmt: skip
+                            trained_tokens=3_600_000, dollars_per_kwh=0.5)  # fmt: skip
 
 
 def test_prices_have_a_machine_a_date_and_a_source():
     for purchase in list_purchase_prices():
-        assert find_gpu_by_name(purchase.gpu).name == purchase.gpu
+        assert require_gpu_by_name(purchase.gpu).name == purchase.gpu
         assert datetime.date.fromisoformat(purchase.date) <= datetime.date(2026, 12, 31)
         assert purchase.condition in ("launch", "new", "used")
         assert purchase.source
         assert 100 < purchase.dollars < 20_000
-    assert all(p.source and p.dollars_per_million > 0 for p in list_api_prices())
+    assert all(p.source and p.dollars_per_million > 0 for p in list_tuning_service_prices())
 
 
 def test_a_paid_price_counts_before_that_of_the_launch():
@@ -55,5 +55,5 @@ def test_break_even():
 
 
 def test_serving_only_where_an_8b_fits():
-    assert make_machine_offer(find_gpu_by_name("m1-8gb")).serving is None
+    assert make_machine_offer(require_gpu_by_name("m1-8gb")).serving is None
     assert 80 < machine("rtx-3090").serving.decode.low < machine("rtx-3090").serving.decode.high < 170

@@ -113,20 +113,27 @@ def test_parts():
     trained = sum(p.nbytes for p in parameters)
     frozen = sum(t.nbytes for t in (*model.parameters(), *model.buffers())) - trained
     trace = trace_training_step(job)
-    assert trace.state["adapters"] == trained
-    assert trace.state["optimizer"] == 2 * trained + 4 * len(parameters)  # two moments, and a step per parameter
-    assert frozen <= trace.state["weights"] <= 1.01 * frozen
-    gradients = {phase: parts["gradients"] for phase, parts in trace.phases.items()}
-    assert gradients == {**dict.fromkeys(trace.phases, trained), "evaluation": 0}  # of the first micro-batch
+    assert trace.state_bytes_by_part["adapters"] == trained
+    assert trace.state_bytes_by_part["optimizer"] == 2 * trained + 4 * len(
+        parameters
+    )  # two moments, and a step per parameter
+    assert frozen <= trace.state_bytes_by_part["weights"] <= 1.01 * frozen
+    gradients = {phase: parts["gradients"] for phase, parts in trace.bytes_by_phase_and_part.items()}
+    assert gradients == {
+        **dict.fromkeys(trace.bytes_by_phase_and_part, trained),
+        "evaluation": 0,
+    }  # of the first micro-batch
     one = trace_training_step(make_job("llama", "lora", ((100,), True, 1)))
-    assert one.phases["loss"]["gradients"] == 0
+    assert one.bytes_by_phase_and_part["loss"]["gradients"] == 0
 
 
 def test_backward_only_leaves_out_later_phases():
     job = make_job("llama", "lora")
     whole, short = trace_training_step(job), trace_training_step(job, stop_after_backward=True)
-    assert whole.state == short.state
-    assert short.phases == {p: parts for p, parts in whole.phases.items() if p not in ("optimizer", "evaluation")}
+    assert whole.state_bytes_by_part == short.state_bytes_by_part
+    assert short.bytes_by_phase_and_part == {
+        p: parts for p, parts in whole.bytes_by_phase_and_part.items() if p not in ("optimizer", "evaluation")
+    }
 
 
 @pytest.mark.parametrize("method", ["adalora", "vera", "prompt_tuning"])
@@ -195,7 +202,7 @@ def test_reading_unknown_values_is_an_error(read):
 def test_attention_grows_with_the_square_of_a_row(device, of_one, of_two):
     """Of 512² pairs a GPU computes those that attend, a CPU those of 128 tokens with all up to the last of them."""
     long, short = (
-        trace_training_step(make_job("llama", "lora", (rows, True, 1), device=device)).attention_operations
+        trace_training_step(make_job("llama", "lora", (rows, True, 1), device=device)).attention_flops_by_dtype
         for rows in ((512,), (256, 256))
     )
     heads_times_size, layers = 64, 2

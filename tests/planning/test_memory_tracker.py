@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import _disable_current_modes
 
-from slimtune.core.foundation.device import count_allocations_as_host
+from slimtune.core.foundation.device import counting_allocations_as_host
 from slimtune.planning.memory_tracker import MemoryTracker
 
 KB = 1024  # bytes of 256 numbers in fp32
@@ -70,7 +70,7 @@ def test_blocks_logits_and_phases():
 
 
 def test_host_allocations_count_apart():
-    with MemoryTracker(separate_host=True) as tracker, count_allocations_as_host():
+    with MemoryTracker(separate_host=True) as tracker, counting_allocations_as_host():
         torch.empty(256)
     assert (tracker.host_peak, tracker.peak) == (KB, 0)
 
@@ -108,11 +108,11 @@ def test_gradient_accumulation_is_in_place(use, calls):
 def test_work():
     with MemoryTracker(count_operators=True) as tracker:
         a, b = torch.empty(8, 16), torch.empty(16, 4)
-        tracker.operator_counts.clear()
+        tracker.counts_by_operator_cost.clear()
         for _ in range(2):
             a @ b
         a.t()
-    assert tracker.operator_counts == {(2 * 8 * 16 * 4, 4 * (128 + 64 + 32), torch.float32): 2}
+    assert tracker.counts_by_operator_cost == {(2 * 8 * 16 * 4, 4 * (128 + 64 + 32), torch.float32): 2}
 
 
 @pytest.mark.parametrize(
@@ -127,9 +127,9 @@ def test_fused_attention(tokens, causal, pairs):
     query, key, value = (torch.randn(1, heads, tokens, 8, requires_grad=True) for heads in (4, 2, 2))
     with MemoryTracker(count_operators=True) as tracker:
         out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal)
-        forward = tracker.attention_operations.copy()
+        forward = tracker.attention_flops_by_dtype.copy()
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             torch.ones_like(out), query, key, value, out, logsumexp, 0.0, causal
         )
     assert forward == {torch.float32: 4 * 4 * 8 * pairs}
-    assert tracker.attention_operations == {torch.float32: 14 * 4 * 8 * pairs}
+    assert tracker.attention_flops_by_dtype == {torch.float32: 14 * 4 * 8 * pairs}

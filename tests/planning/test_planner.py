@@ -14,10 +14,10 @@ from slimtune.core.adapters import adapter_files
 from slimtune.core.config import Recipe
 from slimtune.core.data.collator import Collator
 from slimtune.core.data.example_lengths import DatasetRowComposition, measure_example_length
-from slimtune.core.models.base_config import BaseConfig, load_base_config
+from slimtune.core.models.base_config import LoadedBaseConfig, load_base_config
 from slimtune.core.training.train import train
 from slimtune.errors import UsageError
-from slimtune.planning.gpu_specs import GpuSpec, find_gpu_by_name, make_gpu_with_memory
+from slimtune.planning.gpu_specs import GpuSpec, make_gpu_with_memory, require_gpu_by_name
 from slimtune.planning.memory_trace import estimate_sharding_savings_and_uncertainty, make_dummy_examples
 from slimtune.planning.packed_lengths import remove_prefix_sharing, resize_example_rows
 from slimtune.planning.plan_request import PlanRequest, build_plan_request
@@ -30,7 +30,7 @@ from slimtune.planning.planner import (
 )
 from slimtune.planning.this_machine import detect_gpu_or_cpu_spec
 
-TINY = BaseConfig("tiny", "tiny", zoo.llama(layers=4, max_position_embeddings=1 << 20).config, "a test")
+TINY = LoadedBaseConfig("tiny", "tiny", zoo.llama(layers=4, max_position_embeddings=1 << 20).config, "a test")
 ROOMY, SMALL = make_gpu_with_memory("8GiB"), make_gpu_with_memory("2GiB")
 
 
@@ -46,7 +46,7 @@ def plan_tiny(gpu=ROOMY, advise=False, method=None, **fields):
 def test_llama_3_1_8b():
     """LoRA fits 24 GiB, NF4 fits 12 GiB, full fine-tuning with fp32 copies needs 146 GB."""
     request = PlanRequest(
-        load_base_config("llama-3.1-8b"), find_gpu_by_name("rtx-3090"), lora(16), seq_len=2048,
+        load_base_config("llama-3.1-8b"), require_gpu_by_name("rtx-3090"), lora(16), seq_len=2048,
         gradient_accumulation_steps=4, gradient_checkpointing=True,
     )  # fmt: skip
     plan = estimate_resources(request)
@@ -56,7 +56,7 @@ def test_llama_3_1_8b():
     assert full.verdict == "does not fit"
     assert full.allocated_bytes == pytest.approx(146e9, rel=0.005)
     assert "optimizer" in full.reason
-    small = replace(request, gpu=find_gpu_by_name("rtx-3060-12gb"))
+    small = replace(request, gpu=require_gpu_by_name("rtx-3060-12gb"))
     assert estimate_resources(replace(small, quantization="nf4")).verdict == "fits"
     assert estimate_resources(small, advise=False).reason.endswith(
         "the weights alone (15.0 GiB) are more than the card has"
@@ -93,7 +93,9 @@ def test_split_batch():
 
 @pytest.mark.slow
 def test_advice():
-    base = BaseConfig("wide", "wide", zoo.llama(layers=8, hidden_size=512, intermediate_size=2048).config, "a test")
+    base = LoadedBaseConfig(
+        "wide", "wide", zoo.llama(layers=8, hidden_size=512, intermediate_size=2048).config, "a test"
+    )
     request = PlanRequest(base, GpuSpec("small", "memory", "", "", 2 << 30, 2 << 30), lora(), seq_len=8192)
     plan = estimate_resources(request)
     assert plan.verdict != "fits"
@@ -165,7 +167,7 @@ def test_speed_is_of_shared_prefixes_stored_once_and_of_learned_tokens():
 
 @pytest.mark.parametrize(("gpu", "dtype"), [("rtx-3090", "bfloat16"), ("t4", "float32")])
 def test_auto_dtype_follows_the_gpu(gpu, dtype):
-    assert str(PlanRequest(TINY, find_gpu_by_name(gpu), lora()).job().dtype) == f"torch.{dtype}"
+    assert str(PlanRequest(TINY, require_gpu_by_name(gpu), lora()).job().dtype) == f"torch.{dtype}"
 
 
 # --- pairs and ranked lists: a prompt counts once, and every answer does, as in the step that trains -----------------
@@ -236,7 +238,7 @@ LAYER, REST = 2 * 218_112_000, 2 * (2 * 128256 * 4096 + 4096)  # Llama 3.1 8B in
 
 
 def make_request(processes, fsdp):
-    gpu = find_gpu_by_name("rtx-3060-12gb")
+    gpu = require_gpu_by_name("rtx-3060-12gb")
     return PlanRequest(load_base_config("llama-3.1-8b"), gpu, lora(16), processes=processes, fsdp=fsdp)
 
 

@@ -5,7 +5,7 @@ from transformers import AutoConfig
 
 from slimtune.core.config import Recipe
 from slimtune.core.models import base_config
-from slimtune.core.models.base_config import BaseConfig, get_max_positions
+from slimtune.core.models.base_config import LoadedBaseConfig, get_max_positions
 from slimtune.errors import UsageError
 from slimtune.methods.lora import LoraConfig
 from slimtune.planning import memory_trace
@@ -24,7 +24,7 @@ def make_recipe(**data):
 
 @pytest.fixture(autouse=True)
 def tiny_base(monkeypatch):
-    monkeypatch.setattr(request, "load_base_config", lambda *_, **__: BaseConfig("tiny", "tiny", GPT2, ""))
+    monkeypatch.setattr(request, "load_base_config", lambda *_, **__: LoadedBaseConfig("tiny", "tiny", GPT2, ""))
 
 
 def test_names_of_positions():
@@ -57,6 +57,6 @@ def test_no_longer_row_is_traced_or_answered(monkeypatch):
 
     monkeypatch.setattr("slimtune.planning.extrapolation.trace_training_step", record)
     method = LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM")
-    plan = estimate_resources(PlanRequest(BaseConfig("tiny", "tiny", GPT2, ""), ROOMY, method, seq_len=100))
+    plan = estimate_resources(PlanRequest(LoadedBaseConfig("tiny", "tiny", GPT2, ""), ROOMY, method, seq_len=100))
     assert max(traced) == plan.max_seq_len == 512
     assert base_config.get_max_positions(GPT2) == 512

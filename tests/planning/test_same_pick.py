@@ -5,17 +5,17 @@ import torch
 from models_zoo import llama
 
 from slimtune.core.models import dtype as dtypes
-from slimtune.core.models.base_config import BaseConfig
+from slimtune.core.models.base_config import LoadedBaseConfig
 from slimtune.core.models.dtype import pick_device, pick_training_dtype
 from slimtune.errors import UsageError
 from slimtune.methods.lora import LoraConfig
 from slimtune.planning import gpu_specs as gpus
-from slimtune.planning.gpu_specs import GIB, GpuSpec, find_gpu_by_name, list_gpu_specs
+from slimtune.planning.gpu_specs import GIB, GpuSpec, list_gpu_specs, require_gpu_by_name
 from slimtune.planning.plan_request import PlanRequest
 from slimtune.planning.planner import describe_gpu_dtype_and_software_limits, estimate_resources
 from slimtune.planning.this_machine import detect_gpu_or_cpu_spec
 
-BASE = BaseConfig("tiny", "tiny", llama().config, "")
+BASE = LoadedBaseConfig("tiny", "tiny", llama().config, "")
 LORA = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
 CAPABILITY = {"pascal": 6, "volta": 7, "turing": 7, "ampere": 8, "ada": 8, "hopper": 9, "blackwell": 10,
               "blackwell-thor": 11}  # fmt: skip
@@ -31,7 +31,7 @@ def set_machine(monkeypatch, *, cuda=None, bf16=False, mps=False, macos14=True, 
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda *_: macos14)
     monkeypatch.setattr(torch.xpu, "is_available", lambda: xpu)
-    monkeypatch.setattr(dtypes, "read_linux_cpu_flags", lambda: cpu_flags.split())
+    monkeypatch.setattr(dtypes, "read_linux_cpu_flags_or_none", lambda: cpu_flags.split())
 
 
 def trained(device="auto"):
@@ -84,12 +84,12 @@ def test_intel_gpus_do_not_train(monkeypatch):
         != []
     )
     with pytest.raises(UsageError, match=r"arc-b580: .*Intel"):
-        gpus.require_trainable_gpu(find_gpu_by_name("arc-b580"))
+        gpus.require_trainable_gpu(require_gpu_by_name("arc-b580"))
 
 
 def test_float16_is_refused_as_training_refuses_it():
     with pytest.raises(UsageError, match="float16"):
-        PlanRequest(BASE, find_gpu_by_name("t4"), LORA, dtype="float16").job()
+        PlanRequest(BASE, require_gpu_by_name("t4"), LORA, dtype="float16").job()
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_float16_is_refused_as_training_refuses_it():
     ],
 )
 def test_notes_say_what_a_default_costs(gpu, words):
-    request = PlanRequest(BASE, find_gpu_by_name(gpu), LORA)
+    request = PlanRequest(BASE, require_gpu_by_name(gpu), LORA)
     text = " ".join(describe_gpu_dtype_and_software_limits(request, request.job()))
     assert all(word in text for word in words)
     assert bool(text) == bool(words)

@@ -14,7 +14,7 @@ from slimtune.core.foundation.json_results import to_json_dict
 from slimtune.core.models.base_config import load_base_config
 from slimtune.errors import ModelError, UsageError
 from slimtune.extras.known_models import load_known_models_by_alias
-from slimtune.planning.gpu_specs import find_gpu_by_name, make_gpu_with_memory
+from slimtune.planning.gpu_specs import make_gpu_with_memory, require_gpu_by_name
 from slimtune.planning.meta_model import build_adapted_meta_model
 from slimtune.planning.serving_memory import (
     METADATA,
@@ -69,7 +69,7 @@ def model(name="llama-3.1-8b"):
 
 
 def plan(name="llama-3.1-8b", gpu=None, **settings):
-    return estimate_serving_memory(config(name), gpu=find_gpu_by_name(gpu) if gpu else None, **settings)
+    return estimate_serving_memory(config(name), gpu=require_gpu_by_name(gpu) if gpu else None, **settings)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -304,15 +304,15 @@ def test_published_runs():
 
 def test_every_published_run_has_its_source():
     assert all(
-        p["source"] and p["date"] and isinstance(p["seen"], bool) and find_gpu_by_name(p["card"])
+        p["source"] and p["date"] and isinstance(p["seen"], bool) and require_gpu_by_name(p["card"])
         for p in published.POINTS
     )
 
 
 def test_formula_of_the_speed():
-    gpu, fit = find_gpu_by_name("rtx-3090"), DECODING["llama.cpp", "nvidia"]
+    gpu, fit = require_gpu_by_name("rtx-3090"), DECODING["llama.cpp", "nvidia"]
     speed = estimate_decode_and_prefill_speed(gpu, "ollama", **LLAMA_8B)
-    seconds = 4.61e9 / (fit.share * 936e9) + 32 * fit.layer_s
+    seconds = 4.61e9 / (fit.bandwidth_share * 936e9) + 32 * fit.layer_s
     assert (*speed.decode,) == pytest.approx([fit.spread.low / seconds, fit.spread.high / seconds])
     assert speed.decode.low < 111.7 < speed.decode.high  # XiongjieDai, May 2024
     assert speed.prefill.low < 3865 < speed.prefill.high
@@ -321,7 +321,7 @@ def test_formula_of_the_speed():
 def test_requests_decoded_together_share_the_reading_of_the_weights():
     one, eight, many = (
         estimate_decode_and_prefill_speed(
-            find_gpu_by_name("a100-80gb"), "vllm", **LLAMA_8B, concurrent_requests=n
+            require_gpu_by_name("a100-80gb"), "vllm", **LLAMA_8B, concurrent_requests=n
         ).decode.low
         for n in (1, 8, 4000)
     )
@@ -330,4 +330,4 @@ def test_requests_decoded_together_share_the_reading_of_the_weights():
 
 def test_unknown_hardware_has_no_speed():
     assert estimate_decode_and_prefill_speed(make_gpu_with_memory("24GiB"), "ollama", **LLAMA_8B) is None
-    assert estimate_decode_and_prefill_speed(find_gpu_by_name("arc-b580"), "ollama", **LLAMA_8B) is None
+    assert estimate_decode_and_prefill_speed(require_gpu_by_name("arc-b580"), "ollama", **LLAMA_8B) is None

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import slimtune
-from slimtune.core.attention.attention_functions import use_packed_attention
+from slimtune.core.attention.attention_functions import using_packed_attention
 from slimtune.core.training.loss import compute_step_loss, make_collator
 from slimtune.planning.fake_tensors import fake_tensor_mode, replace_meta_with_fake_cpu_tensors
 
@@ -24,7 +24,7 @@ def run_fake_step(name="llama", checkpointing=False, dropout=0.1, collate=None, 
     with fake_tensor_mode():
         replace_meta_with_fake_cpu_tensors(model)
         batch = make_collator(model, 0, **{"packing": True, "share_prefix": True, **(collate or {})})(EXAMPLES)
-        with use_packed_attention(model):
+        with using_packed_attention(model):
             compute_step_loss(model, batch).backward()
     for parameter in model.parameters():
         assert (parameter.grad is not None) == parameter.requires_grad

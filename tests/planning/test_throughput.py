@@ -11,12 +11,12 @@ import torch
 from slimtune.core.foundation.json_results import to_json_dict
 from slimtune.errors import UsageError
 from slimtune.hardware.run_cost import estimate_run_cost, list_rent_prices
-from slimtune.planning.gpu_specs import find_gpu_by_name, make_gpu_with_memory
+from slimtune.planning.gpu_specs import make_gpu_with_memory, require_gpu_by_name
 from slimtune.planning.interval import Interval
 from slimtune.planning.plan_result import TrainingWorkload
 from slimtune.planning.throughput import UTILIZATION, estimate_training_speed
 
-H100, BF16 = find_gpu_by_name("h100-sxm"), torch.bfloat16
+H100, BF16 = require_gpu_by_name("h100-sxm"), torch.bfloat16
 OPERATIONS, MOVED = 2 * 4096**3, 6 * 4096**2
 PRODUCTS = Counter({(OPERATIONS, MOVED, BF16): 10})  # of 4096 × 4096 matrices
 
@@ -66,7 +66,7 @@ def test_optimizer_step_counts_once():
 
 def test_rates_of_the_gpu():
     half = Counter({(OPERATIONS, MOVED, torch.float16): 10})
-    slow, fast = (speed(work, find_gpu_by_name("t4")) for work in (PRODUCTS, half))
+    slow, fast = (speed(work, require_gpu_by_name("t4")) for work in (PRODUCTS, half))
     assert fast.high == pytest.approx(slow.high * 65 / 8.1)  # bf16, which it lacks, runs as float32
     assert speed(PRODUCTS, make_gpu_with_memory("24GiB")) is None
 
@@ -96,7 +96,7 @@ def test_unknown_price_and_power():
 def test_table_of_prices():
     assert len({p.gpu for p in list_rent_prices()}) >= 15
     for price in list_rent_prices():
-        assert find_gpu_by_name(price.gpu).name == price.gpu
+        assert require_gpu_by_name(price.gpu).name == price.gpu
         assert 0.05 < price.dollars_per_hour < 20
         assert price.provider
         assert price.source

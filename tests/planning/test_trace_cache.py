@@ -43,7 +43,7 @@ def test_second_plan_traces_nothing(job, traced, tmp_path):
     elsewhere.name_or_path = "another/folder"
     again = extrapolate_step_trace(replace(job, base_config=elsewhere))
     assert len(traced) == 1
-    assert (again, list(again.operator_counts.items())) == (first, list(first.operator_counts.items()))
+    assert (again, list(again.counts_by_operator_cost.items())) == (first, list(first.counts_by_operator_cost.items()))
     assert extrapolate_merge_cpu_peak(job, 1000) == merge > 0
     assert len(list((tmp_path / "traces").iterdir())) == 2
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from slimtune.core.models.base_config import BaseConfig
+from slimtune.core.models.base_config import LoadedBaseConfig
 from slimtune.errors import ModelError
 from slimtune.methods.lora import LoraConfig
 from slimtune.methods.shira import ShiraConfig
@@ -25,8 +25,9 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 def plan(kind, *, targets="all-linear", seq_len=64, dtype="bfloat16", packing=True, **sizes):
     config = AutoConfig.for_model(kind, **{**SIZES, **sizes})
     method = LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM")
-    request = PlanRequest(BaseConfig("tiny", "tiny", config, ""), make_gpu_with_memory("24GiB"), method, dtype=dtype,
-                          seq_len=seq_len, batch_size=2, packing=packing)  # fmt: skip
+    base = LoadedBaseConfig("tiny", "tiny", config, "")
+    request = PlanRequest(base, make_gpu_with_memory("24GiB"), method, dtype=dtype, seq_len=seq_len,
+                          batch_size=2, packing=packing)  # fmt: skip
     return estimate_resources(request, advise=False)
 
 

@@ -109,7 +109,7 @@ def test_an_error_ends_no_answer_but_its_own(server, monkeypatch, place, kind, a
 
 def test_an_error_of_one_row_in_every_pass_ends_that_row(server, monkeypatch):
     decode, prefill = server.runner.decode, server.runner.prefill
-    names = {model.adapter for model in server.models if model.name == "says-b"}
+    names = {model.adapter_or_base for model in server.models if model.name == "says-b"}
     monkeypatch.setattr(server.runner, "decode", lambda batch: _fail_for(names, batch.rows) or decode(batch))
     monkeypatch.setattr(
         server.runner, "prefill",
@@ -121,7 +121,7 @@ def test_an_error_of_one_row_in_every_pass_ends_that_row(server, monkeypatch):
 
 
 def _fail_for(names, rows):
-    if any(row.adapter in names for row in rows):
+    if any(row.adapter_or_base in names for row in rows):
         raise RuntimeError("injected")
 
 

@@ -14,7 +14,7 @@ import pytest
 from serving_client import make_client, send
 from waiting import wait_until
 
-from slimtune.generation import step_watchdog
+from slimtune.generation import step_hang_detector
 from slimtune.generation.answer_queue import GeneratedAnswer, SamplingParams
 from slimtune.generation.generation_models import GenerationModel
 from slimtune.generation.json_client import JsonClient
@@ -26,8 +26,8 @@ ASK = {"model": "sailor", "prompt": "abc", "max_tokens": 4}
 
 @pytest.fixture(autouse=True)
 def short_limits(monkeypatch):
-    monkeypatch.setattr(step_watchdog, "MIN_HANG_SECONDS", 0.3)
-    monkeypatch.setattr(step_watchdog, "HANG_FACTOR", 0)
+    monkeypatch.setattr(step_hang_detector, "MIN_HANG_SECONDS", 0.3)
+    monkeypatch.setattr(step_hang_detector, "HANG_FACTOR", 0)
 
 
 @pytest.fixture(scope="module")

@@ -93,7 +93,7 @@ def test_log_probabilities_are_the_adapters(server, adapters):
     settings = {"messages": ASK, "temperature": 0, "max_tokens": 12, "logprobs": True, "top_logprobs": 2}
     answer = make_client(server).chat.completions.create(model="says-a", **settings)
     generator = RunAnswers(load_run(adapters[0], dtype="float32"))
-    ids = generator.ask(ASK, max_new_tokens=12).prompt
+    ids = generator.ask(ASK, max_new_tokens=12).prompt_ids
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(ids), 12)
     assert len(answer.choices[0].logprobs.content) == 12
     for entry in answer.choices[0].logprobs.content:

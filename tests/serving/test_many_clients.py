@@ -51,7 +51,9 @@ def test_no_client_ever_gets_another_adapter(server):
 def test_requests_for_different_adapters_share_a_batch(server, monkeypatch):
     seen, decode = [], server.runner.decode
     monkeypatch.setattr(
-        server.runner, "decode", lambda batch: (seen.append({row.adapter for row in batch.rows}), decode(batch))[1]
+        server.runner,
+        "decode",
+        lambda batch: (seen.append({row.adapter_or_base for row in batch.rows}), decode(batch))[1],
     )
     client = make_client(server)
     settings = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 60}

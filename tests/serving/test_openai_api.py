@@ -82,7 +82,7 @@ def test_stream_equals_whole_answer(ask):
 
 def test_logprobs_equal_the_adapters(ask, generator):
     choice = ask(logprobs=True, top_logprobs=3, max_tokens=6).choices[0]
-    ids = generator.ask(ASK, max_new_tokens=6).prompt
+    ids = generator.ask(ASK, max_new_tokens=6).prompt_ids
     with torch.no_grad():
         for entry in choice.logprobs.content:
             expected = generator.model(torch.tensor([ids]), use_cache=False).logits[0, -1].log_softmax(-1)

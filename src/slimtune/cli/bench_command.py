@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from typer import Option
 
 from ..errors import UsageError
-from .common import Json, make_console, print_fields, show_progress
+from .common import Json, make_console, print_fields, showing_progress
 
 
 def bench_machine(
@@ -41,7 +41,7 @@ def bench_machine(
     else:
         from ..hardware.speed_benchmark import measure_machine
 
-        with show_progress():
+        with showing_progress():
             found = measure_machine(device or "auto")
         overwrite_machine_measurement(found)
     file, row = get_measurement_path(), make_gpus_csv_row_dict(found)

@@ -69,14 +69,16 @@ def choose_machine(
     found, planned = estimate_run_by_gpu_and_class(jobs, gpus, use_smallest_of_group=False)
     offers = [
         make_machine_offer(
-            f.gpu, f.estimate, tokens=count, speed=f.speed, verdict=f.verdict, dollars_per_kwh=kwh_price or None
+            f.gpu, f.estimate, trained_tokens=count, speed=f.speed, verdict=f.verdict, dollars_per_kwh=kwh_price or None
         )
         for f in found
     ]
     here = load_this_machine_measured_gpu()
     mine = None
     if here is not None:
-        mine = make_machine_offer(here, estimate_runs_collecting_errors(jobs, here, advise=False)[0][0], tokens=count)
+        mine = make_machine_offer(
+            here, estimate_runs_collecting_errors(jobs, here, advise=False)[0][0], trained_tokens=count
+        )
     owned = [offer for offer in offers if offer.kind in kinds]
     rented = [offer for offer in offers if list_rent_prices(offer.gpu)] if "rent" in kinds else []
     picks = {
@@ -88,7 +90,9 @@ def choose_machine(
         (recipe,) = jobs.recipes.values()
         vendors = () if recipe.model.quantization is None else UNPROVEN_VENDORS
         names = {g.name: g.name + (MARK if g.vendor in vendors else "") for g in gpus}
-        screen.print(f"{jobs.model.name} with {recipe.method.name}, {format_count(count)} tokens, one row at a time")
+        screen.print(
+            f"{jobs.base_config.name} with {recipe.method.name}, {format_count(count)} tokens, one row at a time"
+        )
         if mine is not None and here is not None and here.measured is not None:
             time = f", {format_hours_range(mine.cost.hours)}" if mine.cost is not None else ""
             screen.print(f"here: {mine.verdict}{time} ({here.measured.evidence})")
@@ -108,7 +112,7 @@ def choose_machine(
             screen.print(f"{MARK.strip()} Whether bitsandbytes quantizes on AMD cards and Macs is not known to a plan.")
         _print_sources([*picks["buy"][:SHOWN], *picks["rent"][:SHOWN]], sources=sources)
     result = ChooseResult(
-        model=jobs.model.name,
+        model=jobs.base_config.name,
         tokens=count,
         here=mine,
         need_bytes={estimate.gpu: estimate.need_bytes for estimate in planned.values()},
@@ -168,17 +172,22 @@ def cost_of_training_run(
 ) -> Any:
     """Compare what a run costs: bought machine, rented machine, a service that fine-tunes."""
     from ..hardware.hardware_results import MILLION, CostResult, PurchaseCost, RentalProviderCost, TuningServiceCost
-    from ..hardware.machine_choice import WHOLE_MACHINES, count_runs_to_break_even, list_api_prices, make_machine_offer
+    from ..hardware.machine_choice import (
+        WHOLE_MACHINES,
+        count_runs_to_break_even,
+        list_tuning_service_prices,
+        make_machine_offer,
+    )
     from ..hardware.run_cost import format_hours_range, list_rent_prices
-    from ..planning.gpu_specs import find_gpu_by_name, format_date_with_age_note, require_trainable_gpu
+    from ..planning.gpu_specs import format_date_with_age_note, require_gpu_by_name, require_trainable_gpu
     from ..planning.interval import Interval
 
-    spec = find_gpu_by_name(gpu)
+    spec = require_gpu_by_name(gpu)
     require_trainable_gpu(spec)
     jobs = load_run_to_plan(job, settings)
     estimate = estimate_runs_collecting_errors(jobs, spec, advise=False)[0][0]
     count = tokens or jobs.tokens or MILLION
-    machine = make_machine_offer(spec, estimate, tokens=count, dollars_per_kwh=kwh_price or None)
+    machine = make_machine_offer(spec, estimate, trained_tokens=count, dollars_per_kwh=kwh_price or None)
     if machine.cost is None:
         why = estimate.reason if estimate.verdict == "does not fit" else "its speed is not known"
         raise UsageError(f"the run has no cost on {spec.name}: {why}", "a run that fits", f"slimtune choose {job}")
@@ -191,13 +200,13 @@ def cost_of_training_run(
     billions = estimate.total_params / 1e9
     services = [
         TuningServiceCost(p, p.dollars_per_million * count / MILLION)
-        for p in list_api_prices()
+        for p in list_tuning_service_prices()
         if p.max_billions is None or billions <= p.max_billions
     ]
     cheapest = min((r.run for r in rents), key=lambda amount: amount.high, default=None)
     even = count_runs_to_break_even(dollars, cheapest, power) if dollars and cheapest else None
     result = CostResult(
-        model=jobs.model.name,
+        model=jobs.base_config.name,
         tokens=count,
         machine=machine,
         buy=PurchaseCost(dollars, power),
@@ -208,7 +217,7 @@ def cost_of_training_run(
     )
     if not as_json:
         screen = make_console()
-        where = f"{jobs.model.name} with {estimate.method} on {spec.name}, {format_count(count)} tokens"
+        where = f"{jobs.base_config.name} with {estimate.method} on {spec.name}, {format_count(count)} tokens"
         screen.print(f"{where}: {format_hours_range(hours)}\n")
         screen.print(_cost_table(result, kwh_price))
         screen.print(f"\n{_explain_break_even(result)}")

@@ -11,9 +11,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from ..core.foundation.remote_code import allow_remote_code
+from ..core.foundation.remote_code import allowing_remote_code
 from ..errors import UsageError
-from ..extras.accepted_changes import accept_changes, split_parts
+from ..extras.accepted_changes import accept_changes, parse_accepted_parts
 
 TYPE_WORDS = {
     **dict.fromkeys(("int", "int range"), "INTEGER"), **dict.fromkeys(("float", "float range"), "NUMBER"),
@@ -100,7 +100,7 @@ def add_flags_of_loaded_runs(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(command)
     def run(trust_remote_code: bool = False, accept_changed: str | None = None, **given: Any) -> Any:
-        with allow_remote_code(trust_remote_code), accept_changes(split_parts(accept_changed)):
+        with allowing_remote_code(trust_remote_code), accept_changes(parse_accepted_parts(accept_changed)):
             return command(**given)
 
     keyword = inspect.Parameter.KEYWORD_ONLY

@@ -32,7 +32,7 @@ from typer.core import TyperGroup
 
 from ..core.foundation.files import convert_os_error, to_json
 from ..core.foundation.formatting import escape_control_characters
-from ..core.foundation.progress_bars import display_progress
+from ..core.foundation.progress_bars import displaying_progress
 from ..diagnostics.knowledge import infer_error_code
 from ..errors import RunError, SlimtuneError, UsageError, exception_chain, format_install_command, is_out_of_memory
 
@@ -251,10 +251,10 @@ def print_progress(text: str) -> None:
 
 
 @contextlib.contextmanager
-def show_progress() -> Iterator[None]:
+def showing_progress() -> Iterator[None]:
     """Show the progress of the work inside: a bar on a terminal, a line every ten seconds in a pipe or a log file."""
     if not sys.stderr.isatty():
-        with display_progress(PeriodicProgressPrinter()):
+        with displaying_progress(PeriodicProgressPrinter()):
             yield
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -272,7 +272,7 @@ def show_progress() -> Iterator[None]:
                 bars.reset(task, description=what, total=total)
             bars.update(task, completed=done)
 
-        with display_progress(display):
+        with displaying_progress(display):
             yield
 
 

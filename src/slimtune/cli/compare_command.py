@@ -93,8 +93,8 @@ def compare_methods(
         print_progress(f"the recipe's learning rate, {rate}, is not used: {reason}")
     folder = out if out is not None else Path(f"{tree['output_dir']}-compare")
     grid = build_comparison_grid(
-        tree, candidates, output_dir=folder.expanduser(), seeds=seeds, tokens=tokens, trials=trials if tune else 0,
-        allow_faulty_rows=force, at_once=at_once,
+        tree, candidates, output_dir=folder.expanduser(), seed_count=seeds, tokens_per_run=tokens,
+        trials=trials if tune else 0, allow_faulty_rows=force, at_once=at_once,
     )  # fmt: skip
     result = comparison.run_comparison(grid, print_progress, plot=plot, executor_spec=place)
     if not as_json:
@@ -115,14 +115,14 @@ def _load_checked_tree(path: Path, overrides: dict[str, Any]) -> "RecipeTree":
 def _print_comparison(result: "CompareResult") -> None:
     from ..experiments.comparison_report import (
         describe_comparison_setup,
-        format_terminal_row,
         list_comparison_headings,
         list_comparison_notes,
+        make_terminal_row_cells,
     )
 
     screen = make_console()
     screen.print(describe_comparison_setup(result))
-    rows = map(format_terminal_row, result.methods)
+    rows = map(make_terminal_row_cells, result.methods)
     columns = list_comparison_headings(result.methods, terminal=True)
     methods = make_table(*columns, text_column_indices=[len(columns) - 1], rows=rows)
     methods.padding = (0, 1, 0, 0)
@@ -192,13 +192,13 @@ def _print_search(result: "TuneResult") -> None:
     from ..experiments.tuning import (
         describe_best_trial_and_caveats,
         describe_search_setup,
-        format_trial_rows,
         list_trial_table_headings,
+        make_trial_table_rows,
     )
 
     screen = make_console()
     screen.print(describe_search_setup(result))
-    rows = format_trial_rows(result)
+    rows = make_trial_table_rows(result)
     losses = [math.inf if t.loss is None else t.loss for t in result.trials]
     by_loss = [rows[i] for i in sorted(range(len(rows)), key=losses.__getitem__)]
     screen.print(make_table(*list_trial_table_headings(result), rows=by_loss[:SHOWN]))

@@ -94,7 +94,7 @@ def data_report(
         on_overlong=data.on_overlong,
         rows_per_step=train.rows_per_step,
         validation=data.validation,
-        sample_rows=show,
+        shown_row_count=show,
     )
     if html is not None:
         from ..core.foundation.json_results import to_json_dict

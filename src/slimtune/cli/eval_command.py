@@ -20,7 +20,7 @@ from .common import (
     make_console,
     make_error_console,
     make_table,
-    show_progress,
+    showing_progress,
 )
 from .input_checks import require_row_files_exist, require_run_and_base_exist
 
@@ -68,7 +68,7 @@ def eval_run(
     Loss, perplexity and token accuracy, paired by row, with bootstrap 95 % intervals; then answers and tasks.
     """
     require_run_and_base_exist(run)
-    require_row_files_exist(data, format_from_run=run)
+    require_row_files_exist(data, run_giving_format=run)
     from ..evaluation.evaluate import EvalSettings, evaluate
     from ..evaluation.general_text import BUILT_IN_TEXT
 
@@ -87,7 +87,7 @@ def eval_run(
         tasks_path=tasks_path,
         device=device,
     )
-    with show_progress():
+    with showing_progress():
         result = evaluate(run, settings)
     if not as_json:
         screen = make_console()

@@ -23,7 +23,7 @@ from .common import (
     make_error_console,
     make_table,
     print_progress,
-    show_progress,
+    showing_progress,
 )
 from .input_checks import require_row_files_exist, require_run_and_base_exist
 
@@ -122,7 +122,7 @@ def export_run(
     from ..export.exporter import export
 
     checks: dict[str, Any] = {"verify": not no_verify, "require_proof": require_proof, "threads": threads}
-    with show_progress():
+    with showing_progress():
         result = export(run, to, out, options, **checks, log=print_progress)
     if not as_json:
         screen = make_console()
@@ -151,7 +151,7 @@ def verify_run(
     manifest = read_export_manifest(path)
     if manifest is None:
         require_run_and_base_exist(path)
-    require_row_files_exist(data, format_from_run=path if manifest is None else manifest.run)
+    require_row_files_exist(data, run_giving_format=path if manifest is None else manifest.run)
     from ..export.verify import verify
 
     if manifest is None:
@@ -159,8 +159,8 @@ def verify_run(
             f"exporting {path} three ways into a temporary folder, and comparing each with the trained adapter: this "
             "takes minutes even for a small base. `slimtune verify FOLDER` checks only the export in FOLDER."
         )
-    with show_progress():
-        result = verify(path, rows=data, vllm=vllm, vllm_model=vllm_model, threads=threads, log=print_progress)
+    with showing_progress():
+        result = verify(path, rows_file=data, vllm=vllm, vllm_model=vllm_model, threads=threads, log=print_progress)
     if not as_json:
         print_engine_agreement(result.checks)
         for check in result.checks:
@@ -203,7 +203,7 @@ def merge_run(
     require_run_and_base_exist(run)
     from ..export.merge import merge
 
-    with show_progress():
+    with showing_progress():
         result = merge(run, out, dtype=dtype)
     if not as_json:
         for line in result.lines():
@@ -241,7 +241,7 @@ def push_run(
     from ..export.push_to_hub import push
 
     result = push(
-        run, repo_id, keep_card=keep_card, dry_run=dry_run, revision=revision, message=message, base=base,
+        run, repo_id, keep_card=keep_card, dry_run=dry_run, revision=revision, message=message, base_hub_id=base,
         private=private or None,
     )  # fmt: skip
     if not as_json:

@@ -20,7 +20,7 @@ from ..core.foundation.formatting import escape_control_characters
 from ..core.foundation.json_results import INLINE, OMIT_NONE
 from ..errors import DataError, UsageError, suggest
 from .column_flags import parse_column_flags
-from .common import Device, Json, Run, make_console, make_error_console, make_table, show_progress
+from .common import Device, Json, Run, make_console, make_error_console, make_table, showing_progress
 from .input_checks import require_row_files_exist, require_run_and_base_exist
 
 MaxNewTokens = Annotated[int, Option(min=1, help="Longest answer, in tokens.")]
@@ -158,18 +158,18 @@ def predict_rows(
         TextPrediction,
         TextPredictions,
         parse_row_to_classify_or_error,
-        predict,
+        predict_classes_or_rewards,
         predict_file,
         predict_records,
     )
 
     if data is not None and out is None:
-        with show_progress():
+        with showing_progress():
             records = predict_records(run, data, columns=columns, device=device)
         sys.stdout.write("".join(to_json(record) + "\n" for record in records))
         return None
     if data is not None and out is not None:
-        with show_progress():
+        with showing_progress():
             result = predict_file(run, data, out, columns=columns, device=device)
         if not as_json:
             rows = [(name, str(count)) for name, count in (result.classes or {}).items()]
@@ -183,7 +183,7 @@ def predict_rows(
         if isinstance(row, InvalidRow):
             raise DataError(f"the text {row.cause}", "a text")
         rows_to_classify.append(row)
-    found = predict(load_run(run, device=device), rows_to_classify)
+    found = predict_classes_or_rewards(load_run(run, device=device), rows_to_classify)
     predicted = [PredictedText(text, prediction) for text, prediction in zip(texts or (), found, strict=True)]
     for each in predicted if not as_json else ():
         shares = each.prediction.probabilities or {"reward": float(each.prediction.reward or 0)}

@@ -51,14 +51,14 @@ def gpus_table(
     if job is None and settings:
         raise UsageError(f"{next(iter(settings))} describes a run", "a run to plan", "--for MODEL or --for RECIPE.yaml")
     from ..hardware.hardware_results import GpusResult
-    from ..planning.gpu_specs import find_gpu_by_name, list_gpu_specs, load_this_machine_measured_gpu
+    from ..planning.gpu_specs import list_gpu_specs, load_this_machine_measured_gpu, require_gpu_by_name
 
     if names:
         if kind is not None:
             raise UsageError(f"{names[0]!r} and --kind are both given", "one of them")
         if len(names) > MOST:
             raise UsageError(f"{len(names)} GPUs to compare", f"{MOST} at most")
-        found = [find_gpu_by_name(name) for name in names]
+        found = [require_gpu_by_name(name) for name in names]
         if len(found) == 1 and job is None:
             if not as_json:
                 from ..hardware.machine_choice import list_gpu_figures
@@ -133,7 +133,7 @@ def _list_suited(gpus: Sequence[GpuSpec], jobs: RunsToPlan, *, sources: bool, as
             print_fields([base, *((j.gpu.name, j.gpu.format_source()) for j in fitting)])
             print_fields((name, text) for name, text in evidence.items() if name != "model")
     return GpuVerdictsResult(
-        model=jobs.model.name,
+        model=jobs.base_config.name,
         smallest=enough.name if enough is not None else None,
         plans=list(planned.values()),
         cards=[GpuWithVerdict(j.gpu.facts(), j.verdict, j.estimate.need_bytes) for j in judged],
@@ -157,10 +157,10 @@ def _compare(
     estimates: list[Any] = [None] * len(gpus)
     if job is not None:
         jobs = load_run_to_plan(job, settings, SEVERAL)
-        tokens, model = jobs.tokens or MILLION, jobs.model.name
+        tokens, model = jobs.tokens or MILLION, jobs.base_config.name
         estimates = [estimate_runs_collecting_errors(jobs, g, advise=False)[0][0] if g.trains else None for g in gpus]
     offers = [
-        make_machine_offer(g, estimate, tokens=tokens, dollars_per_kwh=kwh_price or None)
+        make_machine_offer(g, estimate, trained_tokens=tokens, dollars_per_kwh=kwh_price or None)
         for g, estimate in zip(gpus, estimates, strict=True)
     ]
     if not as_json:

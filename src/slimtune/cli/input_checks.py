@@ -57,14 +57,14 @@ def require_run_and_base_exist(path: Path) -> None:
 
 
 def require_row_files_exist(
-    path: str | Path | None, format: str | None = None, *, format_from_run: Path | None = None
+    path: str | Path | None, format: str | None = None, *, run_giving_format: Path | None = None
 ) -> None:
     """Raise unless a file or folder of rows exists, if one is given; for a run also unless it can learn from them."""
     from ..core.training.run_dir import RunDir
     from ..extras.row_files import list_dataset_file_names_with_readers
 
     if path is not None:
-        run = RunDir(format_from_run) if format_from_run is not None else None
+        run = RunDir(run_giving_format) if run_giving_format is not None else None
         recipe = run.load_recipe() if run is not None and run.recipe_file.is_file() else None
         list_dataset_file_names_with_readers(Path(path), format if recipe is None else recipe.data.format)
         if recipe is not None:

@@ -124,9 +124,9 @@ def methods_table(
     as_json: Json = False,
 ) -> MethodsResult:
     """List the methods, or show the fields of one."""
-    from ..core.adapters.method_registry import get_method_config_class, list_methods, resolve_method_name
+    from ..core.adapters.method_registry import get_method_config_class, list_methods, require_known_method_name
 
-    names = [resolve_method_name(name)] if name is not None else list_methods()
+    names = [require_known_method_name(name)] if name is not None else list_methods()
     if model is not None:
         require_base_exists(model, need_weights=False)
 

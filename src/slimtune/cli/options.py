@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..core.foundation.remote_code import allow_remote_code
+from ..core.foundation.remote_code import allowing_remote_code
 from .column_flags import parse_column_flags
 from .command_help import CommandWithOptionGroups, refuse_repeated_flags
 
@@ -49,7 +49,7 @@ def add_recipe_flags(*paths: str) -> Callable[[Callable[..., Any]], Callable[...
         def run(**given: Any) -> Any:
             flags = {name: given.pop(name) for name in list(given) if name not in signature.parameters}
             settings = _read_settings(flags, paths)
-            with allow_remote_code(settings.get("model.trust_remote_code") is True):
+            with allowing_remote_code(settings.get("model.trust_remote_code") is True):
                 return command(settings=settings, **given)
 
         def build_command(name: str, epilog: str | None) -> Any:
@@ -123,10 +123,10 @@ def _iterate_options(paths: Collection[str]) -> Iterator[tuple[str, Any]]:
 
 def _read_settings(given: Mapping[str, Any], paths: Collection[str]) -> dict[str, Any]:
     """Return the values that were given, by dotted path."""
-    from ..core.config.recipe_loading import parse_override
+    from ..core.config.recipe_loading import parse_override_path_and_value
     from ..core.foundation.strict_yaml import parse_yaml
 
-    overrides = [parse_override(text) for text in given["set_"] or []]
+    overrides = [parse_override_path_and_value(text) for text in given["set_"] or []]
     refuse_repeated_flags(f"--set {path}" for path, _ in overrides)
     values: dict[str, Any] = {}
     for setting in _list_flags(paths):

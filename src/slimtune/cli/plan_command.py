@@ -46,7 +46,7 @@ def plan_run(
         Path | None, Option(metavar="RECIPE.yaml", help="Write the run as a recipe; needs --data.")
     ] = None,
     plot: Annotated[Path | None, Option(metavar="FILE", help="Draw the bars as .svg or .png.")] = None,
-    serve: Annotated[bool, Option("--serve", help="Also plan serving the tuned model on the GPU.")] = False,
+    also_serve: Annotated[bool, Option("--serve", help="Also plan serving the tuned model on the GPU.")] = False,
     engine: Annotated[str | None, Option(help="With --serve: llama.cpp, ollama or vllm.")] = None,
     precision: Annotated[
         str | None, Option(help="With --serve: precision of the served weights, such as bf16 or q4_k_m.")
@@ -64,7 +64,7 @@ def plan_run(
     """
     given = {"engine": engine, "precision": precision, "context": context}
     serving: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    if serving and not serve:
+    if serving and not also_serve:
         raise UsageError(f"--{next(iter(serving))} describes how the tuned model is served", hint="add --serve")
     if price == 0:
         raise UsageError("--price is 0", "dollars an hour, above 0", "leave it out to use published prices")
@@ -78,14 +78,14 @@ def plan_run(
         raise UsageError(f"--device and {other} are both given", "one of them: --device is one of this machine's")
     from ..evaluation.charts import require_figure_path
     from ..planning.gpu_specs import (
-        find_gpu_by_name,
         format_date_with_age_note,
         is_date_outdated,
         make_gpu_with_memory,
+        require_gpu_by_name,
         require_trainable_gpu,
     )
 
-    spec = find_gpu_by_name(gpu) if gpu is not None else make_gpu_with_memory(vram) if vram is not None else None
+    spec = require_gpu_by_name(gpu) if gpu is not None else make_gpu_with_memory(vram) if vram is not None else None
     if plot is not None:
         plot = require_figure_path(plot)
     jobs = load_runs_to_plan(job, settings, output_dir=f"runs/{write.stem if write is not None else 'planned'}")
@@ -105,7 +105,7 @@ def plan_run(
     require_trainable_gpu(spec)
     if write is not None:
         _require_writable(write, jobs)
-    served = estimate_serving_memory(jobs.model.config, gpu=spec, **serving) if serve else None
+    served = estimate_serving_memory(jobs.base_config.config, gpu=spec, **serving) if also_serve else None
 
     estimates, errors = estimate_runs_collecting_errors(jobs, spec, processes=processes)
     runs = [
@@ -116,7 +116,7 @@ def plan_run(
     if write is not None:
         (recipe,) = jobs.recipes.values()
         # A plan knows names of bases that have no weights here: the recipe says where the weights are.
-        model = replace(recipe.model, name=jobs.model.spec)
+        model = replace(recipe.model, name=jobs.base_config.spec)
         note = f"# {_verdict_text(estimates[0])}: {estimates[0].reason}\n"
         write_atomic(write, note + replace(recipe, model=model).to_yaml())
     if plot is not None:
@@ -208,13 +208,11 @@ def _render_answer(run: PlannedRun) -> Iterator[Any]:
 
 def _list_sources(estimate: ResourceEstimate, gpu: GpuSpec) -> Iterator[tuple[str, str]]:
     """Yield what each figure is from: the base, the GPU, the prices, and the kinds of evidence."""
-    from ..hardware.machine_choice import list_gpu_purchase_and_rent_prices
+    from ..hardware.machine_choice import list_gpu_price_and_rent_texts
 
     yield "base", estimate.evidence.get("model", "")
     yield gpu.name, gpu.format_source()
-    yield from (
-        (amount, source) for kind, amount, source in list_gpu_purchase_and_rent_prices(gpu.name) if kind == "rent"
-    )
+    yield from ((amount, source) for kind, amount, source in list_gpu_price_and_rent_texts(gpu.name) if kind == "rent")
     yield from ((name, text) for name, text in estimate.evidence.items() if name != "model")
 
 

@@ -22,7 +22,7 @@ from .row_checks import require_valid_first_rows
 if TYPE_CHECKING:
     from ..core.config import Recipe
     from ..core.data.example_lengths import DatasetRowComposition, ExampleLength
-    from ..core.models.base_config import BaseConfig
+    from ..core.models.base_config import LoadedBaseConfig
     from ..planning.gpu_specs import GpuSpec
     from ..planning.interval import Interval
     from ..planning.plan_result import MemoryVerdict, ResourceEstimate
@@ -54,9 +54,9 @@ class RunsToPlan:
 
     recipes: dict[str, Recipe]  # by the method's name
     errors: dict[str, SlimtuneError]  # why there is no recipe, by the method's name
-    model: BaseConfig
+    base_config: LoadedBaseConfig
     has_rows: bool  # whether training rows were given
-    lengths: list[ExampleLength]  # of every training example; empty if no rows were read
+    example_lengths: list[ExampleLength]  # of every training example; empty if no rows were read
     row_composition: DatasetRowComposition  # of the training examples, if rows were read
     tokens: int | None  # of a whole run; None if no rows were read
 
@@ -66,9 +66,9 @@ class RunsToPlan:
         from ..core.training.default_learning_rate import fill_in_learning_rate
 
         recipe = self.recipes[method]
-        if recipe.train.learning_rate == "auto" and not self.lengths:
+        if recipe.train.learning_rate == "auto" and not self.example_lengths:
             return None
-        filled = fill_in_learning_rate(recipe, len(self.lengths), get_hidden_size(self.model.config))
+        filled = fill_in_learning_rate(recipe, len(self.example_lengths), get_hidden_size(self.base_config.config))
         return float(filled.train.learning_rate)
 
 
@@ -159,13 +159,13 @@ def _load_recipes(
 
 def _list_methods(text: Any) -> list[str]:
     """Return the methods that a text names, "lora,ia3" or "all"; they exist."""
-    from ..core.adapters.method_registry import list_methods, resolve_method_name
+    from ..core.adapters.method_registry import list_methods, require_known_method_name
 
     named = [part.strip().lower() for part in str(text).split(",") if part.strip()]
     if not named:
         raise UsageError("--method names none", "methods as lora,ia3, or all")
     expanded = (name for part in named for name in (list_methods() if part == "all" else (part,)))
-    return list(dict.fromkeys(map(resolve_method_name, expanded)))
+    return list(dict.fromkeys(map(require_known_method_name, expanded)))
 
 
 def estimate_runs_collecting_errors(
@@ -181,8 +181,8 @@ def estimate_runs_collecting_errors(
     estimates: list[ResourceEstimate] = []
     errors = dict(jobs.errors)
     for method, recipe in jobs.recipes.items():
-        request = build_plan_request(recipe, gpu, jobs.lengths, processes, jobs.row_composition)
-        print_progress(f"planning {jobs.model.name}, {method}, on {gpu.name}")
+        request = build_plan_request(recipe, gpu, jobs.example_lengths, processes, jobs.row_composition)
+        print_progress(f"planning {jobs.base_config.name}, {method}, on {gpu.name}")
         try:
             estimates.append(estimate_resources(request, advise=advise and len(jobs.recipes) == 1))
         except SlimtuneError as e:
@@ -192,7 +192,7 @@ def estimate_runs_collecting_errors(
     return estimates, errors
 
 
-def _read_lengths(recipe: Recipe, model: BaseConfig) -> tuple[list[ExampleLength], DatasetRowComposition]:
+def _read_lengths(recipe: Recipe, model: LoadedBaseConfig) -> tuple[list[ExampleLength], DatasetRowComposition]:
     """Return the lengths and the content of the training examples.
 
     There are none if the tokenizer is not on this disk: nothing is downloaded.

@@ -22,7 +22,7 @@ from .common import (
     make_error_console,
     print_progress,
     require_installed_packages,
-    show_progress,
+    showing_progress,
 )
 from .export_command import print_engine_agreement
 from .input_checks import require_run_and_base_exist
@@ -89,7 +89,7 @@ def serve_runs(
         host=host, port=port, api_key=api_key, device=device, max_batch=max_batch, max_waiting=max_waiting,
         max_length=max_length, timeout=timeout, engine=served, precision=precision, verify=not no_verify,
     )  # fmt: skip
-    with show_progress():
+    with showing_progress():
         server = ModelServer(runs, settings, print_progress)
     screen = make_console(stderr=as_json)
     if server.checks and not as_json:

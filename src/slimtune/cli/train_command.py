@@ -11,7 +11,7 @@ from typer import Exit, Option
 
 from ..core.foundation.formatting import format_bytes, format_count, format_duration
 from ..errors import ModelError, RunError, UsageError
-from ..extras.accepted_changes import split_parts
+from ..extras.accepted_changes import parse_accepted_parts
 from .common import WARNING, Json, make_console, make_error_console, print_fields, print_progress
 from .input_checks import list_missing_base_and_data_errors
 from .options import add_recipe_flags
@@ -56,7 +56,7 @@ def train_run(
     if resume and init_adapter is not None:
         expected = "--resume continues the run in --out, --init-adapter starts a new run from an adapter"
         raise UsageError("--resume and --init-adapter are both given", f"one of them: {expected}")
-    accepted = split_parts(accept_changed)
+    accepted = parse_accepted_parts(accept_changed)
     if accepted and not (resume or init_adapter is not None):
         raise UsageError("--accept-changed has no effect without --resume or --init-adapter", hint="leave it out")
     if os.environ.get("RANK", "0") != "0":  # with several processes only the first one reports
@@ -67,7 +67,7 @@ def train_run(
         disable_progress_bar()
     from ..core.config import load_recipe
     from ..core.training.run_dir import RunDir, find_adapter_folder
-    from ..planning.gpu_specs import find_gpu_by_name
+    from ..planning.gpu_specs import require_gpu_by_name
 
     recipe = find_recipe_file(job)
     if job is not None and recipe is None:
@@ -82,7 +82,7 @@ def train_run(
     if init_adapter is not None:
         find_adapter_folder(init_adapter)
     if gpu is not None:
-        find_gpu_by_name(gpu)
+        require_gpu_by_name(gpu)
     if not resume:
         RunDir.require_free(loaded.output_dir)  # before the base is loaded
     require_valid_first_rows(loaded.data, loaded.objective())

@@ -15,7 +15,7 @@ from ..errors import format_names, suggest
 from ..methods.ia3.ia3_config import SCALED
 from . import tuner_layers as peft_layers
 from . import tuner_models as tuner
-from .public_names import format_targets_name, map_peft_stems_by_method
+from .public_names import format_targets_name, map_peft_class_prefixes_by_method
 from .tuner_models import inject_adapter_in_model
 
 __all__ = [
@@ -45,7 +45,9 @@ def _get_default_targets(method: str) -> dict[str, list[str]]:
     return {name: list(modules) for name, modules in targets.items() if name is not None}
 
 
-TARGETS = {format_targets_name(m): targets for m in map_peft_stems_by_method() if (targets := _get_default_targets(m))}
+TARGETS = {
+    format_targets_name(m): targets for m in map_peft_class_prefixes_by_method() if (targets := _get_default_targets(m))
+}
 """Default targets of each method by `model_type`: `TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING`, …"""
 globals().update(TARGETS)
 TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING = {k: list(names) for k, (_, names) in SCALED.items()}

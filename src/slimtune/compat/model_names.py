@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..core.adapters.peft_model import PeftModel
 from ..errors import UsageError
-from ..extras.prompt_learning.prompt_modules import LearnedPromptEmbeddingsMixin, find_backbone_names
+from ..extras.prompt_learning.prompt_modules import LearnedPromptEmbeddingsMixin, require_backbone_names
 from .adapter_status import get_layer_status, get_model_status
 from .base_model_wrapper import PeftTunerOfModel, get_backbone
 from .target_functions import _get_module_names_tied_with_embedding
@@ -145,7 +145,7 @@ def get_peft_model_attribute(model: PeftModel, name: str) -> Any:
     if name == "prompt_tokens":
         configs: dict[str, Any] = {n: model.peft_config[n] for n in learned}
         return {n: torch.arange(c.num_virtual_tokens * c.num_transformer_submodules) for n, c in configs.items()}
-    reader: Any = model.get_submodule(find_backbone_names(model).reader)
+    reader: Any = model.get_submodule(require_backbone_names(model).reader)
     return reader.get_input_embeddings()
 
 

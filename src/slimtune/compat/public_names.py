@@ -118,7 +118,7 @@ MODULES = {
 
 
 @cache
-def map_peft_stems_by_method() -> dict[str, str]:
+def map_peft_class_prefixes_by_method() -> dict[str, str]:
     """Return how PEFT's class names begin for each built-in method that PEFT has and that changes layers: "Lora"."""
     classes = map(get_method_config_class, METHODS.built_in_names())
     peft_classes = [cls for cls in classes if cls.exists_in_peft and not cls.is_prompt_learning]
@@ -126,13 +126,13 @@ def map_peft_stems_by_method() -> dict[str, str]:
 
 
 @cache
-def map_method_names_to_homes() -> dict[str, str]:
+def map_method_names_to_modules() -> dict[str, str]:
     """Return the module of each name that follows from a built-in method; the configs' modules import no torch.
 
     These are `LoraConfig`, and for PEFT's methods `LoraModel`, `LoraLayer` and `TRANSFORMERS_MODELS_TO_LORA_…`.
     """
     homes = {get_method_config_class(name).__name__: f"methods.{name}" for name in METHODS.built_in_names()}
-    for method, stem in map_peft_stems_by_method().items():
+    for method, stem in map_peft_class_prefixes_by_method().items():
         config = get_method_config_class(method)
         homes[f"{stem}Model"] = "compat.tuner_models"
         if not config.is_adaption_prompt:  # it belongs to no layer
@@ -146,10 +146,10 @@ def format_targets_name(method: str) -> str:
     return f"TRANSFORMERS_MODELS_TO_{method.upper().replace('_', '')}_TARGET_MODULES_MAPPING"
 
 
-def find_home(name: str) -> str | None:
+def find_module_of_peft_name(name: str) -> str | None:
     """Return the module that one of PEFT's names is in, None if there is no such name."""
     from_method = name.endswith(("Config", "Model", "Layer", "_TARGET_MODULES_MAPPING"))
-    return HOMES.get(name) or (map_method_names_to_homes().get(name) if from_method else None)
+    return HOMES.get(name) or (map_method_names_to_modules().get(name) if from_method else None)
 
 
 def is_peft_module(path: str) -> bool:
@@ -162,7 +162,7 @@ def is_peft_module(path: str) -> bool:
 
 def list_public_names() -> list[str]:
     """Return the names of `slimtune` itself, sorted."""
-    from_methods = {name for name in map_method_names_to_homes() if name.endswith(("Config", "Model"))}
+    from_methods = {name for name in map_method_names_to_modules() if name.endswith(("Config", "Model"))}
     return sorted({name for names in PUBLIC.values() for name in names} | from_methods)
 
 
@@ -180,9 +180,9 @@ def import_public_name(module: str, name: str) -> Any:
     tuner = inner.split(".")[1:2]
     if inner.startswith("tuners.") and name in _LAYER_TYPES:
         return importlib.import_module(f"{package}.compat.mapping").find_peft_layer_class(tuner[0], name)
-    home = find_home(name)
+    home = find_module_of_peft_name(name)
     if home is None or home == inner:
-        names = [*HOMES, *map_method_names_to_homes()] if name[:1] != "_" else []
+        names = [*HOMES, *map_method_names_to_modules()] if name[:1] != "_" else []
         raise AttributeError(f"module {module!r} has no attribute {name!r}{suggest(name, names)}")
     return getattr(importlib.import_module(f"{package}.{home}"), name)
 
@@ -197,7 +197,7 @@ class _NamesModule(types.ModuleType):
         return import_public_name(self.__name__, name)
 
     def __dir__(self) -> list[str]:
-        return sorted({*HOMES, *map_method_names_to_homes()})
+        return sorted({*HOMES, *map_method_names_to_modules()})
 
 
 class _ModuleFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -212,7 +212,7 @@ class _ModuleFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             # `from slimtune import LoraConfi` comes here last; otherwise Python's message would lack the nearest name.
             names = [
                 *HOMES,
-                *map_method_names_to_homes(),
+                *map_method_names_to_modules(),
                 *(METHODS.built_in_names() if parent == "tuners" else ()),
                 *(m.rpartition(".")[2] for m in MODULES if m.rpartition(".")[0] == parent),
             ]

@@ -24,12 +24,12 @@ from ..core.adapters.merging import merge_adapters_into_layer, unmerge_adapters_
 from ..core.kernels.linear_layers import (
     get_base_layer_type,
     get_dequantized_weight,
-    get_layer_sizes,
+    get_in_and_out_features,
     is_quantized,
     is_weight_transposed,
 )
 from ..core.kernels.lora_linear import add_low_rank_to_weight
-from .public_names import map_peft_stems_by_method
+from .public_names import map_peft_class_prefixes_by_method
 
 
 def get_peft_layer_attribute(layer: Any, name: str) -> Any:
@@ -53,15 +53,15 @@ def get_modules_to_save(layer: Any) -> nn.Module:
     return nn.ModuleDict(copies) if copies else layer._modules["modules_to_save"]
 
 
-def format_layer_like_peft(layer: Any, text: str) -> str:
-    """Return the text of an adapted layer as PEFT prints it: "lora.Linear(…)"; `text` is the base module's."""
+def format_layer_like_peft(layer: Any, base_module_text: str) -> str:
+    """Return the text of an adapted layer as PEFT prints it: "lora.Linear(…)" around `base_module_text`."""
     modules = [] if "_slimtune" in vars(layer) else [*layer.adapters.values()]
     if not modules:
-        return text
+        return base_module_text
     if modules[0].adapted_parameters:
         what = f"ParamWrapper(\n  parameter_name={modules[0].parameter_name!r}, "
-        text = what + text.removeprefix(f"{type(layer).__name__}(").lstrip()
-    return f"{modules[0].method}.{text}"
+        base_module_text = what + base_module_text.removeprefix(f"{type(layer).__name__}(").lstrip()
+    return f"{modules[0].method}.{base_module_text}"
 
 
 # --- dictionaries by adapter name ---------------------------------------------------------------------------------
@@ -207,13 +207,15 @@ class _PeftLayer:
     def in_features(self) -> int:
         """Inputs of the layer: channels of a convolution, rows of an embedding."""
         return (
-            self._layer.in_channels if get_base_layer_type(self._layer) == "conv" else get_layer_sizes(self._layer)[0]
+            self._layer.in_channels
+            if get_base_layer_type(self._layer) == "conv"
+            else get_in_and_out_features(self._layer)[0]
         )
 
     @property
     def out_features(self) -> int:
         """Outputs of the layer: channels of a convolution, columns of an embedding."""
-        return get_layer_sizes(self._layer)[1]
+        return get_in_and_out_features(self._layer)[1]
 
     @property
     def original_module(self) -> nn.Module:
@@ -521,7 +523,7 @@ class TrainableTokensLayer(BaseTunerLayer):
 def _make_layer_types() -> dict[str, Any]:
     """Return the class `XLayer` of each method that PEFT has and that changes layers, by its name."""
     made: dict[str, Any] = {"LoraLayer": LoraLayer, "TrainableTokensLayer": TrainableTokensLayer}
-    for method, stem in map_peft_stems_by_method().items():
+    for method, stem in map_peft_class_prefixes_by_method().items():
         base = LoraLayer if method in LORA_LIKE else LycorisLayer if method in LycorisLayer.methods else BaseTunerLayer
         body = {
             "methods": (method,),

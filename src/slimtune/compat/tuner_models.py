@@ -19,7 +19,7 @@ from ..core.foundation.json_results import JsonObject
 from ..errors import UsageError
 from .base_model_wrapper import PeftTunerNamesOnBackboneMixin, PeftTunerOfModel
 from .model_names import PeftMixedModel
-from .public_names import map_peft_stems_by_method
+from .public_names import map_peft_class_prefixes_by_method
 from .tuner_layers import LORA_LIKE, BaseTunerLayer
 from .utility_functions import DUMMY_MODEL_CONFIG
 
@@ -75,7 +75,7 @@ class BaseTuner(metaclass=_TunerMeta):
 def _make_tuner_types() -> dict[str, Any]:
     """Return the class `XModel` of each method that PEFT has and that changes layers, by its name."""
     made: dict[str, Any] = {}
-    for method, stem in sorted(map_peft_stems_by_method().items(), key=lambda item: item[0] in LORA_LIKE):
+    for method, stem in sorted(map_peft_class_prefixes_by_method().items(), key=lambda item: item[0] in LORA_LIKE):
         body = {
             "method": method,
             "__module__": __name__,
@@ -136,7 +136,7 @@ def inject_adapter_in_model(
 
 def _warn_about_targets(config: PeftConfig, model: nn.Module, names: Iterable[str]) -> None:
     """Warn where the modules that a config targets are not those whose tensors are given."""
-    targeted, given = set(match_targets(model, config, strict=False).adapted), set(names)
+    targeted, given = set(match_targets(model, config, require_every_match=False).adapted), set(names)
     more = [("PEFT config", targeted - given), ("state_dict", given - targeted)]
     found = [f"The {who} contained these additional target modules: {sorted(extra)}. " for who, extra in more if extra]
     if found:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from ..core.foundation.cpu import read_linux_cpu_flags
+from ..core.foundation.cpu import read_linux_cpu_flags_or_none
 from ..core.foundation.dtype_names import dtype_name
 from ..core.foundation.formatting import format_bytes
 from ..core.foundation.installed_versions import find_package_version
@@ -159,7 +159,7 @@ def make_doctor_report() -> DoctorReport:
         gpus = list_torch_gpus(facts.smi_gpus[0].driver if facts.smi_gpus else None)
         picked = pick_device("auto")
         device, dtype = str(picked), dtype_name(pick_dtype("auto", picked))
-    flags = read_linux_cpu_flags() or [] if device is not None else []
+    flags = read_linux_cpu_flags_or_none() or [] if device is not None else []
     return DoctorReport(
         os=platform.platform(),
         python=platform.python_version(),

@@ -20,7 +20,7 @@ import psutil
 from packaging.requirements import InvalidRequirement, Requirement
 
 from ..core.foundation.installed_versions import find_package_version
-from ..extras.installed_programs import NO_ANSWER, find_ollama_version, run_and_get_output_or_empty
+from ..extras.installed_programs import NO_ANSWER, find_ollama_version, run_and_get_stdout_stderr_or_hang_note
 
 try:
     import resource
@@ -224,7 +224,7 @@ class MachineFacts:
 
 def gather_machine_facts(
     system_root: Path = Path("/"),
-    program_runner: Callable[..., str] = run_and_get_output_or_empty,
+    program_runner: Callable[..., str] = run_and_get_stdout_stderr_or_hang_note,
     environment: Mapping[str, str] | None = None,
     **known: object,
 ) -> MachineFacts:

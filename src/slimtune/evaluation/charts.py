@@ -54,16 +54,16 @@ class ChartEstimate:
 def render_line_chart(
     title: str,
     unit: str,
-    series: Sequence[ChartLine],
+    chart_lines: Sequence[ChartLine],
     tall: bool = False,
-    labeled_reference_line: tuple[Any, str] = (None, ""),
+    reference_value_and_label: tuple[Any, str] = (None, ""),
 ) -> Markup:
     """Return a chart of values over training steps; empty where there is no point.
 
-    `labeled_reference_line` is a value with a line across the chart, and what it is.
+    `reference_value_and_label` is a value with a line across the chart, and what it is.
     """
     grouped = []
-    for s in series:
+    for s in chart_lines:
         points = [p for p in s.points if all(map(is_finite_number, p))]
         size = math.ceil(len(points) / MAX_POINTS) or 1
         groups = [points[i : i + size] for i in range(0, len(points), size)]
@@ -72,7 +72,7 @@ def render_line_chart(
     if not points:
         return Markup()
     x0, x1 = min(x for x, _ in points), max(x for x, _ in points)
-    heights = [y for _, y in points] + [y for y in labeled_reference_line[:1] if is_finite_number(y)]
+    heights = [y for _, y in points] + [y for y in reference_value_and_label[:1] if is_finite_number(y)]
     axis = choose_axis_ticks(min(heights), max(heights), 4)
     y0, y1 = axis[0], axis[-1]
 
@@ -95,8 +95,8 @@ def render_line_chart(
         lines=lines,
         xs=[(0, f"step {x0:g}"), (100, f"{x1:g}")] if x1 > x0 else [(50, f"step {x0:g}")],
         ys=[(100 * (y1 - y) / (y1 - y0), _format_tick(y, y1)) for y in axis],
-        mark=((y1 - labeled_reference_line[0]) / (y1 - y0) * 100, labeled_reference_line[1])
-        if is_finite_number(labeled_reference_line[0])
+        mark=((y1 - reference_value_and_label[0]) / (y1 - y0) * 100, reference_value_and_label[1])
+        if is_finite_number(reference_value_and_label[0])
         else (),
     )
 
@@ -111,15 +111,17 @@ def _moving_average(points: Sequence[tuple[float, float]]) -> list[tuple[float, 
     return averaged
 
 
-def render_interval_chart(estimates: Sequence[ChartEstimate], marks: Sequence[tuple[float, str]] = ()) -> Markup:
+def render_interval_chart(
+    estimates: Sequence[ChartEstimate], reference_values_and_labels: Sequence[tuple[float, str]] = ()
+) -> Markup:
     """Return estimates below each other on one axis; empty where none has a value.
 
-    `marks` are values with a vertical line, and what they mean.
+    `reference_values_and_labels` are values with a vertical line, and what they mean.
     """
     known = [(e, e.interval if _is_interval(e.interval) else ()) for e in estimates if is_finite_number(e.value)]
     if not known:
         return Markup()
-    values = [x for e, interval in known for x in (e.value, *interval)] + [x for x, _ in marks]
+    values = [x for e, interval in known for x in (e.value, *interval)] + [x for x, _ in reference_values_and_labels]
     axis = choose_axis_ticks(min(values), max(values), 3)
 
     def place(x: float) -> float:
@@ -128,7 +130,7 @@ def render_interval_chart(estimates: Sequence[ChartEstimate], marks: Sequence[tu
     return _render(
         "interval_chart",
         rows=[(e, place(e.value), [place(x) for x in interval]) for e, interval in known],
-        marks=[(place(x), text) for x, text in marks],
+        marks=[(place(x), text) for x, text in reference_values_and_labels],
         xs=[(place(x) / 10, _format_tick(x, axis[-1])) for x in axis],
     )
 

@@ -252,7 +252,7 @@ class ForgettingMeasures(LossChange):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnswerCheckScores:
+class BaseAndTunedAnswerMeasure:
     """A check of answers by base and tuned model."""
 
     base: bool | float
@@ -275,7 +275,7 @@ class AnswerPair:
     """Answer of the base."""
     tuned: str
     """Answer of the tuned model."""
-    checks: dict[str, AnswerCheckScores]
+    checks: dict[str, BaseAndTunedAnswerMeasure]
     """Checks of both answers by their names."""
     judged: tuple[int | None, int | None] | None = field(default=None, metadata=OMIT_NONE)
     """Verdicts of a judge with the base's answer first, and with the tuned model's first: 1 if the tuned model's is
@@ -393,7 +393,7 @@ class TextEvalResult(EvalResult):
     """Loss on general text; null: not measured."""
     generations: Sequence[AnswerPair] | None = None
     """Answers of both models to held-out prompts; null: none were asked for."""
-    generation_summary: dict[str, AnswerCheckScores] | None = None
+    generation_summary: dict[str, BaseAndTunedAnswerMeasure] | None = None
     """Mean of each check of the answers; of a check that is true or false, the share."""
     win_rate: WinRate | None = None
     """How often a judge prefers the tuned model's answer; null: without a judge."""

@@ -24,7 +24,7 @@ from ..core.data.tokenize import TokenizationStats
 from ..core.data.tokenized_dataset import TokenizedDataset
 from ..core.foundation.dtype_names import dtype_name
 from ..core.foundation.files import write_json
-from ..core.foundation.progress_bars import use_progress_prefix
+from ..core.foundation.progress_bars import using_progress_prefix
 from ..core.models.base_config import get_max_positions
 from ..core.training.datasets import load_eval_dataset_and_stats, tokenize_recipe_datasets
 from ..core.training.held_out_rows import MIN_EVAL_ROWS
@@ -34,7 +34,7 @@ from ..core.training.run_dir import RunDir, find_adapter_folder
 from ..core.training.trained_model import TrainedModel, load_run
 from ..errors import DataError, SlimtuneError, UsageError, format_names, suggest
 from ..extras.row_files import open_rows
-from ..extras.training_fingerprint import require_rows_of_run
+from ..extras.training_fingerprint import require_rows_unchanged_since_training
 from ..generation.generation_models import GenerationModel, make_base_and_tuned_models
 from ..generation.text_generator import TextGenerator
 from ..objectives.classification import Classification
@@ -108,7 +108,7 @@ class EvalSettings:
 
 
 @dataclass(frozen=True)
-class EvalSections:
+class EvalRecipeSections:
     """The sections of a recipe that an evaluation reads."""
 
     data: DataSettings
@@ -149,7 +149,7 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> EvalResult:
         resolve_output_file(run_dir.report_file)
     file = _find_eval_file(run_dir, run, settings)
     if file is not None:  # report faulty rows before the model is loaded
-        own = _read_as_pairs(EvalSections.from_recipe(run_dir.load_recipe()), file) if run_dir else None
+        own = _read_as_pairs(EvalRecipeSections.from_recipe(run_dir.load_recipe()), file) if run_dir else None
         rows = open_rows(file) if own is None else open_rows_for_objective(file, own.data, own.task.build_objective())
         deque(rows.require_valid_rows(), maxlen=0)
     pieces = [] if settings.general_text is None else read_general_text_pieces(settings.general_text)
@@ -176,7 +176,7 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> EvalResult:
     if general:
         score_general = functools.partial(comparison.score_both, rows_source=settings.general_text)
         budget = settings.forgetting_budget
-        with use_progress_prefix("general text"):
+        with using_progress_prefix("general text"):
             parts["forgetting"] = measure_forgetting(
                 str(settings.general_text), general, score_general, budget, **draws
             )
@@ -225,7 +225,11 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> EvalResult:
 
 
 def _prepare_prompts(
-    trained: TrainedModel, sections: EvalSections, file: Path | None, examples: TokenizedDataset, settings: EvalSettings
+    trained: TrainedModel,
+    sections: EvalRecipeSections,
+    file: Path | None,
+    examples: TokenizedDataset,
+    settings: EvalSettings,
 ) -> tuple[dict[str, GenerationModel], list[EvalPrompt]]:
     """Return base and tuned model and their held-out prompts; raise UsageError if one leaves no room for an answer."""
     models = make_base_and_tuned_models(trained)
@@ -238,7 +242,7 @@ def _prepare_prompts(
 
 
 def _build_comparison(
-    trained: TrainedModel, sections: EvalSections, examples: TokenizedDataset, longest: int, place: object,
+    trained: TrainedModel, sections: EvalRecipeSections, examples: TokenizedDataset, longest: int, place: object,
     settings: EvalSettings,
 ) -> ModelComparison[Any]:  # fmt: skip
     """Return the comparison of the run's objective; `longest` are the tokens of the longest row that it scores."""
@@ -296,7 +300,7 @@ def make_pass_fail_eval_verdict(
 
 
 def _load_unseen_rows(
-    trained: TrainedModel, sections: EvalSections, file: Path | None, split: str
+    trained: TrainedModel, sections: EvalRecipeSections, file: Path | None, split: str
 ) -> tuple[TokenizedDataset, TokenizationStats, int | None]:
     """Return the rows to measure on without those that the run was trained on, their report, and how many those were.
 
@@ -312,7 +316,7 @@ def _load_unseen_rows(
     if file is None:
         assert trained.recipe is not None  # an adapter folder names no rows: a file is required
         datasets = tokenize_recipe_datasets(trained.recipe, tokenizer)
-        require_rows_of_run(trained.adapter_folder, datasets)
+        require_rows_unchanged_since_training(trained.adapter_folder, datasets)
         examples, report = getattr(datasets, split), datasets.train_stats
         if not examples:
             none = f"{getattr(sections.data, f'{split}_fraction')} of {report.kept} rows is none"
@@ -325,7 +329,9 @@ def _load_unseen_rows(
             file, sections.data, sections.task.build_objective(), tokenizer, trained.classes
         )
         if trained.recipe is not None:
-            trained_rows = _find_rows_trained_on(EvalSections.from_recipe(trained.recipe), sections, file, examples)
+            trained_rows = _find_rows_trained_on(
+                EvalRecipeSections.from_recipe(trained.recipe), sections, file, examples
+            )
     if trained_rows is None:
         return examples, report, None
     if len(trained_rows) == len(examples.documents):
@@ -341,7 +347,7 @@ def _load_unseen_rows(
 
 
 def _find_rows_trained_on(
-    training: EvalSections, evaluation: EvalSections, file: Path, examples: TokenizedDataset
+    training: EvalRecipeSections, evaluation: EvalRecipeSections, file: Path, examples: TokenizedDataset
 ) -> list[int] | None:
     """Return which rows (or documents) of a file, read as `evaluation` says, a run was trained on.
 
@@ -350,7 +356,7 @@ def _find_rows_trained_on(
     """
     answers_alone = evaluation.data.format in evaluation.task.build_objective().named_formats
 
-    def read(sections: EvalSections, path: Path) -> Iterator[tuple[int, int]]:
+    def read(sections: EvalRecipeSections, path: Path) -> Iterator[tuple[int, int]]:
         found = open_rows_for_objective(path, sections.data, sections.task.build_objective())
         rows = (row for row in found if isinstance(row, Row))
         rows = (split_preference_into_rows(row)[0] if answers_alone else row for row in rows)
@@ -368,17 +374,17 @@ def _find_rows_trained_on(
     return [i for i, key in enumerate(keys) if key in trained]
 
 
-def _choose_eval_sections(trained: TrainedModel, file: Path | None) -> EvalSections:
+def _choose_eval_sections(trained: TrainedModel, file: Path | None) -> EvalRecipeSections:
     """Return a run's sections, or those for an adapter folder. Its base may be any, so its rows are not packed."""
     if trained.recipe is not None:
-        return EvalSections.from_recipe(trained.recipe)
+        return EvalRecipeSections.from_recipe(trained.recipe)
     task = TaskSettings()
     if trained.classes is not None:
         task = TaskSettings(name="classification" if trained.classes.names else "reward")
-    return EvalSections(DataSettings(train=file or Path()), task, TrainSettings(packing=False))
+    return EvalRecipeSections(DataSettings(train=file or Path()), task, TrainSettings(packing=False))
 
 
-def _read_as_pairs(sections: EvalSections, file: Path | None) -> EvalSections:
+def _read_as_pairs(sections: EvalRecipeSections, file: Path | None) -> EvalRecipeSections:
     """Return the sections with the format of preference pairs, if the file has them and the run learned answers."""
     if "preference" not in sections.task.build_objective().named_formats or file is None:
         return sections

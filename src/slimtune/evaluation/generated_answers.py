@@ -31,7 +31,7 @@ from ..errors import ModelError, UsageError, format_install_command, suggest
 from ..generation.answer_queue import GeneratedAnswer, SamplingParams
 from ..generation.generation_models import GenerationModel
 from ..generation.text_generator import TextGenerator
-from .eval_result import AnswerCheckScores, AnswerPair
+from .eval_result import AnswerPair, BaseAndTunedAnswerMeasure
 
 Check = Callable[[str, str], bool | float]
 """Maps answer and reference to a measurement."""
@@ -92,16 +92,16 @@ def generate_base_and_tuned_answers(
                 reference=prompt.reference,
                 base=texts["base"],
                 tuned=texts["tuned"],
-                checks={name: AnswerCheckScores(**values) for name, values in measured.items()},
+                checks={name: BaseAndTunedAnswerMeasure(**values) for name, values in measured.items()},
             )
         )
     return pairs
 
 
-def average_answer_checks(answers: Sequence[AnswerPair]) -> dict[str, AnswerCheckScores]:
+def average_answer_checks(answers: Sequence[AnswerPair]) -> dict[str, BaseAndTunedAnswerMeasure]:
     """Return the mean of each check for base and tuned model; for checks that are true or false, the share."""
     return {
-        name: AnswerCheckScores(
+        name: BaseAndTunedAnswerMeasure(
             base=float(np.mean([a.checks[name].base for a in answers])),
             tuned=float(np.mean([a.checks[name].tuned for a in answers])),
         )

@@ -14,7 +14,7 @@ import numpy as np
 from ..core.data.class_labels import ClassLabels
 from ..core.data.collator import Collator, Example
 from ..core.data.tokenized_dataset import TokenizedDataset
-from ..core.foundation.progress_bars import use_progress_prefix
+from ..core.foundation.progress_bars import using_progress_prefix
 from ..core.training.objective import Objective
 from ..errors import AdapterError, ModelError, format_names
 from .eval_result import EvalMeasures, EvalResult
@@ -77,9 +77,9 @@ class ModelComparison(Generic[Measures]):
         Raises:
             AdapterError, ModelError: a loss is NaN or Inf; the message names the rows' lines in `rows_source`.
         """
-        with use_progress_prefix("tuned model"):
+        with using_progress_prefix("tuned model"):
             tuned = score_supervised_rows(self.model, rows, self.collator)
-        with self.model.disable_adapter(), use_progress_prefix("base"):
+        with self.model.disable_adapter(), using_progress_prefix("base"):
             base = score_supervised_rows(self.model, rows, self.collator)
         for who, scored, error in (("base", base, ModelError), ("tuned model", tuned, AdapterError)):
             if lines := [e["line"] for e, score in zip(rows, scored, strict=True) if not math.isfinite(score.nats)]:

@@ -22,7 +22,7 @@ from ..core.training.loss import build_run_collator, compute_row_logits, score_e
 from ..core.training.run_dir import RunDir
 from ..core.training.trained_model import TrainedModel, load_run
 from ..errors import AdapterError, UsageError
-from ..extras.column_guesses import make_column_flags
+from ..extras.column_guesses import make_column_flags_and_doubt
 from ..extras.row_columns import ColumnMapping, parse_row_or_error
 from ..extras.row_files import list_dataset_file_names_with_readers
 from .output_files import resolve_output_file
@@ -96,23 +96,23 @@ class FilePredictions:
 
 
 def predict_file(
-    run: Path, data: Path, out: Path, *, columns: Mapping[str, str] | None = None, device: str | None = None
+    run: Path, data_file: Path, out: Path, *, columns: Mapping[str, str] | None = None, device: str | None = None
 ) -> FilePredictions:
-    """Write the rows of a file as JSONL, each with the prediction that `predict` adds to it.
+    """Write the rows of a file as JSONL, each with the prediction that `predict_classes_or_rewards` adds to it.
 
     Arguments and errors are those of `predict_records`; nothing is written if one is raised.
     """
     start = time.perf_counter()
-    run, data, out = Path(run), Path(data), resolve_output_file(Path(out))
-    if out.exists() and data.exists() and out.samefile(data):
+    run, data_file, out = Path(run), Path(data_file), resolve_output_file(Path(out))
+    if out.exists() and data_file.exists() and out.samefile(data_file):
         raise UsageError(f"{out} has the rows, which the answers would replace", "another file")
-    records = predict_records(run, data, columns=columns, device=device)
+    records = predict_records(run, data_file, columns=columns, device=device)
     write_atomic(out, "".join(to_json(record) + "\n" for record in records))
     names = [str(name) for r in records if "predicted" in r for name in np.atleast_1d(np.array(r["predicted"]))]
     rewards = [r["reward"] for r in records if "predicted" not in r]
     return FilePredictions(
         run=str(run),
-        data=str(data),
+        data=str(data_file),
         out=str(out),
         rows=len(records),
         classes=None if rewards else dict(Counter(names).most_common()),
@@ -122,9 +122,9 @@ def predict_file(
 
 
 def predict_records(
-    run: Path, data: Path, *, columns: Mapping[str, str] | None = None, device: str | None = None
+    run: Path, data_file: Path, *, columns: Mapping[str, str] | None = None, device: str | None = None
 ) -> list[Record]:
-    """Return the records of a file, each with the prediction that `predict` adds to it.
+    """Return the records of a file, each with the prediction that `predict_classes_or_rewards` adds to it.
 
     `columns` names the columns of the text or the messages by these roles; None or {}: as the run's recipe does, for
     rows that have such a column.
@@ -133,11 +133,11 @@ def predict_records(
         UsageError: no such run or file, or the run is no classifier.
         DataError: a row is neither a text nor messages.
     """
-    run, data = Path(run), Path(data)
+    run, data_file = Path(run), Path(data_file)
     own = RunDir(run)
     known = own.load_recipe().data.columns if not columns and own.recipe_file.is_file() else columns or {}
-    rows = _read_inputs(data, known, is_given=bool(columns))
-    found = predict(load_run(run, device=device), [row for row, _ in rows])
+    rows = _read_inputs(data_file, known, is_given=bool(columns))
+    found = predict_classes_or_rewards(load_run(run, device=device), [row for row, _ in rows])
     return [{**record, **to_json_dict(new)} for (_, record), new in zip(rows, found, strict=True)]
 
 
@@ -162,7 +162,9 @@ def _read_inputs(path: Path, columns: Mapping[str, str], *, is_given: bool) -> l
                     row = dataclasses.replace(row, cause=mapping.use_file_names(row.cause))
             if isinstance(row, InvalidRow):
                 is_other_column = row.code == "bad-text" and first
-                hint = make_column_flags("classification", ("text",), first)[0] if is_other_column else row.hint
+                hint = (
+                    make_column_flags_and_doubt("classification", ("text",), first)[0] if is_other_column else row.hint
+                )
                 errors.add(row.line, row.cause, row.file, hint)
             elif isinstance(row, Row) and not isinstance(found, InvalidRow):
                 rows.append((row, found[1]))
@@ -179,7 +181,7 @@ def parse_row_to_classify_or_error(record: Record, line: int = 1, file: str | No
     return parse_row_or_error({**record, "label": "?"}, "classification", line, file)
 
 
-def predict(trained: TrainedModel, rows: Sequence[Row]) -> list[Prediction]:
+def predict_classes_or_rewards(trained: TrainedModel, rows: Sequence[Row]) -> list[Prediction]:
     """Return the prediction for each row.
 
     Raises:

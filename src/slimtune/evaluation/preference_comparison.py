@@ -23,7 +23,7 @@ from dataclasses import replace
 import numpy as np
 
 from ..core.data.tokenized_dataset import Example, RankedAnswerSelection, list_tokens_and_labels_by_row
-from ..core.foundation.progress_bars import use_progress_prefix
+from ..core.foundation.progress_bars import using_progress_prefix
 from ..core.training.loss import count_supervised_targets, score_row_logps_by_example_index
 from ..errors import DataError
 from ..objectives.pair_objective import list_preference_pair_indices
@@ -50,9 +50,9 @@ class PreferenceComparison(ModelComparison[SFTMeasures]):
     result_type = TextOrPairEvalResult
 
     def measure(self) -> tuple[SFTMeasures, RowFigures]:
-        with use_progress_prefix("tuned model"):
+        with using_progress_prefix("tuned model"):
             tuned = score_row_logps_by_example_index(self.model, self.examples, self.collator)
-        with self.model.disable_adapter(), use_progress_prefix("base"):
+        with self.model.disable_adapter(), using_progress_prefix("base"):
             base = score_row_logps_by_example_index(self.model, self.examples, self.collator)
         base_logps, tuned_logps = ([scores[i] for i in range(len(self.examples))] for scores in (base, tuned))
         measures, figures, _ = measure_base_and_tuned_losses_and_scores(

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from .estimate import Estimate
 from .eval_result import (
-    AnswerCheckScores,
     AnswerPair,
+    BaseAndTunedAnswerMeasure,
     ClassificationEvalResult,
     ClassificationMeasures,
     EvalResult,
@@ -236,7 +236,9 @@ def _list_answer_lines(answer: AnswerPair) -> Iterator[ResultLine]:
         yield f"{who}: {text.strip() or '(empty)'}"
 
 
-def make_answer_check_table(summary: dict[str, AnswerCheckScores], answers: Sequence[AnswerPair]) -> ResultTable:
+def make_answer_check_table(
+    summary: dict[str, BaseAndTunedAnswerMeasure], answers: Sequence[AnswerPair]
+) -> ResultTable:
     """Return the means of checks over answers of base and tuned model; repetition and yes-or-no checks in per cent."""
     shares = {"repetition"} | {n for a in answers for n, scores in a.checks.items() if isinstance(scores.tuned, bool)}
 

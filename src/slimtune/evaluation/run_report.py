@@ -51,7 +51,7 @@ from .result_lines import (
     make_class_table,
     make_confusion_table,
 )
-from .run_results import RunResults, find_held_out_evaluation, load_run_results, read_saved_evaluations
+from .run_results import RunResults, find_held_out_evaluation, load_run_results, parse_evaluations_of_run
 
 
 def write_run_report_and_list_damage(run: RunDir, out: Path | None = None) -> tuple[Path, list[str]]:
@@ -74,7 +74,7 @@ def render_run_report_html(run: RunDir, damage_messages: list[str] | None = None
     r = load_run_results(run, raise_if_damaged=False)
     assert r.recipe is not None
     errors += [e.replace(f"{run.path}{os.sep}", "") for e in r.errors]
-    evaluations = read_saved_evaluations(r, errors)
+    evaluations = parse_evaluations_of_run(r, errors)
     recipe, folder = r.recipe, _display_path(run.path)
     eval_options = ["--data", "HELD_OUT.jsonl"]
     held_out = r.result.get("held_out_rows")
@@ -110,9 +110,9 @@ def render_run_report_html(run: RunDir, damage_messages: list[str] | None = None
     )
 
 
-def render_data_report_page(report: Mapping[str, Any]) -> str:
+def render_data_report_page(report_json: Mapping[str, Any]) -> str:
     """Return what `slimtune data --json` prints as a page of its own."""
-    return _render_page(name=_display_path(report["file"]), report=report, shares_prefix=True)
+    return _render_page(name=_display_path(report_json["file"]), report=report_json, shares_prefix=True)
 
 
 def _render_page(errors: list[str] | None = None, **values: Any) -> str:
@@ -206,14 +206,14 @@ def _peaks(r: RunResults) -> tuple[Any, Any, Any]:
     return need.get("low"), need.get("high"), r.result.get("peak_bytes")
 
 
-def render_memory_charts(r: RunResults) -> list[Markup]:
+def render_memory_charts(run_results: RunResults) -> list[Markup]:
     """Return charts of the planned memory, with what a run measured, if it did."""
-    low, high, peak = _peaks(r)
-    parts = r.plan.get("parts") or {}
+    low, high, peak = _peaks(run_results)
+    parts = run_results.plan.get("parts") or {}
     bars = [render_stacked_bar("Memory of a step, by part", parts, predicted_range=(low, high), measured=peak)]
-    usable = (r.plan.get("usable_bytes") or {}).get("low")
+    usable = (run_results.plan.get("usable_bytes") or {}).get("low")
     if is_finite_number(usable) and usable and is_finite_number(high):
-        title = f"Share of the memory of {r.plan.get('card', 'the machine')}"
+        title = f"Share of the memory of {run_results.plan.get('card', 'the machine')}"
         note = f"at most {percent(high / usable)} of {format_bytes(usable)} is planned"
         bars.append(render_stacked_bar(title, {"need": high}, note=note, measured=peak, capacity=usable))
     return [bar for bar in bars if bar]
@@ -263,7 +263,7 @@ def render_training_charts(results: RunResults, recipe: Recipe) -> list[Markup]:
     training, validation = series("training", "train_loss", smooth=True), series("validation", "validation_loss", "two")
     validation = dataclasses.replace(validation, markers=True)
     # The base's loss on the same validation rows is where the curve of the validation begins.
-    measured = next((e.result.measures for e in read_saved_evaluations(results) if e.name == "validation"), None)
+    measured = next((e.result.measures for e in parse_evaluations_of_run(results) if e.name == "validation"), None)
     start = measured.base_loss.value if isinstance(measured, LossMeasures) else None
     if validation.points and is_finite_number(start) and recipe.task.name == "sft":
         validation = dataclasses.replace(validation, points=[(0, start), *validation.points])
@@ -285,10 +285,10 @@ def render_training_charts(results: RunResults, recipe: Recipe) -> list[Markup]:
         curve = dataclasses.replace(curve, points=[(0, 0.0), *curve.points])
         unit = "nats per token of general text; above 0 is forgetting"
         lines.append(
-            render_line_chart("Forgetting", unit, [curve], labeled_reference_line=(budget, f"budget {budget:g}"))
+            render_line_chart("Forgetting", unit, [curve], reference_value_and_label=(budget, f"budget {budget:g}"))
         )
     unit = "nats per supervised token" if recipe.task.name == "sft" else f"of {recipe.task.name}"
-    losses = render_line_chart("Loss", unit, [training, validation], tall=True, labeled_reference_line=mark)
+    losses = render_line_chart("Loss", unit, [training, validation], tall=True, reference_value_and_label=mark)
     return [losses, *filter(None, lines)]
 
 

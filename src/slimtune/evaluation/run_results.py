@@ -111,10 +111,10 @@ class SavedEvaluation:
     """What the file contains; optional parts that are damaged are None."""
 
 
-def read_saved_evaluations(run_results: RunResults, errors: list[str] | None = None) -> list[SavedEvaluation]:
+def parse_evaluations_of_run(results_of_run: RunResults, errors: list[str] | None = None) -> list[SavedEvaluation]:
     """Return the evaluations of a run without those that are too damaged; `errors` gets a sentence for each damage."""
     found = []
-    for saved in run_results.evaluations:
+    for saved in results_of_run.evaluations:
         try:
             found.append(SavedEvaluation(saved.name, read_eval_result(saved.values)))
             continue

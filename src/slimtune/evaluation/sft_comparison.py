@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..core.data.tokenized_dataset import TokenizedDataset
-from ..core.foundation.progress_bars import use_progress_prefix
+from ..core.foundation.progress_bars import using_progress_prefix
 from .eval_result import LossMeasures, SFTMeasures, TextOrPairEvalResult
 from .model_comparison import ModelComparison, RowFigures
 from .prompt_dependence import MIN_DEPENDENCE, make_shuffled_prompt_examples, measure_prompt_dependence
@@ -26,7 +26,7 @@ class SupervisedLossEvaluator(ModelComparison[SFTMeasures]):
         if self.shuffled_prompt_test and self.examples.documents is self.examples:  # a window has no prompt
             shuffled = make_shuffled_prompt_examples(self.examples, self.seed)
             draws = {"draws": self.draws, "seed": self.seed}
-            with use_progress_prefix("answers after another row's prompt"):
+            with using_progress_prefix("answers after another row's prompt"):
                 dependence = measure_prompt_dependence(shuffled, base, tuned, self.score_both, **draws)
         return SFTMeasures(**vars(replace(measures, prompt_dependence=dependence))), figures
 

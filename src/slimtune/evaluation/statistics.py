@@ -48,14 +48,14 @@ def format_interval(low: float, high: float) -> str:
 
 
 def paired_bootstrap(
-    first: Sequence[float], second: Sequence[float], tokens: Sequence[int], *, draws: int = 2000, seed: int = 0
+    first: Sequence[float], second: Sequence[float], tokens_by_row: Sequence[int], *, draws: int = 2000, seed: int = 0
 ) -> PairedEstimate:
     """Compare the sums (nats, or hits) by row of two models, with 95 % intervals from `draws` draws of rows.
 
     Raises:
         ValueError: there are no rows, the lengths differ, or a row has no token.
     """
-    a, b, t = np.asarray(first, float), np.asarray(second, float), np.asarray(tokens, float)
+    a, b, t = np.asarray(first, float), np.asarray(second, float), np.asarray(tokens_by_row, float)
     if not (a.shape == b.shape == t.shape and a.ndim == 1 and len(a) and (t > 0).all()):
         raise ValueError(f"expected three lists of one length, tokens above 0; got {a.shape, b.shape, t.shape}")
     sums = np.stack([a, b, a - b], axis=1)
@@ -150,20 +150,20 @@ def compute_perplexity_interval(loss: Estimate) -> Estimate | None:
 
 
 def estimate_mean_difference_and_p_value(
-    differences_by_seed_and_row: Sequence[Sequence[float]], tokens: Sequence[int]
+    differences_by_seed_and_row: Sequence[Sequence[float]], tokens_by_row: Sequence[int]
 ) -> tuple[Estimate, float]:
     """Return the mean difference over seeds and rows with its 95 % interval, and the p-value of it being 0.
 
     Args:
         differences_by_seed_and_row: `[seeds][rows]`, nats, of the same rows.
-        tokens: supervised tokens of each row, 1 or more.
+        tokens_by_row: supervised tokens of each row, 1 or more.
 
     Raises:
         ValueError: there is no seed, there are fewer than two rows, or the lengths differ.
     """
     from scipy import optimize, special
 
-    d, t = np.asarray(differences_by_seed_and_row, float), np.asarray(tokens, float)
+    d, t = np.asarray(differences_by_seed_and_row, float), np.asarray(tokens_by_row, float)
     if d.ndim != 2 or d.shape[1:] != t.shape or len(d) < 1 or len(t) < 2 or not (t > 0).all():
         raise ValueError(f"expected [seeds][rows], as many tokens, and two rows or more; got {d.shape} and {t.shape}")
     seeds, rows = d.shape

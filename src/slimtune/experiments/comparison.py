@@ -25,7 +25,7 @@ from .comparison_report import (
     compare_gains_of_candidate_pairs,
     format_comparison_markdown,
     rank_candidates_by_finished_runs,
-    read_test_evaluation,
+    require_test_evaluation,
 )
 from .executor_specs import make_executor
 from .executors import Executor, ExecutorSpec
@@ -33,7 +33,7 @@ from .experiment_output_dir import lock_output_dir_and_write_settings, require_s
 from .experiment_results import CompareResult, FailedRun, LearningRateSearch, LeftOutMethod
 from .method_advice import choose_best_or_cheaper_method, format_method_advice
 from .run_grid import ComparisonGrid
-from .run_worker import Launch, train_recipes_in_subprocess
+from .run_worker import Launch, train_recipes_at_once_in_subprocess
 
 Log = Callable[[str], None]
 
@@ -130,7 +130,7 @@ def _search_learning_rates(
     grid: ComparisonGrid, executor: Executor, log: Log
 ) -> tuple[ComparisonGrid, dict[str, LearningRateSearch], list[FailedRun]]:
     """Return the grid with the rates found, the trials by candidate, and the searches that failed."""
-    if not grid.trials:
+    if not grid.trials_per_candidate:
         return grid, {}, []
     from .tuning import search_learning_rate  # optuna is optional
 
@@ -179,7 +179,7 @@ def _run_cells(grid: ComparisonGrid, executor: Executor, log: Log) -> list[Faile
                 yield (
                     first,
                     partial(
-                        train_recipes_in_subprocess,
+                        train_recipes_at_once_in_subprocess,
                         [*files],
                         allow_faulty_rows=grid.allow_faulty_rows,
                         trust_remote_code=trust,
@@ -195,7 +195,7 @@ def _run_cells(grid: ComparisonGrid, executor: Executor, log: Log) -> list[Faile
             try:
                 if not why or (len(files) > 1 and grid.is_done(candidate, seed)):
                     executor.wait_for_files((run.result_file, run.evaluation_file("test")))
-                    result, measured = read_json_object(run.result_file), read_test_evaluation(run)
+                    result, measured = read_json_object(run.result_file), require_test_evaluation(run)
             except RunError as e:
                 why = e.message
             if measured is None:

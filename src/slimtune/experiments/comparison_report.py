@@ -96,7 +96,7 @@ def add_pareto_optimal_costs(methods: Sequence[ComparedMethod]) -> list[Compared
     return [replace(m, front=fronts[m.method]) for m in methods]
 
 
-def read_test_evaluation(run: RunDir) -> TextEvalResult:
+def require_test_evaluation(run: RunDir) -> TextEvalResult:
     """Return the evaluation of a run on the test rows; raise RunError if its file is damaged."""
     file = run.evaluation_file("test")
     try:
@@ -110,7 +110,7 @@ def read_test_evaluation(run: RunDir) -> TextEvalResult:
 def _summarize(grid: ComparisonGrid, candidate: ComparisonCandidate, seeds: Sequence[int]) -> FinishedCandidateRuns:
     runs = [grid.run_dir(candidate, seed) for seed in seeds]
     results = [read_json_object(run.result_file) for run in runs]
-    measured = [read_test_evaluation(run).measures for run in runs]
+    measured = [require_test_evaluation(run).measures for run in runs]
     rows = [parse_json(read_regular_file(run.scores_file("test"))) for run in runs]
     row_tokens = [r["tokens"] for r in rows[0]]
     reduction, _ = estimate_mean_difference_and_p_value(
@@ -264,7 +264,7 @@ def _format_plus_minus(estimate: Estimate, digits: int) -> str:
     return f"{estimate.value:.{digits}f} ± {estimate.high - estimate.value:.{digits}f}"
 
 
-def format_terminal_row(method: ComparedMethod) -> tuple[str, ...]:
+def make_terminal_row_cells(method: ComparedMethod) -> tuple[str, ...]:
     """Return a method's cells for 80 columns, one for each of `list_comparison_headings(…, terminal=True)`."""
     name, _, trains, file, memory, time, loss, *gains, best_for = make_comparison_row_cells(method)
     rate, gain = f"{method.rate:.2g}", _format_plus_minus(method.gain, 3)
@@ -275,7 +275,7 @@ def format_terminal_row(method: ComparedMethod) -> tuple[str, ...]:
 
 
 def list_comparison_headings(methods: Sequence[ComparedMethod], *, terminal: bool = False) -> tuple[str, ...]:
-    """Return the heads of the cells of `make_comparison_row_cells`, or of `format_terminal_row`."""
+    """Return the heads of the cells of `make_comparison_row_cells`, or of `make_terminal_row_cells`."""
     if not methods or methods[0].preference is None:
         return TERMINAL_COLUMNS if terminal else COLUMNS
     first = "task" if all(m.task for m in methods) else "method"

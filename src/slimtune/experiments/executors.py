@@ -1,8 +1,8 @@
 """Where the runs of a comparison or a search train: here, one after another or N at a time. `clusters.py` has others.
 
-Each executor calls a partial of `train_recipes_in_subprocess`, which starts the run in a process of its own, here or on
-another machine. A run reads its recipe from a folder that all machines share, and writes its results there, so an
-executor moves no data, and the same command continues with what it finds in the folder.
+Each executor calls a partial of `train_recipes_at_once_in_subprocess`, which starts the run in a process of its own,
+here or on another machine. A run reads its recipe from a folder that all machines share, and writes its results there,
+so an executor moves no data, and the same command continues with what it finds in the folder.
 """
 
 import math
@@ -34,7 +34,7 @@ class ExecutorSpec:
 
     text: str
     kind: str  # a name of `executor_specs.EXECUTORS`
-    runs: int | None  # how many train at the same time at most; None: as many as Ray or Slurm starts
+    max_parallel_runs: int | None  # how many train at the same time at most; None: as many as Ray or Slurm starts
     address: str | None = None  # of a Ray cluster, "ray://…"
     parameters: Mapping[str, str] = field(default_factory=dict)  # of a Ray task or a Slurm job
 
@@ -84,7 +84,7 @@ class Executor:
             launches: the file of each recipe and what starts it; the next is taken when it can start.
             should_stop: called again and again for each run that was started; True ends it.
         """
-        # In the main thread, so that Ctrl-C reaches the run by train_recipes_in_subprocess alone.
+        # In the main thread, so that Ctrl-C reaches the run by train_recipes_at_once_in_subprocess alone.
         for file, launch in launches:
             yield file, launch(should_stop=partial(should_stop, file))
 
@@ -129,7 +129,7 @@ class ParallelExecutorBase(Executor):
     takes_parameters = True
 
     def __init__(self, spec: ExecutorSpec, folder: Path) -> None:
-        self.spec, self.folder, self.runs = spec, folder, spec.runs
+        self.spec, self.folder, self.runs = spec, folder, spec.max_parallel_runs
         self.unfinished: dict[Path, SubmittedRun] = {}
         self.cancelled = False
 
@@ -195,7 +195,7 @@ class LocalTask:
     """A run in a thread that waits for its process."""
 
     future: "Future[WorkerResult]"
-    cancelled: Event
+    cancel_event: Event
 
     def done(self) -> bool:
         return self.future.done()
@@ -204,7 +204,7 @@ class LocalTask:
         return self.future.result()
 
     def cancel(self) -> None:
-        self.cancelled.set()
+        self.cancel_event.set()
 
 
 class LocalParallelExecutor(ParallelExecutorBase):
@@ -216,7 +216,7 @@ class LocalParallelExecutor(ParallelExecutorBase):
         super().__init__(spec, folder)
         from torch.cuda import device_count
 
-        runs = spec.runs or 1
+        runs = spec.max_parallel_runs or 1
         self.threads = ThreadPoolExecutor(runs)
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         self.gpus = visible.split(",") if visible else [str(i) for i in range(device_count())]
@@ -230,7 +230,7 @@ class LocalParallelExecutor(ParallelExecutorBase):
 
     @classmethod
     def check(cls, spec: ExecutorSpec) -> None:
-        if spec.runs is None:
+        if spec.max_parallel_runs is None:
             message = f"--on {spec.text} does not say how many runs train at the same time"
             raise UsageError(message, "a number, as local:4")
 

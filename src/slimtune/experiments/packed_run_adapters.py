@@ -26,7 +26,7 @@ def copy_sharing_parameters(model: Any) -> Any:
     return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
 
 
-def packing_runs_unsupported_reason(models: Sequence[Any]) -> str:
+def packing_runs_unsupported_reason_or_empty(models: Sequence[Any]) -> str:
     """Return why one packed sequence cannot run the adapters of these models exactly, "" if it can."""
     host = models[0].adapted_layers("default")
     for model in models:
@@ -78,7 +78,7 @@ class PackedSequenceAdapters:
 
 
 @contextmanager
-def use_packed_adapters(models: Sequence[Any], spans: Sequence[tuple[int, int]]) -> Iterator[None]:
+def using_packed_adapters(models: Sequence[Any], spans: Sequence[tuple[int, int]]) -> Iterator[None]:
     """Let the first model run one packed sequence with the adapters of all; see `PackedSequenceAdapters`."""
     state: Any = next(iter(models[0].adapted_layers("default").values())).active_state
     state.layer_runner = PackedSequenceAdapters(models, spans)

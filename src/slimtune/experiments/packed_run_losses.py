@@ -10,7 +10,7 @@ from torch import Tensor
 from ..core.data.example_types import Batch
 from ..core.training.loss import compute_supervised_token_nll
 from ..core.training.objective import Objective
-from .packed_run_adapters import use_packed_adapters
+from .packed_run_adapters import using_packed_adapters
 
 CONCATENATED = ("input_ids", "position_ids")
 
@@ -25,10 +25,11 @@ def forward_backward_packed_runs(
     """Run the forward and backward passes of one optimizer step of each run; return the losses, detached.
 
     The gradients equal those of `forward_backward` of each run alone, up to rounding. Call it inside
-    `use_packed_attention(models[0])`.
+    `using_packed_attention(models[0])`.
 
     Args:
-        models: one for each run, as `packing_runs_unsupported_reason` allows; gradients are added to those they have.
+        models: one for each run, as `packing_runs_unsupported_reason_or_empty` allows; gradients are added to
+            those they have.
         micro_batches: of each run, on the device, with layouts.
         objectives: what each run minimizes; they take the loss of tokens.
         num_items: `count_items` of each run's step.
@@ -43,7 +44,7 @@ def forward_backward_packed_runs(
     for group in _group_micro_batches(micro_batches, max_tokens):
         batches = [batch for _, batch in group]
         joint = _concatenate_batches(batches)
-        with use_packed_adapters(models, [(run, batch["input_ids"].shape[1]) for run, batch in group]):
+        with using_packed_adapters(models, [(run, batch["input_ids"].shape[1]) for run, batch in group]):
             values = compute_supervised_token_nll(models[0], joint).split([len(batch["targets"]) for batch in batches])
             losses = [
                 objectives[run].loss(own, batch, num_items[run])

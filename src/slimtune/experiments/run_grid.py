@@ -44,8 +44,8 @@ class ComparisonGrid:
     seeds: tuple[int, ...]  # one run of each candidate per seed
     tokens: int | None  # the requested budget in trained tokens; None: the recipe's own length
     steps: int  # optimizer steps of one run
-    trials: int  # learning rates tried for each candidate; 0: none
-    lengths: tuple[int, ...]  # tokens of each training example: of a row, or of both answers of a pair
+    trials_per_candidate: int  # learning rates tried for each candidate; 0: none
+    token_counts_by_example: tuple[int, ...]  # tokens of each training example: of a row, or of both answers of a pair
     output_dir: Path
     example_lengths: tuple[ExampleLength, ...] = ()  # of the training examples, to plan for
     excluded: Mapping[str, str] = field(default_factory=dict)  # why candidates from "all" are left out, by label
@@ -87,7 +87,7 @@ class ComparisonGrid:
         """
         recipe = self.build_recipe(candidate, seed, self.run_dir(candidate, seed).path)
         train, data = recipe.train, recipe.data
-        steps_per_epoch = math.ceil(len(self.lengths) / train.rows_per_step)
+        steps_per_epoch = math.ceil(len(self.token_counts_by_example) / train.rows_per_step)
         if data.validation is None or train.eval_steps is not None or self.steps > steps_per_epoch:
             return recipe
         data = replace(data, validation=None, validation_fraction=0.0)
@@ -112,7 +112,7 @@ class ComparisonGrid:
             "data": recipe["data"],
             "train": {k: v for k, v in recipe["train"].items() if k not in ("learning_rate", "seed")},
             "tokens": self.tokens,
-            "trials": self.trials,
+            "trials": self.trials_per_candidate,
             "rows (SHA-256)": self.digests,
             "methods": {c.label: c.to_dict() for c in self.candidates},
             **({"at_once": self.at_once} if self.at_once > 1 else {}),  # it changes what memory is measured
@@ -123,8 +123,8 @@ def build_comparison_grid(
     tree: Mapping[str, Any],
     candidates: Sequence[ComparisonCandidate],
     *,
-    seeds: int,
-    tokens: int | None,
+    seed_count: int,
+    tokens_per_run: int | None,
     trials: int,
     output_dir: Path,
     at_once: int = 1,
@@ -135,8 +135,8 @@ def build_comparison_grid(
     Args:
         tree: the recipe as a plain tree in long form, with absolute paths.
         candidates: the methods to compare.
-        seeds: number of seeds; the first is the recipe's, the others follow it.
-        tokens: trained tokens of a run, on average; None: as long as the recipe says.
+        seed_count: number of seeds; the first is the recipe's, the others follow it.
+        tokens_per_run: trained tokens of a run, on average; None: as long as the recipe says.
         trials, output_dir, at_once, allow_faulty_rows: see `ComparisonGrid`.
     """
     # The plan is for the longest examples: both answers of a pair, where an objective learns both.
@@ -147,11 +147,11 @@ def build_comparison_grid(
     grid = ComparisonGrid(
         tree={k: v for k, v in tree.items() if k != "method"},
         candidates=tuple(candidates),
-        seeds=tuple(recipe.train.seed + i for i in range(seeds)),
-        tokens=tokens,
+        seeds=tuple(recipe.train.seed + i for i in range(seed_count)),
+        tokens=tokens_per_run,
         steps=1,
-        trials=trials,
-        lengths=(),
+        trials_per_candidate=trials,
+        token_counts_by_example=(),
         output_dir=output_dir,
         at_once=at_once,
         allow_faulty_rows=allow_faulty_rows,
@@ -183,7 +183,9 @@ def build_comparison_grid(
         message = "there are no validation rows to search learning rates on"
         raise UsageError(message, "data.validation", "or leave out --tune")
     lengths = tuple(rows.train.lengths.tolist())
-    grid = dataclasses.replace(grid, steps=_count_steps_for_tokens(recipe, lengths, tokens), lengths=lengths)
+    grid = dataclasses.replace(
+        grid, steps=_count_steps_for_tokens(recipe, lengths, tokens_per_run), token_counts_by_example=lengths
+    )
     hidden_size = load_base_hidden_size(recipe.model)
 
     def with_rate(candidate: ComparisonCandidate) -> ComparisonCandidate:

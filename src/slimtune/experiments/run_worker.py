@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..core.foundation.files import parse_json, to_json
-from ..core.foundation.remote_code import allow_remote_code
+from ..core.foundation.remote_code import allowing_remote_code
 from ..errors import SlimtuneError
 
 WORKER_COMMAND = (sys.executable, "-m", "slimtune.experiments.run_worker")
@@ -35,7 +35,7 @@ class WorkerResult(NamedTuple):
     """How a run ended."""
 
     error: str  # why it failed, in one line; "" if it did not
-    stopped: bool  # whether `should_stop` ended it
+    stopped_by_should_stop: bool  # whether `should_stop` ended it
     seconds: float  # wall-clock time
     errors_by_recipe_file: Mapping[str, str] = {}  # of several runs: why single ones failed, by their recipe files
     killed: bool = False  # whether a signal ended its process
@@ -43,13 +43,13 @@ class WorkerResult(NamedTuple):
 
 
 Launch = Callable[..., WorkerResult]
-"""A partial of `train_recipes_in_subprocess` that lacks `environment` and `should_stop`."""
+"""A partial of `train_recipes_at_once_in_subprocess` that lacks `environment` and `should_stop`."""
 
 
-def train_recipes_in_subprocess(
+def train_recipes_at_once_in_subprocess(
     recipe_files: Sequence[Path],
     *,
-    skip_test_rows: bool = False,
+    skip_test_evaluation: bool = False,
     allow_faulty_rows: bool = False,
     trust_remote_code: bool = False,
     environment: Mapping[str, str] = {},
@@ -59,13 +59,13 @@ def train_recipes_in_subprocess(
 
     Args:
         recipe_files: the recipes of the runs, which train at the same time; the output goes to a log beside the first.
-        skip_test_rows: leave the test rows out.
+        skip_test_evaluation: leave the test rows out.
         allow_faulty_rows: train on rows that the data report finds faulty.
         trust_remote_code: let the base run Python code that comes with it.
         environment: variables that the process has besides those of this one.
         should_stop: called every fifth of a second; True ends the process at once.
     """
-    given = {"--trial": skip_test_rows, "--force": allow_faulty_rows, "--trust-remote-code": trust_remote_code}
+    given = {"--trial": skip_test_evaluation, "--force": allow_faulty_rows, "--trust-remote-code": trust_remote_code}
     flags = [flag for flag, is_set in given.items() if is_set]
     start, log_file = time.perf_counter(), recipe_files[0].with_suffix(".log")
     # The worker's stdin stays open as long as this process lives; the worker ends when it closes. The worker gets a
@@ -119,9 +119,9 @@ def train_recipes_in_subprocess(
 
 
 def run_worker_with_restarts_if_killed(start_worker: Launch, **worker_options: Any) -> WorkerResult:
-    """Call a partial of `train_recipes_in_subprocess`, again if the process was killed; it resumes from its checkpoint.
+    """Call a partial of `train_recipes_at_once_in_subprocess`, again if the process was killed.
 
-    Beside other runs memory may run out that suffices later.
+    It resumes from its checkpoint. Beside other runs memory may run out that suffices later.
     """
     start, restarts = time.perf_counter(), 0
     while (result := start_worker(**worker_options)).killed and restarts < RESTARTS:
@@ -130,7 +130,7 @@ def run_worker_with_restarts_if_killed(start_worker: Launch, **worker_options: A
 
 
 def train_and_test_recipes_returning_errors(
-    recipe_files: Sequence[Path], *, skip_test_rows: bool = False, allow_faulty_rows: bool = False
+    recipe_files: Sequence[Path], *, skip_test_evaluation: bool = False, allow_faulty_rows: bool = False
 ) -> dict[Path, SlimtuneError]:
     """Train recipes at once and, unless they are trials, evaluate them on the test rows; return the errors by recipe.
 
@@ -160,7 +160,7 @@ def train_and_test_recipes_returning_errors(
     ended = {file: o for file, o in zip(resume, outcomes, strict=True) if isinstance(o, SlimtuneError)}
     failed = {file: o for file, o in ended.items() if not isinstance(o, RunStoppedOutcome)}
     for file in (file for file in recipe_files if file not in ended):
-        if not skip_test_rows:
+        if not skip_test_evaluation:
             evaluate(runs[file].path, EvalSettings(split="test", skip_prompt_test=True))  # only losses are compared
         shutil.rmtree(runs[file].checkpoints, ignore_errors=True)
     return failed
@@ -170,13 +170,13 @@ def main() -> None:
     """Run the cells that the arguments name and exit: 0 done, 1 or 2 as the error says, 130 interrupted."""
     flags = [argument for argument in sys.argv[1:] if argument.startswith("--")]
     files = [Path(argument) for argument in sys.argv[1:] if argument not in flags]
-    how = {"skip_test_rows": "--trial" in flags, "allow_faulty_rows": "--force" in flags}
+    how = {"skip_test_evaluation": "--trial" in flags, "allow_faulty_rows": "--force" in flags}
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     # Ray blocks SIGINT in its processes, and this one inherits that; then Ctrl-C would write no checkpoint.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     code = 0
     try:
-        with allow_remote_code("--trust-remote-code" in flags):
+        with allowing_remote_code("--trust-remote-code" in flags):
             for file, error in train_and_test_recipes_returning_errors(files, **how).items():
                 _print_error(error, **({"recipe": str(file)} if len(files) > 1 else {}))
                 code = error.exit_code

@@ -34,7 +34,7 @@ from ..core.training.run_dir import RunDir
 from ..errors import RunError
 from .executors import Executor
 from .experiment_results import TrialResult
-from .run_worker import STOP_SUFFIX, Launch, WorkerResult, train_recipes_in_subprocess
+from .run_worker import STOP_SUFFIX, Launch, WorkerResult, train_recipes_at_once_in_subprocess
 from .search_space import SettingRange, format_setting_values
 
 REPEATED_DRAWS = 10
@@ -53,8 +53,8 @@ class SettingsSearchSpec:
         folder: gets the study, and each trial's recipe, run folder and log.
         ranges: the settings that are searched.
         build_recipe: returns a trial's recipe for its values by path and its run folder; `train.max_steps` is set.
-        first: the values of the first trial; those left out are drawn.
-        trials: how many are tried at most; None: no limit.
+        first_trial_values: the values of the first trial; those left out are drawn.
+        max_trials: how many are tried at most; None: no limit.
         minutes: when no further trial is begun and the running one is stopped; None: no limit.
         allow_faulty_rows: train on rows that the data report finds faulty.
     """
@@ -62,8 +62,8 @@ class SettingsSearchSpec:
     folder: Path
     ranges: Sequence[SettingRange]
     build_recipe: Callable[[Mapping[str, Any], Path], Recipe]
-    first: Mapping[str, Any]
-    trials: int | None
+    first_trial_values: Mapping[str, Any]
+    max_trials: int | None
     minutes: float | None = None
     allow_faulty_rows: bool = False
 
@@ -112,7 +112,7 @@ def run_search_trials(
     storage = optuna.storages.JournalStorage(journal)
     study = optuna.create_study(storage=storage, study_name="trials", pruner=pruner, load_if_exists=True)
     _enqueue_unfinished(study, search)
-    most = min(search.trials or math.inf, math.prod(r.size for r in search.ranges))
+    most = min(search.max_trials or math.inf, math.prod(r.size for r in search.ranges))
     failed_in_a_row = 0
     while len(tried := _list_trials(study, search)) < most and time.monotonic() < deadline:
         # A search that was killed goes on with the trials that were drawn together.
@@ -163,7 +163,7 @@ def _run_batch(groups: "Sequence[Sequence[TrialMonitor]]", executor: Executor, l
     for file, worker in executor.run(launches, should_stop):
         for run in by_file[file]:
             error = worker.errors_by_recipe_file.get(str(run.recipe_file), worker.error)
-            run.finish(worker._replace(error=error, stopped=run.stopped))
+            run.finish(worker._replace(error=error, stopped_by_should_stop=run.stopped))
             log(f"{run.text}: {run.describe_outcome()}")
 
 
@@ -174,9 +174,9 @@ def _launch_trials(group: "Sequence[TrialMonitor]") -> Launch:
         write_atomic(run.recipe_file, run.recipe.to_yaml())
     trust, files = remote_code_allowed(), [run.recipe_file for run in group]
     return partial(
-        train_recipes_in_subprocess,
+        train_recipes_at_once_in_subprocess,
         files,
-        skip_test_rows=True,
+        skip_test_evaluation=True,
         allow_faulty_rows=group[0].search.allow_faulty_rows,
         trust_remote_code=trust,
     )
@@ -210,8 +210,8 @@ def _list_trials(study: optuna.Study, search: SettingsSearchSpec) -> list[TrialR
 def _enqueue_unfinished(study: optuna.Study, search: SettingsSearchSpec) -> None:
     """Enqueue the first values of a new study, or the trials of an earlier process that were killed or failed."""
     if not study.trials:
-        known = [r for r in search.ranges if r.path in search.first]
-        study.enqueue_trial({r.path: _to_parameter(r, search.first[r.path]) for r in known})
+        known = [r for r in search.ranges if r.path in search.first_trial_values]
+        study.enqueue_trial({r.path: _to_parameter(r, search.first_trial_values[r.path]) for r in known})
     latest = {search.trial_recipe_file(t).stem: t for t in study.trials if REPEATS not in t.user_attrs}
     for run, trial in latest.items():
         if trial.state is TrialState.RUNNING:
@@ -227,7 +227,7 @@ def _ask_untried(
     distributions = {r.path: _distribution(r) for r in search.ranges}
     for draw in itertools.count():
         seed = 1000 * len(tried) + draw
-        startup = 5 if search.trials is None else min(5, max(2, search.trials // 2))
+        startup = 5 if search.max_trials is None else min(5, max(2, search.max_trials // 2))
         study.sampler = (
             # With `constant_liar` trials that are drawn together lie apart.
             optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup, constant_liar=at_once > 1)
@@ -303,7 +303,7 @@ class TrialMonitor:
     def finish(self, worker: WorkerResult) -> None:
         """Read how the run ended, and delete its weights."""
         self.seconds = round(worker.seconds, 1)
-        if worker.stopped and self.out_of_time:
+        if worker.stopped_by_should_stop and self.out_of_time:
             return
         diverged = any(m.get("event") == NONFINITE for m in self.run.load_metrics())
         self.why = ""
@@ -311,7 +311,7 @@ class TrialMonitor:
             self.why = worker.error
             return
         # A trial that ended between two polls is judged by the same rule.
-        if not (worker.stopped or diverged or self.should_prune()):
+        if not (worker.stopped_by_should_stop or diverged or self.should_prune()):
             self.loss = read_json_object(self.run.result_file)["validation_loss"]
         self.stop_file.unlink(missing_ok=True)
         shutil.rmtree(self.run.checkpoints, ignore_errors=True)

@@ -135,9 +135,9 @@ def _takes_whole_numbers(searched: SettingRange, check: Callable[[Mapping[str, A
     return False
 
 
-def format_setting_values(values: Mapping[str, Any]) -> str:
+def format_setting_values(values_by_path: Mapping[str, Any]) -> str:
     """Return values as text: `train.learning_rate 0.0002, method.r 8`."""
-    return ", ".join(f"{path} {format_setting_value(value)}" for path, value in values.items())
+    return ", ".join(f"{path} {format_setting_value(value)}" for path, value in values_by_path.items())
 
 
 def format_setting_value(value: Any) -> str:

@@ -28,14 +28,14 @@ from ..core.foundation.device import release_unused_memory
 from ..core.kernels.dropout import get_rng_states, set_rng_states
 from ..core.models.loader import LoadedBase
 from ..core.training.base_model import LoadBase, load_base_model
-from ..core.training.finish_run import Interrupted, save_final_results
+from ..core.training.finish_run import InterruptedAfterCheckpoint, save_final_results
 from ..core.training.loss import move_batch_to_device
 from ..core.training.prepare_run import prepare_run
 from ..core.training.train import train
 from ..core.training.train_result import TrainResult
 from ..core.training.training_loop import StepGradientStats, TrainingLoop
 from ..errors import SlimtuneError, UsageError, is_out_of_memory
-from .packed_run_adapters import copy_sharing_parameters, packing_runs_unsupported_reason
+from .packed_run_adapters import copy_sharing_parameters, packing_runs_unsupported_reason_or_empty
 from .packed_run_losses import forward_backward_packed_runs
 
 
@@ -51,7 +51,7 @@ class InterleavedRun:
         self.loop: TrainingLoop | None = None
         self.rows: Sequence[Any] = ()  # of the next step; empty once it has ended
         self.gradients: StepGradientStats | None = None  # of the next step, if they were computed with other runs'
-        self.outcome: TrainResult | SlimtuneError | Interrupted | None = None
+        self.outcome: TrainResult | SlimtuneError | InterruptedAfterCheckpoint | None = None
         self._steps: Iterator[Sequence[Any]] = iter(())
         self._rng: Any = None
 
@@ -100,7 +100,7 @@ class InterleavedRun:
         self.rows = ()
         try:
             yield
-        except (SlimtuneError, Interrupted) as error:
+        except (SlimtuneError, InterruptedAfterCheckpoint) as error:
             self.outcome = error
         except BaseException:
             self.release()
@@ -128,7 +128,7 @@ def train_recipes_together(
 
     Raises:
         UsageError: the bases differ, or there are several processes.
-        Interrupted: Ctrl-C.
+        InterruptedAfterCheckpoint: Ctrl-C.
     """
     if distributed.world_size() > 1:
         raise UsageError("several runs at once train in one process", "no torchrun")
@@ -163,7 +163,7 @@ def train_recipes_together(
                     for loop in loops:
                         loop.stop_requested, loop.stop_signal = True, loops[0].stop_signal
     outcomes: list[Any] = [run.outcome for run in runs]
-    if interrupted := next((o for o in outcomes if isinstance(o, Interrupted)), None):
+    if interrupted := next((o for o in outcomes if isinstance(o, InterruptedAfterCheckpoint)), None):
         raise interrupted
     return outcomes
 
@@ -180,7 +180,7 @@ def _find_reason_against_packing(loops: Sequence[TrainingLoop]) -> str:
                 return f"train.{name} is {getattr(loop.settings, name)}"
         if loop.recovery.checkpointing:
             return "activations are checkpointed since memory ran out"
-    return packing_runs_unsupported_reason([loop.model for loop in loops])
+    return packing_runs_unsupported_reason_or_empty([loop.model for loop in loops])
 
 
 def _compute_gradients_together(runs: Sequence[InterleavedRun]) -> str:
@@ -233,7 +233,7 @@ def _share_base() -> LoadBase:
         if classes is not None:  # its head is the run's own
             return load_base_model(model, chat_template, classes)
         if not loaded:
-            loaded.append(load_base_model(model, chat_template))
+            loaded.append(load_base_model(model, chat_template, None))
         return dataclasses.replace(loaded[0], model=copy_sharing_parameters(loaded[0].model))
 
     return load_base

@@ -92,7 +92,7 @@ def run_tuning(
         raise UsageError(
             f"--at-once trains on one base, which {other[0]} changes", "no --at-once, or no --over model.…"
         )
-    if executor_spec is not None and executor_spec.runs is None:
+    if executor_spec is not None and executor_spec.max_parallel_runs is None:
         message = f"--on {executor_spec.text} does not say how many trials train at the same time"
         raise UsageError(message, f"a number, as {executor_spec.text}{',' if ':' in executor_spec.text else ':'}4")
     settings = {
@@ -167,7 +167,7 @@ def search_learning_rate(
         [rates],
         build_trial,
         {RATE: default},
-        comparison_grid.trials,
+        comparison_grid.trials_per_candidate,
         allow_faulty_rows=comparison_grid.allow_faulty_rows,
     )
     trials = run_search_trials(search, lambda text: log(f"{candidate.label}: {text}"), executor)
@@ -192,7 +192,7 @@ def list_trial_table_headings(result: TuneResult) -> list[str]:
     return ["trial", *(path.partition(".")[2] for path in result.over), "validation loss", "time"]
 
 
-def format_trial_rows(result: TuneResult) -> list[list[str]]:
+def make_trial_table_rows(result: TuneResult) -> list[list[str]]:
     """Return the cells of every trial, in the order in which they were begun."""
     rows = []
     for number, trial in enumerate(result.trials, 1):
@@ -237,6 +237,6 @@ def describe_search_setup(result: TuneResult) -> str:
 
 def _format_search(result: TuneResult) -> str:
     """Return `table.md`."""
-    table = format_markdown_table(list_trial_table_headings(result), format_trial_rows(result))
+    table = format_markdown_table(list_trial_table_headings(result), make_trial_table_rows(result))
     parts = [describe_search_setup(result), table, *describe_best_trial_and_caveats(result)]
     return "\n\n".join([*parts, f"Train it: `slimtune train {result.best_recipe}`"]) + "\n"

@@ -24,7 +24,7 @@ from .gguf import (
 )
 
 
-def require_trained_adapter_in_gguf(file: Path, model: Any, adapter: str = "default") -> None:
+def require_trained_adapter_in_gguf(file: Path, model: Any, adapter_name: str = "default") -> None:
     """Raise AdapterError unless a GGUF file has the matrices of a model's LoRA, with their scales, and no others."""
     names, alpha_key = make_gguf_module_name_mapper(model.config), import_gguf().Keys.Adapter.LORA_ALPHA
     try:
@@ -34,7 +34,7 @@ def require_trained_adapter_in_gguf(file: Path, model: Any, adapter: str = "defa
     except Exception as e:  # the reader fails in many ways
         raise AdapterError(f"{file} is damaged: {type(e).__name__}", "a complete GGUF file", "export again") from e
     wrong: list[str] = []
-    for module, (A, B, scale) in get_lora_factors_and_scales(model, adapter).items():
+    for module, (A, B, scale) in get_lora_factors_and_scales(model, adapter_name).items():
         for part, rows in (
             split_gate_up_by_projection_name(module, B, model.config) if B.dim() == 3 else {module: B}
         ).items():
@@ -49,11 +49,11 @@ def require_trained_adapter_in_gguf(file: Path, model: Any, adapter: str = "defa
     _require_no_differences(wrong)
 
 
-def require_trained_adapter_in_model(read_back: Any, trained: Any, adapter: str = "default") -> None:
+def require_trained_adapter_in_model(read_back: Any, trained: Any, adapter_name: str = "default") -> None:
     """Raise AdapterError unless a model whose adapter was read from a file has another model's LoRA matrices."""
     wrong: list[str] = []
-    found = {name: module.low_rank_factors() for name, module in read_back.adapter_modules(adapter).items()}
-    for module, own in trained.adapter_modules(adapter).items():
+    found = {name: module.low_rank_factors() for name, module in read_back.adapter_modules(adapter_name).items()}
+    for module, own in trained.adapter_modules(adapter_name).items():
         A, B, scale = own.low_rank_factors()
         its_A, its_B, its_scale = found.pop(module, None) or (None, None, 1.0)
         for letter, matrix, factor, expected in (("A", its_A, 1.0, A), ("B", its_B, its_scale, B.double() * scale)):

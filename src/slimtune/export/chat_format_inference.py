@@ -87,7 +87,7 @@ class InferredChatFormat:
 
     prefixes_by_role_pair: dict[Neighbours, str]  # the text before a message; (role, "prompt"): asks for an answer
     suffixes: dict[str, str]  # the text after a message, by its role, whatever follows
-    strips_by_role_pair: dict[Neighbours, Strip]  # what is stripped from the second message's content
+    stripped_characters_by_role_pair: dict[Neighbours, Strip]  # what is stripped from the second message's content
     system_placement: str  # "in order", "last" (inside the last user message), "refused" or "left out"
 
     def choices(self, role: str, after_system: bool = False) -> list[tuple[list[str], str, Strip]]:
@@ -99,7 +99,7 @@ class InferredChatFormat:
         groups: dict[tuple[str, Strip], list[str]] = {}
         for (before, this), prefix in self.prefixes_by_role_pair.items():
             if this == role and (self.system_placement != "last" or (before == "system") == after_system):
-                groups.setdefault((prefix, self.strips_by_role_pair[before, role]), []).append(before)
+                groups.setdefault((prefix, self.stripped_characters_by_role_pair[before, role]), []).append(before)
         ordered = sorted(groups.items(), key=lambda item: (len(item[1]), "assistant" in item[1], "user" in item[1]))
         return [(befores, prefix, strip) for (prefix, strip), befores in ordered]
 

@@ -44,7 +44,7 @@ from ..core.models.base_config import get_max_positions
 from ..core.training.objective import open_rows_for_objective
 from ..errors import ModelError
 from ..extras.row_files import open_rows
-from ..generation.inference_engines import ModelInInferenceEngine, TextTokenScores, TransformersInferenceEngine
+from ..generation.inference_engines import InferenceEngine, TextTokenScores, TransformersInferenceEngine
 from .export_results import EngineVerdict
 
 QUESTIONS = (
@@ -134,11 +134,11 @@ class AdapterReference:
         self.engine, self.texts = TransformersInferenceEngine("trained adapter", model, tokenizer), list(texts)
         self.prompts = [self.engine.tokenize(t.prompt) for t in self.texts if t.prompt]
 
-    def score(self, engine: ModelInInferenceEngine, what: str) -> list[Tensor]:
+    def score(self, engine: InferenceEngine, what: str) -> list[Tensor]:
         """Return an engine's log-probabilities of each text's next tokens; progress is reported as `what`."""
         return [scores.token_log_probs for scores in self.score_texts(engine, what)]
 
-    def score_texts(self, engine: ModelInInferenceEngine, what: str) -> list[TextTokenScores]:
+    def score_texts(self, engine: InferenceEngine, what: str) -> list[TextTokenScores]:
         """Return what an engine gives for each text; raise ModelError unless it is a value for each token."""
         all_scores, vocabulary = [], self.engine.model.config.get_text_config().vocab_size
         for text in track_progress(self.texts, what):
@@ -224,7 +224,7 @@ class AdapterReference:
         return 3 * self.measure_effect_share(differences)[1] > 0.5
 
 
-def make_reference_texts(
+def make_fixed_and_held_out_reference_texts(
     tokenizer: Any, recipe: Recipe | None, config: Any, rows_file: Path | None = None
 ) -> list[ReferenceText]:
     """Return fixed questions, then the first rows that the run held out (validation or test), or those of `rows_file`.
@@ -259,10 +259,10 @@ def make_reference_texts(
 
 def judge_engine_against_adapter(
     reference: AdapterReference,
-    engine: ModelInInferenceEngine,
+    engine: InferenceEngine,
     precision: str,
     tolerance: EngineTolerance | None = None,
-    open_base: Callable[[ModelInInferenceEngine], ModelInInferenceEngine] | None = None,
+    open_base: Callable[[InferenceEngine], InferenceEngine] | None = None,
 ) -> EngineVerdict:
     """Compare an engine, whose weights have a precision ("f32", "q8_0", "Q4_K_M", …), with the trained adapter.
 

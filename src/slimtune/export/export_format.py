@@ -66,7 +66,7 @@ class ExportJob:
     loaded: TrainedModel
     run: Path  # the run or adapter folder
     folder: Path  # to write into
-    out: Path  # where the folder will be, for commands
+    final_path: Path  # where the folder will be, for commands
     verify: bool  # whether the engine is asked afterwards
 
 

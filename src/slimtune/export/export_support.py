@@ -22,23 +22,25 @@ _NOT_IN_VLLM = {
 """Fields of a config whose value, if there is one, no LoRA in vLLM can express."""
 
 
-def get_export_support_flags(model: Any, adapter: str = "default", *, on_published_base: bool = True) -> ExportSupport:
+def get_export_support_flags(
+    model: Any, adapter_name: str = "default", *, on_published_base: bool = True
+) -> ExportSupport:
     """Return the export formats of a model's adapter.
 
     `on_published_base` says whether the adapter belongs to the base as it was published; False after a LoftQ
     initialisation, which changed the base in memory.
     """
-    config = model.peft_config[adapter]
-    factors, other = split_low_rank_and_other_changes(model, adapter)
+    config = model.peft_config[adapter_name]
+    factors, other = split_low_rank_and_other_changes(model, adapter_name)
     replicated = bool(getattr(config, "layer_replication", None))
     on_published_base = on_published_base and not replicated  # the published one has fewer layers
     can_be_lora = on_published_base and not list_settings_no_vllm_lora_expresses(config)
     merged = (
         config.mergeable
         and not replicated
-        and all(m.base_can_store_merge for m in model.adapter_modules(adapter).values())
+        and all(m.base_can_store_merge for m in model.adapter_modules(adapter_name).values())
     )
-    kinds = set(model.match_report(adapter).kinds.values())
+    kinds = set(model.match_report(adapter_name).kinds.values())
     return ExportSupport(
         merged=merged,
         gguf=on_published_base and bool(factors) and not other,
@@ -47,18 +49,18 @@ def get_export_support_flags(model: Any, adapter: str = "default", *, on_publish
     )
 
 
-def split_low_rank_and_other_changes(model: Any, adapter: str = "default") -> tuple[dict[str, Factors], list[str]]:
+def split_low_rank_and_other_changes(model: Any, adapter_name: str = "default") -> tuple[dict[str, Factors], list[str]]:
     """Return an adapter's updates of linear layers by module, in the model's order, and a list of its other changes.
 
     Updates of stacked experts are under the parameter's name.
     """
     factors: dict[str, Factors] = {}
-    report = model.match_report(adapter)
+    report = model.match_report(adapter_name)
     other = [
         f"{name} ({format_names(parameters)} trained in full)"
         for name, parameters in report.trained_parameter_copies.items()
     ]
-    for name, module in model.adapter_modules(adapter).items():
+    for name, module in model.adapter_modules(adapter_name).items():
         if experts := module.expert_factors():
             factors |= {f"{name}.{parameter}": found for parameter, found in experts.items()}
             continue

@@ -86,7 +86,7 @@ ARCHITECTURES = {
 """By `model_type` in Hugging Face's config."""
 
 
-def get_gguf_architecture_spec(config: Any) -> GgufArchitecture:
+def require_gguf_architecture_spec(config: Any) -> GgufArchitecture:
     """Return how llama.cpp stores a model's architecture, or raise UsageError if it is not in the table."""
     kind = config.model_type
     if kind not in ARCHITECTURES:
@@ -103,26 +103,26 @@ def get_gguf_architecture_spec(config: Any) -> GgufArchitecture:
 
 def make_gguf_module_name_mapper(config: Any) -> Callable[[str], str | None]:
     """Return gguf's names of a model's modules: `("model.layers.0.mlp.up_proj")` is "blk.0.ffn_up"; None: no name."""
-    name, gguf = get_gguf_architecture_spec(config).name, import_gguf()
+    name, gguf = require_gguf_architecture_spec(config).name, import_gguf()
     architecture = next(key for key, known in gguf.MODEL_ARCH_NAMES.items() if known == name)
     names = gguf.get_tensor_name_map(architecture, config.get_text_config().num_hidden_layers)
     return lambda module: names.get_name(module.replace("model.language_model.", "model."))
 
 
-def convert_to_llama_cpp_tensors(name: str, weight: Tensor, config: Any, names: Any) -> dict[str, Tensor]:
+def convert_to_llama_cpp_tensors(name: str, weight: Tensor, config: Any, gguf_name_mapper: Any) -> dict[str, Tensor]:
     """Return a parameter as llama.cpp stores it, by name there, such as `blk.0.attn_q.weight`; {}: it has no name.
 
     Stacked experts `(experts, …)` are stored as the tensors gate, up and down.
     """
-    architecture, (module, _, leaf) = get_gguf_architecture_spec(config), name.rpartition(".")
+    architecture, (module, _, leaf) = require_gguf_architecture_spec(config), name.rpartition(".")
     if leaf not in ("weight", "bias"):  # a parameter whose name says what it is, such as experts.gate_up_proj_bias
         kind, owner = ("bias", name.removesuffix("_bias")) if leaf.endswith("_bias") else ("weight", name)
         if kind == "weight" and leaf in architecture.transposed:
             weight = weight.mT
         parts = split_gate_up_by_projection_name(owner, weight, config)
-        found = {names(part): tensor for part, tensor in parts.items()}
+        found = {gguf_name_mapper(part): tensor for part, tensor in parts.items()}
         return {} if None in found else {f"{part}.{kind}": tensor for part, tensor in found.items()}
-    if (module_name := names(module)) is None:
+    if (module_name := gguf_name_mapper(module)) is None:
         return {}
     if leaf == "weight" and module.rpartition(".")[2] in architecture.transposed:
         weight = weight.t()
@@ -138,13 +138,19 @@ def split_gate_up_by_projection_name(name: str, rows: Tensor, config: Any) -> di
     module, _, leaf = name.rpartition(".")
     if leaf != "gate_up_proj":
         return {name: rows}
-    gate, up = (rows[:, ::2], rows[:, 1::2]) if get_gguf_architecture_spec(config).interleaved else rows.chunk(2, dim=1)
+    gate, up = (
+        (rows[:, ::2], rows[:, 1::2]) if require_gguf_architecture_spec(config).interleaved else rows.chunk(2, dim=1)
+    )
     return {f"{module}.gate_proj": gate, f"{module}.up_proj": up}
 
 
 def reorder_rows_for_llama_cpp(rows: Tensor, module: str, config: Any) -> Tensor:
     """Return the output rows of a linear layer, of its weight or a LoRA's B `(out, …)`, in llama.cpp's order."""
-    architecture, text, last = get_gguf_architecture_spec(config), config.get_text_config(), module.rpartition(".")[2]
+    architecture, text, last = (
+        require_gguf_architecture_spec(config),
+        config.get_text_config(),
+        module.rpartition(".")[2],
+    )
     if last in architecture.permuted:
         halves = rows.reshape(getattr(text, architecture.permuted[last]), 2, -1, *rows.shape[1:])
         return halves.swapaxes(1, 2).reshape(rows.shape)
@@ -156,13 +162,15 @@ def reorder_rows_for_llama_cpp(rows: Tensor, module: str, config: Any) -> Tensor
 # --- adapter ---------------------------------------------------------------------------------------------------------
 
 
-def write_adapter_gguf(file: Path, model: Any, adapter: str = "default", precision: str = "f32") -> GgufExportFacts:
+def write_adapter_gguf(
+    file: Path, model: Any, adapter_name: str = "default", precision: str = "f32"
+) -> GgufExportFacts:
     """Write an adapter as GGUF in "f32" or "f16".
 
     AdapterError means that a value is NaN or Inf, or too large for the precision.
     """
-    gguf, architecture = import_gguf(), get_gguf_architecture_spec(model.config)
-    names, layers = make_gguf_module_name_mapper(model.config), get_lora_factors_and_scales(model, adapter)
+    gguf, architecture = import_gguf(), require_gguf_architecture_spec(model.config)
+    names, layers = make_gguf_module_name_mapper(model.config), get_lora_factors_and_scales(model, adapter_name)
     layers = {
         part: (A, rows, scale)
         for module, (A, B, scale) in layers.items()
@@ -207,19 +215,19 @@ def write_adapter_gguf(file: Path, model: Any, adapter: str = "default", precisi
     )
 
 
-def get_lora_factors_and_scales(model: Any, adapter: str = "default") -> dict[str, Factors]:
+def get_lora_factors_and_scales(model: Any, adapter_name: str = "default") -> dict[str, Factors]:
     """Return A `(r, in)`, B `(out, r)` and the scale of an adapter's update of each linear layer, in the model's order.
 
     Those of a stacked weight of experts are `(experts, r, in)` and `(experts, out, r)`, under the parameter's name.
 
     UsageError names what else the adapter does, and the alternatives.
     """
-    layers, other = split_low_rank_and_other_changes(model, adapter)
+    layers, other = split_low_rank_and_other_changes(model, adapter_name)
     if layers and not other:
         return {name: (A.detach(), B.detach(), scale) for name, (A, B, scale) in layers.items()}
-    config = model.peft_config[adapter]
+    config = model.peft_config[adapter_name]
     hint = "export it merged: --merged, or slimtune merge; or turn it into a LoRA: --convert-to-lora RANK"
-    if not get_export_support_flags(model, adapter).merged:
+    if not get_export_support_flags(model, adapter_name).merged:
         hint = f"{config.name} cannot be merged either: use it from slimtune (generate, chat) or Python"
     raise UsageError(
         f"the {config.name} adapter is not a LoRA of linear layers only: {format_names(other, 4) or 'it changes none'}",
@@ -259,7 +267,7 @@ def write_gguf_from_template(
     """
     gguf, architecture, names = (
         import_gguf(),
-        get_gguf_architecture_spec(model.config),
+        require_gguf_architecture_spec(model.config),
         make_gguf_module_name_mapper(model.config),
     )
     reader = open_gguf_reader(template)
@@ -331,7 +339,7 @@ def convert_hf_to_gguf(folder: Path, file: Path, precision: str = "f16") -> None
 
 
 @contextmanager
-def quantize_gguf_on_exit(file: Path, precision: str) -> Iterator[tuple[Path, str]]:
+def gguf_path_and_precision_quantized_on_exit(file: Path, precision: str) -> Iterator[tuple[Path, str]]:
     """Yield the GGUF to write and in which of `PRECISIONS`; llama.cpp's `llama-quantize` then makes any other."""
     if precision in PRECISIONS:
         yield file, precision

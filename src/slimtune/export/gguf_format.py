@@ -24,7 +24,7 @@ from .export_results import EngineVerdict
 
 if TYPE_CHECKING:
     from ..core.models.model_source import ModelSource
-    from ..generation.inference_engines import ModelInInferenceEngine
+    from ..generation.inference_engines import InferenceEngine
     from .verify import ExportEngineCheck, ExportVerifier
 
 ADAPTER_GGUF, MODEL_GGUF = "adapter.gguf", "model.gguf"
@@ -98,15 +98,15 @@ class GgufFormat(ExportFormat):
     def write(self, job: ExportJob) -> WrittenExport:
         """Write adapter.gguf or model.gguf."""
         from .adapter_file_check import require_trained_adapter_in_gguf
-        from .gguf import quantize_gguf_on_exit, write_adapter_gguf
+        from .gguf import gguf_path_and_precision_quantized_on_exit, write_adapter_gguf
         from .merge import write_merged_gguf
 
         model: Any = job.loaded.model
         if self.merged:
             file, precision = job.folder / MODEL_GGUF, self.precision or "f16"
-            with quantize_gguf_on_exit(file, precision) as (whole, written):
+            with gguf_path_and_precision_quantized_on_exit(file, precision) as (whole, written):
                 write_merged_gguf(job.loaded, job.run, whole, written)
-            chat = shlex.join(["llama-cli", "-m", str(job.out / MODEL_GGUF)])
+            chat = shlex.join(["llama-cli", "-m", str(job.final_path / MODEL_GGUF)])
             return WrittenExport(GgufExportFacts(precision=precision), [chat, *_list_serve_commands(model, job.run)])
         adapter, conversion = model.active_adapters[0], None
         if self.convert_to_lora is not None:
@@ -118,16 +118,16 @@ class GgufFormat(ExportFormat):
             require_trained_adapter_in_gguf(job.folder / ADAPTER_GGUF, model, adapter)
         source = job.loaded.base.source
         base = source.path if source.kind == "gguf" else "BASE.gguf"
-        command = shlex.join(["llama-cli", "-m", base, "--lora", str(job.out / ADAPTER_GGUF)])
+        command = shlex.join(["llama-cli", "-m", base, "--lora", str(job.final_path / ADAPTER_GGUF)])
         return WrittenExport(replace(facts, conversion=conversion), [command, *_list_serve_commands(model, job.run)])
 
     def verify_folder(self, verifier: ExportVerifier, folder: Path, facts: Any) -> EngineVerdict:
         """Compare the GGUF in llama.cpp with the trained adapter."""
-        from .verify import find_lora_conversion_tolerance
+        from .verify import find_nearest_lora_error_tolerance
 
         adapter, model, precision = folder / ADAPTER_GGUF, folder / MODEL_GGUF, facts.precision
         if adapter.is_file():
-            tolerance = find_lora_conversion_tolerance(facts)
+            tolerance = find_nearest_lora_error_tolerance(facts)
             served_base = getattr(facts, "ollama_base", None)
             return verifier.verify_adapter_gguf(ADAPTER_ENGINE, adapter, precision, tolerance, served_base)
         if not model.is_file():
@@ -151,12 +151,12 @@ class GgufFormat(ExportFormat):
 
         adapter, whole = verifier.temp_folder / ADAPTER_GGUF, verifier.temp_folder / MODEL_GGUF
 
-        def open_adapter() -> ModelInInferenceEngine:
+        def open_adapter() -> InferenceEngine:
             write_adapter_gguf(adapter, verifier.model)
             require_trained_adapter_in_gguf(adapter, verifier.model)
             return verifier.open_beside_base(adapter)
 
-        def open_whole() -> ModelInInferenceEngine:
+        def open_whole() -> InferenceEngine:
             verifier.require_mergeable()
             write_merged_gguf(verifier.loaded, verifier.run, whole, "f16")
             return verifier.open_llama_cpp(whole)

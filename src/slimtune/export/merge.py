@@ -30,9 +30,9 @@ from ..core.adapters.peft_model import PeftModel
 from ..core.foundation.dtype_names import dtype_name, llama_cpp_dtype_name
 from ..core.foundation.files import atomic_folder, read_json_object, require_disk_space, translate_os_errors
 from ..core.foundation.json_results import to_json_dict
-from ..core.models.base_config import load_checkpoint_config
+from ..core.models.base_config import load_convertible_base_config
 from ..core.models.dtype import pick_dtype
-from ..core.models.load_errors import silence_model_loading
+from ..core.models.load_errors import silencing_model_loading
 from ..core.models.loader import load_base
 from ..core.models.quantization import get_stored_quantization, remove_quantization_config
 from ..core.training.run_dir import ADAPTER_FILE, RunDir, find_adapter_folder
@@ -42,10 +42,10 @@ from ..evaluation.run_results import RunResults
 from ..extras.model_card import render_model_card
 from ..extras.training_fingerprint import mark_as_compared
 from ..generation.inference_engines import TransformersInferenceEngine
-from ..generation.multi_run_loading import load_runs_on_one_base
+from ..generation.multi_run_loading import load_trained_models_sharing_base
 from ..planning.meta_model import build_adapted_meta_model
 from . import gguf
-from .expected_logps import AdapterReference, get_loosest_tolerance, make_reference_texts
+from .expected_logps import AdapterReference, get_loosest_tolerance, make_fixed_and_held_out_reference_texts
 from .export_format import MERGED_FOLDER
 from .export_results import MergeComparison, MergedExportFacts, MergeResult
 from .gptq_rounding import record_linear_layer_inputs
@@ -90,7 +90,7 @@ def merge(run: Path, out: Path, dtype: str = "auto") -> MergeResult:
         quantized, small = getattr(model, "is_quantized", False), _is_small(model)
         if small and not quantized:
             model.to(torch.promote_types(base.dtype, torch.float32))
-        texts = make_reference_texts(tokenizer, loaded.recipe, model.config)
+        texts = make_fixed_and_held_out_reference_texts(tokenizer, loaded.recipe, model.config)
         reference = AdapterReference(model, tokenizer, texts)
         effect = reference.effect  # measured before the model changes
         inputs = record_linear_layer_inputs(model, loaded.recipe, tokenizer) if small and stored.itemsize == 2 else None
@@ -143,7 +143,7 @@ def _merge_classifier(run: Path, out: Path, requested: torch.dtype | None, start
     loaded = load_run_for_export(run)
     model: Any = loaded.model
     tokenizer, stored = loaded.base.tokenizer, requested or loaded.base.dtype
-    texts = make_reference_texts(tokenizer, loaded.recipe, model.config)
+    texts = make_fixed_and_held_out_reference_texts(tokenizer, loaded.recipe, model.config)
 
     @torch.no_grad()
     def compute_logits(model: Any) -> Tensor:
@@ -210,7 +210,7 @@ def _load_memory_mapped(run: Path, out: Path) -> Iterator[TrainedModel]:
     if find_adapter_folder(run) != run:
         m = RunDir.open(run).load_recipe().model
         dtype = dtype_name(pick_dtype(dtype or m.dtype, "cpu"))
-        config = load_checkpoint_config(m.name, trust_remote_code=m.trust_remote_code, revision=m.revision)
+        config = load_convertible_base_config(m.name, trust_remote_code=m.trust_remote_code, revision=m.revision)
         if (
             m.quantization is None and get_stored_quantization(config) is None
         ):  # a quantized base stays quantized in memory
@@ -242,7 +242,7 @@ def _get_trained_dtype(run: Path) -> str | None:
         # "auto" in the recipe may have meant another dtype on the machine that trained.
         return read_json_object(file).get("dtype") if file.is_file() else None
     name = PeftConfig.from_pretrained(folder).base_model_name_or_path
-    return dtype_name((load_checkpoint_config(name).dtype if name else None) or torch.float32)
+    return dtype_name((load_convertible_base_config(name).dtype if name else None) or torch.float32)
 
 
 def load_run_for_export(run: Path, base_rounding_dtype: str | None = None) -> TrainedModel:
@@ -259,15 +259,15 @@ def load_runs_for_export(runs: Sequence[Path], base_rounding_dtype: str | None =
         "dtype": base_rounding_dtype or _get_trained_dtype(runs[0]),
         "quantization": None if base_rounding_dtype is None else "none",
     }
-    loaded = load_runs_on_one_base(runs, **how, device="cpu", dequantize=True)
+    loaded = load_trained_models_sharing_base(runs, **how, device="cpu", dequantize=True)
     model: Any = loaded[0].model
     if _is_small(model):
         model.to(torch.promote_types(loaded[0].base.dtype, torch.float32))
-        restore_embedding_scales(model)
+        set_unrounded_embedding_scales(model)
     return loaded
 
 
-def restore_embedding_scales(model: Any) -> None:
+def set_unrounded_embedding_scales(model: Any) -> None:
     """Give scaled embeddings (Gemma) their factor in the model's dtype: a base loaded in bfloat16 has it rounded.
 
     √640 = 25.298 became 25.25. Engines compute with the exact factor, whatever the dtype of the weights is.
@@ -307,7 +307,7 @@ def write_merged_gguf(loaded: TrainedModel, run: Path, file: Path, precision: st
 def write_base_gguf(loaded: TrainedModel, file: Path, precision: str = "f32") -> None:
     """Write the base an adapter was trained on as one GGUF."""
     source, base = loaded.base.source, loaded.base
-    with gguf.quantize_gguf_on_exit(file, precision) as (whole, written):
+    with gguf.gguf_path_and_precision_quantized_on_exit(file, precision) as (whole, written):
         if source.kind == "gguf":
             gguf.write_gguf_from_template(Path(source.path), loaded.model, whole, written)
             return
@@ -344,7 +344,7 @@ def _save_checkpoint(
             # Some checkpoints set a temperature without do_sample, which transformers refuses to save.
             log.warning("the base's generation settings have sampling parameters without do_sample: it is set")
             generation.do_sample = True
-    with silence_model_loading():
+    with silencing_model_loading():
         PreTrainedModel.save_pretrained(model, folder, state_dict={})  # transformers' own, not the adapter's
         for empty in folder.glob("*.safetensors"):
             empty.unlink()

@@ -17,7 +17,7 @@ from .export_format import LICENCE_FILES, MERGED_FOLDER, TOKENIZER_FILES, Export
 from .export_results import EngineVerdict, MergedExportFacts
 
 if TYPE_CHECKING:
-    from ..generation.inference_engines import ModelInInferenceEngine
+    from ..generation.inference_engines import InferenceEngine
     from .verify import ExportEngineCheck, ExportVerifier
 
 ENGINE_NAME = "merged folder"
@@ -49,7 +49,7 @@ class MergedFormat(ExportFormat):
 
         folder = verifier.temp_folder / "merged"
 
-        def open_merged() -> ModelInInferenceEngine:
+        def open_merged() -> InferenceEngine:
             verifier.require_mergeable()
             merge(verifier.run, folder)
             return verifier.open_merged(folder)

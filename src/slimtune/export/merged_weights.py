@@ -24,7 +24,7 @@ from ..core.foundation.progress_bars import track_progress
 from ..core.kernels.linear_layers import (
     get_base_layer_type,
     get_dequantized_weight,
-    get_layer_sizes,
+    get_in_and_out_features,
     is_quantized,
     is_weight_transposed,
 )
@@ -92,7 +92,7 @@ class LazyMergedStateDict(Mapping[str, Tensor]):
         """Return a tensor on `meta` with the shape and dtype it is stored with: parameters in `dtype`."""
         module, _, leaf = name.rpartition(".")
         if leaf == "weight" and module in self._quantized:
-            return torch.empty(get_layer_sizes(self._quantized[module])[::-1], dtype=dtype, device="meta")
+            return torch.empty(get_in_and_out_features(self._quantized[module])[::-1], dtype=dtype, device="meta")
         tensor = self._base[name]
         cast = isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
         return torch.empty(tensor.shape, dtype=dtype if cast else tensor.dtype, device="meta")

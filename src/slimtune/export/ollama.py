@@ -50,41 +50,41 @@ class ModelfileContent:
 def write_modelfile(
     folder: Path,
     *,
-    base: str,
-    adapter: Path | None,
+    base_name_or_path: str,
+    adapter_gguf: Path | None,
     tokenizer: Any,
     config: Any,
     name: str,
     system: str | None = None,
     max_seq_len: int | None = None,
     num_ctx: int | None = None,
-    out: Path | None = None,
+    final_path: Path | None = None,
 ) -> ModelfileContent:
     """Write `Modelfile` into an export folder.
 
     Args:
         folder: the export folder while it is written.
-        base: a name from a registry (`llama3.1:8b`, `hf.co/…`), or the path of a GGUF file or of a merged Hugging Face
-            folder; an existing path wins over a name. A path inside `folder` is written relative to it.
-        adapter: the adapter's GGUF inside `folder`; None: it is merged into the base.
+        base_name_or_path: a name from a registry (`llama3.1:8b`, `hf.co/…`), or the path of a GGUF file or of a merged
+            Hugging Face folder; an existing path wins over a name. A path inside `folder` is written relative to it.
+        adapter_gguf: the adapter's GGUF inside `folder`; None: it is merged into the base.
         tokenizer, config: of the run, with the chat template it was trained with, and of the model.
         name: of the new model in Ollama: `[host/][namespace/]model[:tag]`.
         system: system prompt of every conversation that has none.
         max_seq_len: tokens of the longest row that the run accepted.
         num_ctx: tokens of the window; None: the larger of Ollama's default and `max_seq_len`, up to the model's limit.
-        out: the final path of `folder`; None: `folder` itself.
+        final_path: the final path of `folder`; None: `folder` itself.
     """
     if not _MODEL_NAME.fullmatch(name):
         expected = "[host/][namespace/]model[:tag] of letters, digits, _, - and . (only _ at the beginning)"
         raise UsageError(f"Ollama does not accept the name {name!r}", expected, "give another --name")
-    path = require_base_path_unless_registry_name(base)
+    path = require_base_path_unless_registry_name(base_name_or_path)
     converted, stops = OllamaTemplate(None), []
-    lines = [("FROM", base if path is None else _relative_path(path, folder))]
-    if adapter is not None:
-        lines.append(("ADAPTER", _relative_path(adapter, folder)))
+    lines = [("FROM", base_name_or_path if path is None else _relative_path(path, folder))]
+    if adapter_gguf is not None:
+        lines.append(("ADAPTER", _relative_path(adapter_gguf, folder)))
     if path is None:
-        show = shlex.join(["ollama", "show", "--template", base])
-        notes = [f"{base} keeps its own TEMPLATE and stop tokens; compare: {show}"]
+        show = shlex.join(["ollama", "show", "--template", base_name_or_path])
+        notes = [f"{base_name_or_path} keeps its own TEMPLATE and stop tokens; compare: {show}"]
     else:
         converted = convert_chat_template(tokenizer, ollama_adds_bos(path, tokenizer))
         notes = list(converted.notes)
@@ -106,47 +106,47 @@ def write_modelfile(
         raise UsageError(f"a window of {num_ctx} tokens", f"1 to {limit or 'the limit of the model'}", "--num-ctx")
     window = num_ctx or min(max(DEFAULT_WINDOW, max_seq_len or 0), limit or sys.maxsize)
     lines += [*(("PARAMETER stop", token) for token in stops), ("PARAMETER num_ctx", str(window))]
-    if adapter is not None:
+    if adapter_gguf is not None:
         first, version = ".".join(map(str, NO_ADAPTER_LINE)), find_ollama_version()
         if tuple(map(int, re.findall(r"\d{1,9}", version)[:3])) >= NO_ADAPTER_LINE:
             message = f"Ollama {version} on this machine creates no model from an ADAPTER line"
             raise UsageError(message, f"base and adapter as one model, or an Ollama before {first}", "--merged")
         notes.append(f"Ollama from {first} on creates no model from an ADAPTER line; --merged works with every Ollama")
     (folder / "Modelfile").write_bytes(format_modelfile(lines).encode("utf-8"))
-    modelfile = re.sub("^-", "./-", str((out or folder) / "Modelfile"))
+    modelfile = re.sub("^-", "./-", str((final_path or folder) / "Modelfile"))
     commands = [shlex.join(["ollama", "create", name, "-f", modelfile]), shlex.join(["ollama", "run", name])]
     return ModelfileContent(commands, converted.template, stops, window, notes)
 
 
-def ollama_adds_bos(base: Path, tokenizer: Any) -> bool:
+def ollama_adds_bos(base_file_or_folder: Path, tokenizer: Any) -> bool:
     """Return whether Ollama puts the beginning-of-sequence token before a prompt.
 
-    `base` is a GGUF file, or a folder that Ollama converts; the tokenizer decides if a GGUF file does not say.
+    `base_file_or_folder` is a GGUF, or a folder that Ollama converts; the tokenizer decides if a GGUF does not say.
     """
-    if base.is_dir():
-        file = base / "tokenizer_config.json"
-        with silence_and_translate_load_errors(str(base), "model folder"):
+    if base_file_or_folder.is_dir():
+        file = base_file_or_folder / "tokenizer_config.json"
+        with silence_and_translate_load_errors(str(base_file_or_folder), "model folder"):
             return file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("add_bos_token") is True
     gguf = import_gguf()
-    with silence_and_translate_load_errors(str(base), "GGUF file"):
-        setting = gguf.GGUFReader(str(base)).fields.get("tokenizer.ggml.add_bos_token")
+    with silence_and_translate_load_errors(str(base_file_or_folder), "GGUF file"):
+        setting = gguf.GGUFReader(str(base_file_or_folder)).fields.get("tokenizer.ggml.add_bos_token")
         if setting is not None:
             return bool(setting.contents())
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
-def require_base_path_unless_registry_name(base: str) -> Path | None:
+def require_base_path_unless_registry_name(base_name_or_path: str) -> Path | None:
     """Return the path of a base, None for a name from a registry."""
-    path = Path(base).expanduser()
+    path = Path(base_name_or_path).expanduser()
     try:
-        exists = bool(base) and path.exists()
+        exists = bool(base_name_or_path) and path.exists()
     except (OSError, ValueError):  # no path at all
         exists = False
     if not exists:
-        if _MODEL_NAME.fullmatch(base) and not base.endswith(".gguf"):
+        if _MODEL_NAME.fullmatch(base_name_or_path) and not base_name_or_path.endswith(".gguf"):
             return None
         expected = "a name such as llama3.1:8b, a GGUF file, or a merged Hugging Face folder"
-        raise UsageError(f"the base {base!r} does not exist", expected, "give another --ollama-base")
+        raise UsageError(f"the base {base_name_or_path!r} does not exist", expected, "give another --ollama-base")
     if path.is_file():
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":

@@ -76,15 +76,17 @@ class OllamaFormat(GgufFormat):
         model: Any = loaded.model
         written = write_modelfile(
             job.folder,
-            base=str(job.folder / MODEL_GGUF) if self.merged else self.ollama_base or loaded.base.source.path,
-            adapter=None if self.merged else job.folder / ADAPTER_GGUF,
+            base_name_or_path=str(job.folder / MODEL_GGUF)
+            if self.merged
+            else self.ollama_base or loaded.base.source.path,
+            adapter_gguf=None if self.merged else job.folder / ADAPTER_GGUF,
             tokenizer=loaded.base.tokenizer,
             config=model.config,
-            name=self.name or job.out.resolve().name.lower(),
+            name=self.name or job.final_path.resolve().name.lower(),
             system=self.system,
             max_seq_len=loaded.recipe.data.max_seq_len if loaded.recipe is not None else None,
             num_ctx=self.num_ctx,
-            out=job.out,
+            final_path=job.final_path,
         )
         notes, base = list(written.notes), None
         if not self.ollama_base and not self.merged and loaded.base.quantization is None:

@@ -22,7 +22,7 @@ from ..core.adapters.peft_model import PeftModel
 from ..core.foundation.files import read_json_object, to_json
 from ..core.foundation.formatting import format_bytes
 from ..core.kernels.linear_layers import is_finite
-from ..core.models.base_config import load_checkpoint_config
+from ..core.models.base_config import load_convertible_base_config
 from ..core.training.run_dir import ADAPTER_FILE, RunDir, find_adapter_folder
 from ..errors import AdapterError, RunError, SlimtuneError, UsageError, format_names
 from ..evaluation.run_results import RunResults, load_run_results
@@ -65,7 +65,7 @@ def push(
     private: bool | None = None,
     revision: str | None = None,
     message: str | None = None,
-    base: str | None = None,
+    base_hub_id: str | None = None,
     keep_card: bool = False,
     dry_run: bool = False,
     token: str | bool | None = None,
@@ -76,7 +76,7 @@ def push(
         run: a run folder, an adapter folder, an export, or a Hugging Face checkpoint.
         repo_id, private, revision, token: as for `commit_files`.
         message: first line of the commit; None: what is uploaded.
-        base: Hub id of the base, where the run names it by a path or an alias.
+        base_hub_id: Hub id of the base, where the run names it by a path or an alias.
         keep_card: do not replace a README.md in the repository.
         dry_run: check everything, send nothing; the result contains the card.
 
@@ -89,7 +89,7 @@ def push(
     """
     run = Path(run)
     require_repo_id(repo_id, require_owner=True)
-    upload = _prepare_upload(run, repo_id, base, token)
+    upload = _prepare_upload(run, repo_id, base_hub_id, token)
     sizes = {n: len(f) if isinstance(f, bytes) else f.stat().st_size for n, f in upload.files.items()}
     contents = PushContents(
         run=str(run),
@@ -114,7 +114,7 @@ def push(
             message=message if message is not None else upload.message,
             private=private,
             revision=revision,
-            keep=(CARD_FILE,) if keep_card else (),
+            keep_if_existing=(CARD_FILE,) if keep_card else (),
             token=token,
         )
         notes = [*upload.notes, *_describe_repository(done, upload)]
@@ -212,7 +212,9 @@ def _prepare_adapter(run: Path, repo_id: str, base: str | None, token: str | boo
     return HubUpload("adapter", folder, files, message, info.name, eval_file, [*notes, *info.notes])
 
 
-def render_adapter_card(config: Any, base: BaseModelInfo, results: RunResults, *, repo_id: str, **facts: Any) -> str:
+def render_adapter_card(
+    config: Any, base_info: BaseModelInfo, results: RunResults, *, repo_id: str, **facts: Any
+) -> str:
     """Return the card of an adapter on the Hub.
 
     `facts`: `file_bytes`, `parameters` (values in the file), `tokenizer_id`, and `chat` (it has a chat template).
@@ -221,10 +223,14 @@ def render_adapter_card(config: Any, base: BaseModelInfo, results: RunResults, *
     if is_served_unchanged_by_vllm(config):
         rank, module = str(round_up_max_lora_rank(config.r)), f"{name}={repo_id}"
         options = ["--enable-lora", "--max-lora-rank", rank, "--lora-modules", module]
-        vllm_command = shlex.join(["vllm", "serve", " ".join(base.name.split()), *options])
-    data = model_card.make_card_data(config, base.hub_id, base.licence.metadata if base.licence else None)
+        vllm_command = shlex.join(["vllm", "serve", " ".join(base_info.name.split()), *options])
+    data = model_card.make_card_data(
+        config, base_info.hub_id, base_info.licence.metadata if base_info.licence else None
+    )
     facts |= {"title": name, "repo_id": repo_id, "results": results, "vllm_command": vllm_command}
-    return model_card.render_model_card(data, config, base=base, base_id=base.hub_id, base_name=base.name, **facts)
+    return model_card.render_model_card(
+        data, config, base=base_info, base_id=base_info.hub_id, base_name=base_info.name, **facts
+    )
 
 
 def _find_run_dir(run: Path, folder: Path) -> RunDir | None:
@@ -245,7 +251,7 @@ def _check_fits_base(folder: Path, config: PeftConfig, name: str, results: RunRe
     elif config.task_type not in (None, "CAUSAL_LM"):
         return [f"the adapter is for {config.task_type}: its file was read, but not loaded into its base"]
     try:
-        base = build_adapted_meta_model(load_checkpoint_config(name, **options), None, torch.float32)
+        base = build_adapted_meta_model(load_convertible_base_config(name, **options), None, torch.float32)
     except (SlimtuneError, ValueError, OSError) as e:
         return [f"the adapter's file was read, but not loaded into its base, which is missing here: {type(e).__name__}"]
     PeftModel.from_pretrained(base, folder, config=config)

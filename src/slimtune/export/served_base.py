@@ -24,7 +24,7 @@ from ..core.models.base_config import load_base_config
 from ..core.models.load_errors import silence_and_translate_load_errors
 from ..errors import SlimtuneError, UsageError
 from ..extras.gguf_loading import import_gguf, open_gguf_reader
-from .gguf import convert_to_llama_cpp_tensors, get_gguf_architecture_spec, make_gguf_module_name_mapper
+from .gguf import convert_to_llama_cpp_tensors, make_gguf_module_name_mapper, require_gguf_architecture_spec
 from .merged_weights import LazyMergedStateDict
 
 SAMPLE_ROWS = 64
@@ -110,7 +110,7 @@ def _check_gguf(file: Path, comparison: "ServedBaseTensorComparison") -> None:
         reader = open_gguf_reader(file)
         tensors = {t.name: t for t in reader.tensors}
         stated = reader.fields["general.architecture"].contents() if "general.architecture" in reader.fields else None
-    architecture = get_gguf_architecture_spec(config).name
+    architecture = require_gguf_architecture_spec(config).name
     if stated != architecture:
         raise comparison.make_error(f"its architecture is {stated}", f"the architecture {architecture}")
     names = make_gguf_module_name_mapper(config)

@@ -22,8 +22,8 @@ from ..core.models.loader import load_base
 from ..core.training.trained_model import TrainedModel, load_run
 from ..errors import ModelError, RunError, SlimtuneError, UsageError
 from ..generation.inference_engines import (
+    InferenceEngine,
     InProcessLlamaCppEngine,
-    ModelInInferenceEngine,
     TransformersInferenceEngine,
     VllmClient,
 )
@@ -36,7 +36,7 @@ from .expected_logps import (
     EngineTolerance,
     get_loosest_tolerance,
     judge_engine_against_adapter,
-    make_reference_texts,
+    make_fixed_and_held_out_reference_texts,
 )
 from .export_format import EXPORT_FORMATS
 from .export_results import EngineVerdict, VerifyResult
@@ -49,7 +49,7 @@ from .served_base import ServedBase, read_gguf_majority_precision, resolve_match
 def verify(
     run_or_export: Path,
     *,
-    rows: Path | None = None,
+    rows_file: Path | None = None,
     vllm: str | None = None,
     vllm_model: str | None = None,
     threads: int | None = None,
@@ -59,7 +59,7 @@ def verify(
 
     Args:
         run_or_export: a run folder, an adapter folder, or a folder that `slimtune export` or `slimtune merge` wrote.
-        rows: a file of rows to compare on, after fixed questions, in the format of the run's; None: the run's
+        rows_file: a file of rows to compare on, after fixed questions, in the format of the run's; None: the run's
             validation (else test) rows.
         vllm, vllm_model: URL of a vLLM server, and the model's name there (by default the export's or the folder's).
         threads: of llama.cpp; None: half of the cores.
@@ -74,7 +74,7 @@ def verify(
         )
     require_causal_lm_run(run)
     with tempfile.TemporaryDirectory(prefix="slimtune-verify-") as folder:
-        verifier = ExportVerifier(merging.load_run_for_export(run), run, Path(folder), rows, threads, log)
+        verifier = ExportVerifier(merging.load_run_for_export(run), run, Path(folder), rows_file, threads, log)
         checks = verifier.verify_run() if manifest is None else [verifier.verify_export(run_or_export, manifest)]
         if vllm:
             facts = manifest.read_facts() if manifest is not None and manifest.load_format() is not None else None
@@ -82,11 +82,11 @@ def verify(
             if dtype and (base.quantization or dtype != dtype_name(base.dtype)):
                 # Compare on the base as it is served: its other rounding is not a fault of the adapter.
                 verifier = ExportVerifier(
-                    merging.load_run_for_export(run, dtype), run, Path(folder), rows, threads, log
+                    merging.load_run_for_export(run, dtype), run, Path(folder), rows_file, threads, log
                 )
             name = vllm_model or getattr(facts, "name", None) or run.resolve().name
             precision = llama_cpp_dtype_name(verifier.loaded.base.dtype)
-            tolerance = find_lora_conversion_tolerance(facts)
+            tolerance = find_nearest_lora_error_tolerance(facts)
             checks.append(verifier.verify_engine("vLLM", precision, lambda: VllmClient(vllm, name), tolerance))
     checked = [c for c in checks if c.passed is not None]
     passed = bool(checked) and all(c.passed for c in checked) and not any(c.failed for c in checks)
@@ -100,8 +100,8 @@ class ExportEngineCheck:
 
     engine: str  # what is compared
     precision: str  # of its weights
-    open_engine: Callable[[], ModelInInferenceEngine]
-    open_base: Callable[[Any], ModelInInferenceEngine] | None = None  # the untouched base in the same engine
+    open_engine: Callable[[], InferenceEngine]
+    open_base: Callable[[Any], InferenceEngine] | None = None  # the untouched base in the same engine
     tolerance: EngineTolerance | None = None  # None: that of the precision
 
 
@@ -119,7 +119,7 @@ class ExportVerifier:
     def __post_init__(self) -> None:
         model: Any = self.loaded.model
         tokenizer = self.loaded.base.tokenizer
-        texts = make_reference_texts(tokenizer, self.loaded.recipe, model.config, self.rows_file)
+        texts = make_fixed_and_held_out_reference_texts(tokenizer, self.loaded.recipe, model.config, self.rows_file)
         self.model, self.reference = model, AdapterReference(model, tokenizer, texts)
 
     def verify_run(self) -> list[EngineVerdict]:
@@ -158,7 +158,7 @@ class ExportVerifier:
             precision = read_gguf_majority_precision(file)
             tolerance = get_loosest_tolerance(precision)
 
-        def open_engine() -> ModelInInferenceEngine:
+        def open_engine() -> InferenceEngine:
             if not is_converted:
                 require_trained_adapter_in_gguf(adapter, self.model, self.loaded.adapter_name)
             return self.open_beside_base(adapter) if file is None else self.open_llama_cpp(file, adapter)
@@ -185,9 +185,9 @@ class ExportVerifier:
         self,
         name: str,
         precision: str,
-        open_engine: Callable[[], ModelInInferenceEngine],
+        open_engine: Callable[[], InferenceEngine],
         tolerance: EngineTolerance | None = None,
-        open_base: Callable[[Any], ModelInInferenceEngine] | None = None,
+        open_base: Callable[[Any], InferenceEngine] | None = None,
     ) -> EngineVerdict:
         """Open an engine and compare it; one that cannot be opened gives a verdict, too."""
         self.log(f"checking {name}")
@@ -212,7 +212,7 @@ class ExportVerifier:
         if not config.mergeable:
             raise UsageError(f"{config.name} does not change weights, and cannot be merged", code="merge-differs")
 
-    def open_merged(self, folder: Path) -> ModelInInferenceEngine:
+    def open_merged(self, folder: Path) -> InferenceEngine:
         base = load_base(str(folder), dtype=self.model.dtype, device="cpu")
         if base.tokenizer.chat_template != self.loaded.base.tokenizer.chat_template:
             raise RunError(
@@ -220,7 +220,7 @@ class ExportVerifier:
             )
         return TransformersInferenceEngine("merged folder", base.model, base.tokenizer)
 
-    def open_adapter(self, folder: Path, *, is_converted: bool = False) -> ModelInInferenceEngine:
+    def open_adapter(self, folder: Path, *, is_converted: bool = False) -> InferenceEngine:
         base = self.loaded.base
         how: dict[str, Any] = {"dtype": dtype_name(base.dtype), "device": "cpu", "quantization": base.quantization}
         loaded = load_run(folder, **how, dequantize=True)
@@ -229,26 +229,26 @@ class ExportVerifier:
             require_trained_adapter_in_model(model, self.model, self.loaded.adapter_name)
         model.to(self.model.dtype)
         if self.model.dtype.itemsize > 2:
-            merging.restore_embedding_scales(model)
+            merging.set_unrounded_embedding_scales(model)
         return TransformersInferenceEngine("adapter folder", model, loaded.base.tokenizer)
 
-    def open_beside_base(self, adapter: Path) -> ModelInInferenceEngine:
+    def open_beside_base(self, adapter: Path) -> InferenceEngine:
         base = self.temp_folder / "base.gguf"
         if not base.is_file():
             merging.write_base_gguf(self.loaded, base)
         return self.open_llama_cpp(base, adapter)
 
-    def open_base_in(self, precision: str) -> Callable[[Any], ModelInInferenceEngine]:
+    def open_base_in(self, precision: str) -> Callable[[Any], InferenceEngine]:
         """Return a function that opens the untouched base as a whole GGUF in a precision."""
 
-        def open_base(_: Any) -> ModelInInferenceEngine:
+        def open_base(_: Any) -> InferenceEngine:
             file = self.temp_folder / f"base-{precision}.gguf"
             merging.write_base_gguf(self.loaded, file, precision)
             return self.open_llama_cpp(file)
 
         return open_base
 
-    def open_llama_cpp(self, model: Path, adapter: Path | None = None) -> ModelInInferenceEngine:
+    def open_llama_cpp(self, model: Path, adapter: Path | None = None) -> InferenceEngine:
         longest = max(len(t.prompt_and_answer_ids) for t in self.reference.texts) + 64
         return InProcessLlamaCppEngine(model, adapter, max_tokens=longest, threads=self.threads)
 
@@ -275,7 +275,7 @@ def describe_16_bit_serving_effect(
     )
 
 
-def find_lora_conversion_tolerance(export_facts: Any) -> EngineTolerance | None:
+def find_nearest_lora_error_tolerance(export_facts: Any) -> EngineTolerance | None:
     """Return the tolerance of an adapter exported as the nearest LoRA, whose relative error is known; None for others.
 
     `export_facts` are those of its manifest.

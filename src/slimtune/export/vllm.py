@@ -64,10 +64,10 @@ def is_served_unchanged_by_vllm(config: Any) -> bool:
     )
 
 
-def list_unfixable_and_convertible_vllm_refusals(model: Any, adapter: str) -> tuple[list[str], list[str]]:
+def list_unfixable_and_convertible_vllm_refusals(model: Any, adapter_name: str) -> tuple[list[str], list[str]]:
     """Return why vLLM would refuse an adapter: causes that no conversion removes, and those --convert-to-lora does."""
-    config, rules = model.peft_config[adapter], load_vllm_lora_rules()
-    modules = model.adapter_modules(adapter)
+    config, rules = model.peft_config[adapter_name], load_vllm_lora_rules()
+    modules = model.adapter_modules(adapter_name)
     fixed, form = list_settings_no_vllm_lora_expresses(config), list_vllm_plain_lora_incompatibilities(config)
     if not form:
         rank = max((f[0].shape[0] for m in modules.values() if (f := m.low_rank_factors()) is not None), default=0)
@@ -75,7 +75,7 @@ def list_unfixable_and_convertible_vllm_refusals(model: Any, adapter: str) -> tu
         start = twice if is_init_subtracted_from_base(config.init_lora_weights) else ""
         if rank > rules.ranks[-1]:
             form = [f"its rank is {rank}{start}; vLLM's --max-lora-rank ends at {rules.ranks[-1]}"]
-    if other := [n for n, kind in model.match_report(adapter).kinds.items() if kind in ("conv", "weight")]:
+    if other := [n for n, kind in model.match_report(adapter_name).kinds.items() if kind in ("conv", "weight")]:
         fixed = [*fixed, f"it changes {format_names(other, 2)}, no linear layers: vLLM adds LoRA to those only"]
     architecture = _get_architecture(model)
     accepted = rules.architectures.get(architecture, ...)
@@ -86,7 +86,7 @@ def list_unfixable_and_convertible_vllm_refusals(model: Any, adapter: str) -> tu
         if "lm_head" in accepted and vocabulary > MAX_VOCABULARY:
             limit = f"with LoRA vLLM accepts {MAX_VOCABULARY} at most"
             fixed = [*fixed, f"the base has {vocabulary} tokens; {limit}"]
-        kinds = model.match_report(adapter).kinds
+        kinds = model.match_report(adapter_name).kinds
         ends = [n for n in modules if kinds[n] == "embedding" or model.get_submodule(n) is head]
         if refused := [n for n in ends if n.rpartition(".")[2] not in accepted]:
             limit = f"only {format_names(accepted)}" if accepted else "no embedding and no head"

@@ -80,17 +80,17 @@ class VllmFormat(ExportFormat):
 
         lora, name, dtype = self.convert_to_lora, self.name, self.dtype
         return write_vllm_adapter(
-            job.loaded, job.run, job.folder, final_path=job.out, name=name, convert_to_lora=lora, dtype=dtype
+            job.loaded, job.run, job.folder, final_path=job.final_path, name=name, convert_to_lora=lora, dtype=dtype
         )
 
     def verify_folder(self, verifier: ExportVerifier, folder: Path, facts: Any) -> EngineVerdict:
         """Read the adapter back and compare it with the trained one; vLLM itself is asked by its address."""
-        from .verify import find_lora_conversion_tolerance
+        from .verify import find_nearest_lora_error_tolerance
 
         verdict = verifier.verify_engine(
             "adapter folder, read back",
             "f32",
             lambda: verifier.open_adapter(folder, is_converted=facts.conversion is not None),
-            find_lora_conversion_tolerance(facts),
+            find_nearest_lora_error_tolerance(facts),
         )
         return verifier.note_quantized_base(verdict)

@@ -14,7 +14,7 @@ PARTS = (*BASE_PARTS, "rows", "recipe")
 _accepted: ContextVar[frozenset[str]] = ContextVar("accepted_changes", default=frozenset())
 
 
-def split_parts(text: str | None) -> list[str]:
+def parse_accepted_parts(text: str | None) -> list[str]:
     """Return the names in the value of `--accept-changed`; raise UsageError for an unknown one."""
     names = [name.strip() for name in (text or "").split(",") if name.strip()]
     _require_known_parts(names)

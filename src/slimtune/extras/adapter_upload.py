@@ -62,4 +62,6 @@ class AdapterUploadMixin(PeftModel):
             files[CARD_FILE] = render_default_card(config, tags or ()).encode()
             message = commit_message or f"Upload {config.peft_type} adapter"
             keep = (CARD_FILE,)
-            return commit_files(files, repo_id, message=message, description=commit_description, keep=keep, **hub).info
+            return commit_files(
+                files, repo_id, message=message, description=commit_description, keep_if_existing=keep, **hub
+            ).info

@@ -39,7 +39,7 @@ _VOCABULARY_FILES = (
 )
 
 
-def find_base_folder(base: LoadedBase) -> Path:
+def require_base_folder(base: LoadedBase) -> Path:
     """Return the folder with a loaded base's files; nothing is downloaded.
 
     Raises:
@@ -47,10 +47,10 @@ def find_base_folder(base: LoadedBase) -> Path:
     """
     if base.source.kind != "hub":
         return base.download_weights()
-    return find_cached_snapshot(base.source.path, base.revision)
+    return require_cached_snapshot(base.source.path, base.revision)
 
 
-def find_cached_snapshot(hub_id: str, revision: str | None) -> Path:
+def require_cached_snapshot(hub_id: str, revision: str | None) -> Path:
     """Return the folder of a model in the Hub's cache; raise OSError or ValueError if it is not there."""
     try:
         return Path(snapshot_download(hub_id, revision=revision, local_files_only=True))
@@ -99,7 +99,7 @@ def hash_text(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def read_safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
+def read_safetensors_header_and_data_start(path: Path) -> tuple[dict[str, Any], int]:
     """Return the header of a safetensors file, and where its data begin; raise ValueError if it has none."""
     refuse_non_regular_file(path)
     with path.open("rb") as f:
@@ -142,7 +142,7 @@ def _load_or_compute(file: Path, compute: Callable[[Path], dict[str, str]]) -> d
 
 def _hash_tensors(file: Path) -> dict[str, str]:
     """Return a digest of each tensor's dtype, shape and bytes in a safetensors file, by its name."""
-    header, start = read_safetensors_header(file)
+    header, start = read_safetensors_header_and_data_start(file)
     tensors = {name: facts for name, facts in header.items() if name != "__metadata__"}
 
     def hash_tensor(facts: Mapping[str, Any]) -> str:

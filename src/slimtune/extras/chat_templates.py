@@ -70,13 +70,13 @@ PLAIN = BuiltInChatTemplate(
 )
 
 
-def set_chat_template(tokenizer: Any, given: str | Path | None, base_name: str) -> None:
+def set_chat_template(tokenizer: Any, given: str | Path | None, base_name_for_messages: str) -> None:
     """Give a tokenizer the template that was asked for; one without a template gets a built-in one that fits.
 
     Args:
         tokenizer: is changed.
         given: a built-in template's name, a Jinja file, or Jinja text; None: the tokenizer's own.
-        base_name: for messages.
+        base_name_for_messages: for messages.
 
     Raises:
         UsageError: there is no such file, it is no Jinja text, or the vocabulary lacks a built-in template's tokens.
@@ -84,12 +84,14 @@ def set_chat_template(tokenizer: Any, given: str | Path | None, base_name: str) 
     if given is not None:
         name = str(given)
         tokenizer.chat_template = (
-            _make_text(name, tokenizer, base_name) if name in CHAT_TEMPLATES.names() else read_chat_template(given)
+            _make_text(name, tokenizer, base_name_for_messages)
+            if name in CHAT_TEMPLATES.names()
+            else read_chat_template(given)
         )
         _require_jinja(tokenizer)
     elif tokenizer.chat_template is None and (fitting := choose_built_in_template_name(tokenizer)) is not None:
-        tokenizer.chat_template = _make_text(fitting, tokenizer, base_name)
-        _log_once(base_name, fitting)
+        tokenizer.chat_template = _make_text(fitting, tokenizer, base_name_for_messages)
+        _log_once(base_name_for_messages, fitting)
 
 
 def choose_built_in_template_name(tokenizer: Any) -> str | None:

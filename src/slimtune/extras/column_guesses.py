@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..core.data.rows import Record
-from .ratings import parse_rating
+from .ratings import parse_rating_or_none
 
 _ASKS = ("prompt", "instruction", "question", "query", "asks", "asked", "ask", "request", "problem", "user", "customer",
          "human", "input", "message", "subject", "frage")  # fmt: skip
@@ -37,24 +37,26 @@ MOST_CLASSES = 20
 LABEL_CHARACTERS = 40
 
 
-def list_hinted_roles(format: str, required: Sequence[str]) -> tuple[str, ...]:
+def list_hinted_roles(format_name: str, required: Sequence[str]) -> tuple[str, ...]:
     """Return the columns of a format that a hint names."""
-    return HINTED_ROLES.get(format, tuple(required))
+    return HINTED_ROLES.get(format_name, tuple(required))
 
 
-def make_column_flags(format: str, roles: Sequence[str], records: Sequence[Record]) -> tuple[str, str]:
+def make_column_flags_and_doubt(format_name: str, roles: Sequence[str], records: Sequence[Record]) -> tuple[str, str]:
     """Return `--column` flags for the roles of a format, with the file's columns, and what is unsure about them.
 
     A role for which no column is left is written as `role=COLUMN`. Columns that have the role's name need no flag.
     """
-    found, is_order_guessed = guess_columns(roles, records, ratings=format == "unpaired-preference")
+    found, is_order_guessed = guess_columns_and_whether_by_order(
+        roles, records, ratings=format_name == "unpaired-preference"
+    )
     pairs = [f"{role}={found.get(role, 'COLUMN')}" for role in roles if found.get(role) != role]
     flags = " ".join(f"--column {shlex.quote(pair)}" for pair in pairs)
     unsure = "which answer is the better one is a guess" if is_order_guessed else ""
     return flags, unsure
 
 
-def suggest_format_by_names(formats: Mapping[str, Sequence[str]], records: Sequence[Record]) -> str | None:
+def suggest_format_by_column_names(formats: Mapping[str, Sequence[str]], records: Sequence[Record]) -> str | None:
     """Return the format whose roles all stand in the names of the columns; `formats`: the roles of each."""
     columns = _list_values(records)
     for name in FORMATS_BY_NAME:
@@ -65,7 +67,7 @@ def suggest_format_by_names(formats: Mapping[str, Sequence[str]], records: Seque
     return None
 
 
-def guess_columns(
+def guess_columns_and_whether_by_order(
     roles: Sequence[str], records: Sequence[Record], *, ratings: bool = False
 ) -> tuple[dict[str, str], bool]:
     """Return the column of each role that can be guessed, and whether only the file's order tells chosen from rejected.
@@ -133,7 +135,7 @@ def _find_label(columns: Mapping[str, list[Any]], ratings: bool) -> str | None:
 
 
 def _are_ratings(values: list[Any]) -> bool:
-    return bool(values) and 2 * sum(parse_rating(value) is not None for value in values) >= len(values)
+    return bool(values) and 2 * sum(parse_rating_or_none(value) is not None for value in values) >= len(values)
 
 
 def _are_labels(values: list[Any]) -> bool:

@@ -15,8 +15,8 @@ from typing import Any
 from ..core.data.rows import InvalidRow, Record
 from ..core.foundation.files import to_json
 from ..errors import DataError, SlimtuneError
-from .column_guesses import guess_columns, list_hinted_roles, suggest_format_by_names
-from .row_columns import ColumnMapping, detect_row_format, load_row_formats
+from .column_guesses import guess_columns_and_whether_by_order, list_hinted_roles, suggest_format_by_column_names
+from .row_columns import ColumnMapping, detect_row_format_name, load_row_formats
 from .row_files import DETECTION_ROWS, list_dataset_file_names_with_readers
 
 SHOWN_ROWS, SHOWN_COLUMNS, SHOWN_CHARACTERS = 3, 200, 200
@@ -77,7 +77,9 @@ def _read(path: Path) -> ColumnPreview:
     roles = {name: list_hinted_roles(name, f.required) for name, f in formats.items()}
     guesses, unsure = {}, []
     for name, row_format in formats.items():
-        guess, is_order_guessed = guess_columns(roles[name], records, ratings=name == "unpaired-preference")
+        guess, is_order_guessed = guess_columns_and_whether_by_order(
+            roles[name], records, ratings=name == "unpaired-preference"
+        )
         names = {column.casefold(): column for column in columns if column not in guess.values()}
         exact = {role: names[role] for role in (*row_format.required, *row_format.optional) if role in names}
         guesses[name] = exact | guess
@@ -88,7 +90,7 @@ def _read(path: Path) -> ColumnPreview:
         rows=rows,
         has_more_rows=has_more,
         format=_detect(path, records),
-        suggested_format="document" if path.suffix.lower() == ".md" else suggest_format_by_names(roles, records),
+        suggested_format="document" if path.suffix.lower() == ".md" else suggest_format_by_column_names(roles, records),
         guesses=guesses,
         unsure=unsure,
     )
@@ -98,7 +100,7 @@ def _detect(path: Path, records: list[Record]) -> str | None:
     if path.suffix.lower() == ".md":  # whose parts are no rows by themselves
         return None
     try:
-        return detect_row_format(path, records, ColumnMapping({}))
+        return detect_row_format_name(path, records, ColumnMapping({}))
     except DataError:
         return None
 

@@ -14,7 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..core.foundation.files import read_json_object
 from ..core.foundation.json_results import JsonObject
-from ..core.models.load_errors import silence_model_loading
+from ..core.models.load_errors import silencing_model_loading
 from ..errors import ModelError
 
 HINT = "take config.json from the base's folder, where its weights are"
@@ -79,7 +79,7 @@ def _require_plausible_config_file(location: str) -> None:
         raise ModelError(f"{file} is nested more than {MOST_LEVELS} levels deep", "the config of one model", HINT)
 
 
-def find_damaged_field(values: JsonObject, spec: str) -> ModelError | None:
+def make_damaged_field_error_or_none(values: JsonObject, spec: str) -> ModelError | None:
     """Return the error that names the damaged field of a config and its value; None if it is not one field alone.
 
     It is the field without which transformers makes the config and builds the model.
@@ -122,7 +122,7 @@ def _can_build_model(values: JsonObject) -> bool:
         return False
     try:
         config.get_text_config().num_hidden_layers = 1  # all layers have the same fields
-        with silence_model_loading(), torch.device("meta"):
+        with silencing_model_loading(), torch.device("meta"):
             AutoModelForCausalLM.from_config(config)
     except Exception:  # transformers raises anything
         return False
@@ -131,7 +131,7 @@ def _can_build_model(values: JsonObject) -> bool:
 
 def _make_config(values: JsonObject) -> Any:
     try:
-        with silence_model_loading():
+        with silencing_model_loading():
             return CONFIG_MAPPING[values["model_type"]].from_dict(copy.deepcopy(values))
     except Exception:  # transformers raises anything
         return None

@@ -39,7 +39,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from ..core.foundation.files import atomic_folder, write_atomic
 from ..core.kernels.linear_layers import is_finite
 from ..core.models.base_config import read_config_file
-from ..core.models.load_errors import silence_and_translate_load_errors, silence_model_loading
+from ..core.models.load_errors import silence_and_translate_load_errors, silencing_model_loading
 from ..core.models.quantization import remove_quantization_config
 from ..errors import ModelError, RunError, format_names
 from .heartbeat_lock import UNSUPPORTED
@@ -274,7 +274,7 @@ def _write_folder(path: Path, folder: Path, digest: str) -> None:
     model, tokenizer = _load(path)
     needed = sum(p.numel() * p.element_size() for p in model.parameters()) + (64 << 20)
     with atomic_folder(folder, needed, "set SLIMTUNE_CACHE to a folder on another disk") as temporary:
-        with silence_model_loading():
+        with silencing_model_loading():
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
         sizes = {f.name: f.stat().st_size for f in sorted(temporary.iterdir())}

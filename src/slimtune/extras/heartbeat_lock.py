@@ -36,13 +36,13 @@ UNSUPPORTED = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errn
 """What a file system answers to a call that it does not have."""
 
 
-def identify_writer() -> dict[str, Any]:
+def make_this_writer_record() -> dict[str, Any]:
     """Return what a writer file says of this process: its number, its host, and that it writes from now on."""
     started = datetime.now().astimezone().isoformat(" ", "seconds")
     return {"process": os.getpid(), "host": socket.gethostname(), "started": started}
 
 
-def describe_writer(file: Path) -> str:
+def describe_lock_writer(file: Path) -> str:
     """Return which process a writer file names, and since when it writes; "another process" if it cannot be read."""
     owner = _parse_owner(_read(file) or b"")
     if not owner:
@@ -61,7 +61,7 @@ class HeartbeatLock:
     def __init__(self, file: Path) -> None:
         self.file, self.is_locked, self.is_lost = file, False, False
         self._token, self._count, self._released = secrets.token_hex(8), 0, threading.Event()
-        self._owner = {**identify_writer(), "machine": _identify_process_table(), "token": self._token}
+        self._owner = {**make_this_writer_record(), "machine": _identify_process_table(), "token": self._token}
 
     def acquire(self) -> None:
         """Take the lock; of an owner on another machine it takes a minute to see that he is gone.
@@ -151,7 +151,7 @@ class HeartbeatLock:
             return True
         log.warning(
             "%s may still write %s: watching for %.0f s whether it does",
-            describe_writer(self.file), self.file.parent, STALE_BEATS * BEAT_SECONDS,
+            describe_lock_writer(self.file), self.file.parent, STALE_BEATS * BEAT_SECONDS,
         )  # fmt: skip
         for _ in range(STALE_BEATS):
             time.sleep(BEAT_SECONDS)

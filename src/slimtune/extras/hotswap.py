@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..core.adapters.adapter_files import read_adapter_for_model, require_compatible_config
+from ..core.adapters.adapter_files import read_tensors_config_metadata_for_model, require_compatible_config
 from ..core.adapters.adapter_tensors import get_adapter_tensors, load_adapter_tensors
 from ..core.adapters.peft_config import PeftConfig
 from ..core.adapters.peft_model import PeftModel
@@ -98,7 +98,7 @@ def hotswap_adapter(
         raise UsageError(
             f"{adapter_name!r} is merged into the base", hint="unmerge_adapter() first", code="merge-differs"
         )
-    tensors, config, metadata = read_adapter_for_model(model, model_name_or_path, None, False, hub)
+    tensors, config, metadata = read_tensors_config_metadata_for_model(model, model_name_or_path, None, False, hub)
     types = [str(c.peft_type) for c in (model.peft_config[adapter_name], config)]
     if types[0] != types[1]:
         raise AdapterError(f"{model_name_or_path} is an adapter of {types[1]}, and {adapter_name!r} of {types[0]}")

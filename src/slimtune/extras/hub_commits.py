@@ -66,7 +66,7 @@ def commit_files(
     private: bool | None = None,
     revision: str | None = None,
     create_pr: bool = False,
-    keep: Sequence[str] = (),
+    keep_if_existing: Sequence[str] = (),
     token: str | bool | None = None,
 ) -> HubCommitResult:
     """Upload files to a model repository in one commit; the repository is created if it does not exist.
@@ -78,7 +78,7 @@ def commit_files(
         private: True: only the owner sees the repository; None: the owner's default, or as it is.
         revision: branch, created if it does not exist; None: main.
         create_pr: open a pull request instead of writing to the branch.
-        keep: names in `files` that are not uploaded if the repository has them.
+        keep_if_existing: names in `files` that are not uploaded if the repository has them.
         token: None or True: the one of `hf auth login` or HF_TOKEN.
 
     Raises:
@@ -109,7 +109,7 @@ def commit_files(
                     api.create_branch(repo_id, branch=revision, exist_ok=True)
                 repo = api.model_info(repo_id, revision=revision, timeout=TIMEOUT)
             existing = {s.rfilename for s in repo.siblings or []}
-            kept = [name for name in keep if name in files and name in existing]
+            kept = [name for name in keep_if_existing if name in files and name in existing]
             commit = api.create_commit(
                 repo_id,
                 [CommitOperationAdd(name, content) for name, content in files.items() if name not in kept],

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ..core.foundation.files import write_atomic
-from ..core.kernels.linear_layers import get_layer_sizes
+from ..core.kernels.linear_layers import get_in_and_out_features
 from ..errors import UsageError
 
 ROWS = 64
@@ -25,7 +25,7 @@ BATCH_TOKENS = 1024
 
 
 @contextmanager
-def record_layer_inputs(layers: Mapping[str, nn.Module], callback: Callable[[str, Tensor], None]) -> Iterator[None]:
+def recording_layer_inputs(layers: Mapping[str, nn.Module], callback: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Call `callback(name, x)` with a layer's first argument whenever it runs inside the `with` block."""
 
     def hook(name: str, _: nn.Module, arguments: tuple[Tensor, ...]) -> None:
@@ -61,7 +61,7 @@ def save_cached_statistics(file: str | os.PathLike | None, tensors: Mapping[str,
 
 @torch.no_grad()
 def collect_layer_inputs(
-    model: Any, layers: Mapping[str, nn.Module], rows: Sequence[Sequence[int]]
+    model: Any, layers: Mapping[str, nn.Module], token_id_rows: Sequence[Sequence[int]]
 ) -> dict[str, Tensor]:
     """Run a model on rows of token ids; return for each layer `(n, in_features)` on the CPU, n at most `MAX_INPUTS`.
 
@@ -74,7 +74,7 @@ def collect_layer_inputs(
     last_input: Tensor | None = None
     last_sample = torch.zeros(0)
     batches: list[list[Sequence[int]]] = []
-    for row in sorted(rows, key=len):  # similar lengths need little padding
+    for row in sorted(token_id_rows, key=len):  # similar lengths need little padding
         if not batches or (len(batches[-1]) + 1) * len(row) > BATCH_TOKENS:
             batches.append([])
         batches[-1].append(row)
@@ -83,16 +83,19 @@ def collect_layer_inputs(
         nonlocal last_input, last_sample
         if x is not last_input:
             last_input = x
-            flat = x.reshape(-1, get_layer_sizes(layers[name])[0])
+            flat = x.reshape(-1, get_in_and_out_features(layers[name])[0])
             last_sample = (flat[positions] if len(flat) == ids.numel() else flat[:0]).cpu()
         samples[name].append(last_sample)
 
-    with record_layer_inputs(layers, receive):
+    with recording_layer_inputs(layers, receive):
         for batch in batches:
             ids, mask = torch.zeros(2, len(batch), len(batch[-1]), dtype=torch.long)
             for n, row in enumerate(batch):
                 ids[n, : len(row)], mask[n, : len(row)] = torch.tensor(list(row)), 1
-            kept = [torch.randperm(len(row), generator=generator)[: max(1, MAX_INPUTS // len(rows))] for row in batch]
+            kept = [
+                torch.randperm(len(row), generator=generator)[: max(1, MAX_INPUTS // len(token_id_rows))]
+                for row in batch
+            ]
             positions = torch.cat([n * ids.shape[1] + some for n, some in enumerate(kept)]).to(device)
             model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, logits_to_keep=1)
             last_input = None

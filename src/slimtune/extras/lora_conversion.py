@@ -44,7 +44,7 @@ from ..core.adapters.peft_config import PeftConfig
 from ..core.adapters.peft_model import PeftModel
 from ..core.adapters.targets import match_targets
 from ..errors import TargetError, UsageError, format_names, suggest
-from .low_rank_approximation import LowRankApproximation, combine_weighted_matrices, nearest_low_rank
+from .low_rank_approximation import LowRankApproximation, combine_weighted_matrices, make_low_rank_approximation
 
 CombinationType = Literal[
     "svd", "linear", "cat", "ties", "ties_svd", "dare_ties", "dare_linear", "dare_ties_svd", "dare_linear_svd",
@@ -369,11 +369,11 @@ def _approximate(
     total_rank = sum(f[0].shape[0] for f in factors if f is not None)
     is_low_rank = None not in factors and total_rank < min(site.in_features, site.out_features)
     if is_low_rank and prune is None and clamp is None:
-        return nearest_low_rank(_concatenate(deltas), rank)
+        return make_low_rank_approximation(_concatenate(deltas), rank)
     total = combine_weighted_matrices(
         [d.unscaled_dense() for d in deltas], [d.coefficient for d in deltas], **(prune or {})
     )
-    return nearest_low_rank(total, rank, clamp, driver)
+    return make_low_rank_approximation(total, rank, clamp, driver)
 
 
 def _find_shared_fields(configs: Sequence[Any]) -> dict[str, Any]:
@@ -481,7 +481,9 @@ def _make_lora_config(
     for targets in candidates:
         config = get_method_config_class("lora")(target_modules=targets, **fields)
         with suppress(TargetError):
-            if {*match_targets(model, config, strict=False).adapted} - {*config.extra_targets(model)} == set(ranks):
+            if {*match_targets(model, config, require_every_match=False).adapted} - {
+                *config.extra_targets(model)
+            } == set(ranks):
                 return config
     raise AssertionError("a pattern of all full names matches those names")
 

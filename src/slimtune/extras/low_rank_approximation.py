@@ -18,8 +18,8 @@ class LowRankApproximation(NamedTuple):
 
 
 @torch.no_grad()
-def nearest_low_rank(
-    change: Tensor | tuple[Tensor, Tensor],
+def make_low_rank_approximation(
+    weight_change_or_factors: Tensor | tuple[Tensor, Tensor],
     rank_or_energy_fraction: float,
     clamp: float | None = None,
     driver: str | None = None,
@@ -27,15 +27,18 @@ def nearest_low_rank(
     """Return the nearest pair of a given rank to a weight change, by SVD.
 
     Args:
-        change: ΔW `(out, in)`; or `A (k, in), B (out, k)` with ΔW = B A, which is not computed then.
+        weight_change_or_factors: ΔW `(out, in)`; or `A (k, in), B (out, k)` with ΔW = B A, which is not computed then.
         rank_or_energy_fraction: int: the rank, limited by the shape; or float in (0, 1]: the fraction of ‖ΔW‖² to keep.
         clamp: quantile of the pair's values above which they are clamped; None: no clamping.
         driver: cuSOLVER method on CUDA.
     """
-    if isinstance(change, Tensor):
-        U, S, V = torch.linalg.svd(change, full_matrices=False, driver=driver)
+    if isinstance(weight_change_or_factors, Tensor):
+        U, S, V = torch.linalg.svd(weight_change_or_factors, full_matrices=False, driver=driver)
     else:
-        (Qb, Rb), (Qa, Ra) = torch.linalg.qr(change[1]), torch.linalg.qr(change[0].t())
+        (Qb, Rb), (Qa, Ra) = (
+            torch.linalg.qr(weight_change_or_factors[1]),
+            torch.linalg.qr(weight_change_or_factors[0].t()),
+        )
         U, S, V = torch.linalg.svd(Rb @ Ra.t(), full_matrices=False, driver=driver)
         U, V = Qb @ U, V @ Qa.t()
     energy = S.double().square().cumsum(0)

@@ -14,7 +14,7 @@ MOST_FREE_RANK, RANKS_PER_WIDTH = 4096, 16
 more ranks than its smaller side."""
 
 
-def require_rank_of_layer_size(site: AdapterSite, rank: int, field: str = "r") -> int:
+def require_rank_fitting_layer_size(site: AdapterSite, rank: int, field: str = "r") -> int:
     """Return the rank; raise ConfigError, which names its field, if the factors of that rank dwarf the layer."""
     largest = max(MOST_FREE_RANK, RANKS_PER_WIDTH * max(site.in_features, site.out_features))
     if rank > largest:

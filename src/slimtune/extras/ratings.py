@@ -18,7 +18,7 @@ _MARKS = re.compile("[\u200b-\u200f\ufe0e\ufe0f\U0001f3fb-\U0001f3ff]")
 """Characters that change only how a sign looks: variation selectors, joiners and skin colors."""
 
 
-def parse_rating(value: Any) -> bool | None:
+def parse_rating_or_none(value: Any) -> bool | None:
     """Return whether a label says that an answer is good; None: it says neither."""
     if isinstance(value, bool):
         return value

@@ -14,8 +14,8 @@ from ..core.data.rows import ROW_FORMATS, InvalidRow, Record, Row, RowFormat
 from ..errors import DataError, UsageError, format_names, suggest
 from .column_guesses import (
     list_hinted_roles,
-    make_column_flags,
-    suggest_format_by_names,
+    make_column_flags_and_doubt,
+    suggest_format_by_column_names,
 )
 from .message_parsing import parse_list_or_json_array
 
@@ -26,10 +26,10 @@ def load_row_formats() -> dict[str, RowFormat]:
     return ROW_FORMATS.load_all()
 
 
-def parse_row_or_error(record: Record, format: str, line: int, file: str | None = None) -> Row | InvalidRow:
+def parse_row_or_error(record: Record, format_name: str, line: int, file: str | None = None) -> Row | InvalidRow:
     """Return a record as a row of a format, or what is wrong with it."""
     try:
-        known = load_row_formats()[format]
+        known = load_row_formats()[format_name]
         for column in known.required:
             if column not in record:
                 present = f"(keys here: {format_names(record) or 'none'})"
@@ -60,17 +60,17 @@ COLUMN_MEANINGS = {
 class ColumnMapping:
     """How the columns of a file are read: renamed (role → column) and left out (a column, or `messages.key`)."""
 
-    columns: Mapping[str, str]
-    ignored: Collection[str] = ()
+    columns_by_role: Mapping[str, str]
+    ignored_columns: Collection[str] = ()
 
     def apply(self, record: Record) -> Record:
         """Return a record with its columns renamed; one that already has a role's name is dropped."""
-        if not self.columns and not self.ignored:
+        if not self.columns_by_role and not self.ignored_columns:
             return record
-        taken = {*self.columns, *self.columns.values(), *self.ignored}
+        taken = {*self.columns_by_role, *self.columns_by_role.values(), *self.ignored_columns}
         rest = {k: v for k, v in record.items() if k not in taken}
-        chosen = rest | {role: record[column] for role, column in self.columns.items() if column in record}
-        for name in self.ignored:
+        chosen = rest | {role: record[column] for role, column in self.columns_by_role.items() if column in record}
+        for name in self.ignored_columns:
             column, dot, key = name.partition(".")
             if dot and column in chosen:
                 with contextlib.suppress(RowError):  # `parse_row_or_error` says it
@@ -79,7 +79,7 @@ class ColumnMapping:
 
     def use_file_names(self, cause: str) -> str:
         """Return what is wrong with a row with the file's own names of its columns."""
-        for role, column in self.columns.items():
+        for role, column in self.columns_by_role.items():
             if cause.startswith(f"{role}["):  # messages[3] has …
                 cause = column + cause.removeprefix(role)
             cause = cause.replace(repr(role), repr(column))
@@ -88,8 +88,8 @@ class ColumnMapping:
     def find_unused(self, present: Iterable[str], format: str) -> tuple[str, ...]:
         """Return those of a record's columns that a format does not use and that are not left out by name."""
         known = load_row_formats()[format]
-        used = {self.columns.get(role, role) for role in (*known.required, *known.optional)}
-        return tuple(column for column in present if column not in used and column not in self.ignored)
+        used = {self.columns_by_role.get(role, role) for role in (*known.required, *known.optional)}
+        return tuple(column for column in present if column not in used and column not in self.ignored_columns)
 
 
 def _drop_key(turn: Any, key: str) -> Any:
@@ -101,34 +101,36 @@ def _drop_key(turn: Any, key: str) -> Any:
     return {k: v for k, v in turn.items() if k != key}
 
 
-def describe_missing_column_effect(column: str, format: str, format_is_given: bool) -> str:
+def describe_missing_column_effect(column: str, format_name: str, format_is_given: bool) -> str:
     """Return how rows of a format change without a column; empty: it is metadata.
 
     `format_is_given`: the format was named, not recognized from the columns.
     """
     name = column.casefold()
     partner = (
-        not format_is_given and format in load_row_formats() and name in load_row_formats()[format].partner_columns
+        not format_is_given
+        and format_name in load_row_formats()
+        and name in load_row_formats()[format_name].partner_columns
     )
     return COLUMN_MEANINGS.get(name, "") or ("it seems to belong to each text" if partner else "")
 
 
-def require_known_format_and_roles(format: str | None, columns_by_role: Mapping[str, str]) -> None:
+def require_known_format_and_roles(format_name: str | None, columns_by_role: Mapping[str, str]) -> None:
     """Raise UsageError for an unknown format, or for a role of `--column` that the format does not have."""
     known = load_row_formats()
-    if format is not None and format not in known:
-        problem = f"there is no data format {format!r}{suggest(format, known)}"
+    if format_name is not None and format_name not in known:
+        problem = f"there is no data format {format_name!r}{suggest(format_name, known)}"
         raise UsageError(problem, f"one of {format_names(known)}", "see docs/data.md")
-    formats = known.values() if format is None else [known[format]]
+    formats = known.values() if format_name is None else [known[format_name]]
     roles = list(dict.fromkeys(column for f in formats for column in (*f.required, *f.optional)))
     for role, column in columns_by_role.items():
         if role not in roles:
-            owner = f"the format {format}" if format else "any format"
+            owner = f"the format {format_name}" if format_name else "any format"
             problem = f"--column {role}={column}: {role!r} is not a column of {owner}{suggest(role, roles)}"
             raise UsageError(problem, f"ROLE=COLUMN, with a role of {format_names(roles, most=20)}")
 
 
-def detect_row_format(
+def detect_row_format_name(
     path: Path,
     records: Iterable[Record],
     column_mapping: ColumnMapping,
@@ -144,7 +146,7 @@ def detect_row_format(
     """
     records = list(records)
     present = list(dict.fromkeys(key for record in records for key in record))
-    for role, column in column_mapping.columns.items():
+    for role, column in column_mapping.columns_by_role.items():
         if column not in present:
             problem = f"--column {role}={column}: {path} has no column {column!r}{suggest(column, present)}"
             raise UsageError(problem, f"one of {format_names(present)}")
@@ -185,7 +187,7 @@ def detect_row_format(
 def _make_format_hint(format: str | None, records: list[Record], mapping: ColumnMapping) -> str:
     """Return flags with which a file has a format: the given one, or the one that fits the names of its columns."""
     roles = {name: list_hinted_roles(name, f.required) for name, f in load_row_formats().items()}
-    chosen = format or suggest_format_by_names(roles, records) or "instruction"
+    chosen = format or suggest_format_by_column_names(roles, records) or "instruction"
     flags, unsure = _make_flags(chosen, records, mapping)
     named = f"--format {chosen} " if format is None else ""
     others = "; conversations: --column messages=COLUMN" if format is None and "COLUMN" in flags else ""
@@ -195,9 +197,9 @@ def _make_format_hint(format: str | None, records: list[Record], mapping: Column
 def _make_flags(format: str, records: list[Record], mapping: ColumnMapping) -> tuple[str, str]:
     """Return the flags for a format's columns, those that are given among them, and what is unsure about them."""
     roles = list_hinted_roles(format, load_row_formats()[format].required)
-    given = {role: column for role, column in mapping.columns.items() if role in roles}
-    rest = [{k: v for k, v in r.items() if k not in (*given.values(), *mapping.ignored)} for r in records]
-    flags, unsure = make_column_flags(format, [role for role in roles if role not in given], rest)
+    given = {role: column for role, column in mapping.columns_by_role.items() if role in roles}
+    rest = [{k: v for k, v in r.items() if k not in (*given.values(), *mapping.ignored_columns)} for r in records]
+    flags, unsure = make_column_flags_and_doubt(format, [role for role in roles if role not in given], rest)
     kept = [f"--column {shlex.quote(f'{role}={column}')}" for role, column in given.items()]
     return " ".join([*kept, *([flags] if flags else [])]), unsure
 
@@ -206,10 +208,10 @@ def _make_missing_columns_error(path: Path, format: str, records: list[Record], 
     """Return the error for a file no row of which has the columns of the format that it is to be read as."""
     known = load_row_formats()[format]
     columns = list(dict.fromkeys(key for record in records for key in record))
-    present = {*columns, *mapping.columns}
+    present = {*columns, *mapping.columns_by_role}
     missing = [repr(column) for column in known.required if column not in present]
-    if known.either and present.isdisjoint(known.either):
-        missing.append(" or ".join(map(repr, known.either)))
+    if known.one_of and present.isdisjoint(known.one_of):
+        missing.append(" or ".join(map(repr, known.one_of)))
     problem = f"{path} has no column {', '.join(missing)}: its rows have {format_names(columns) or 'no columns'}"
     flags, unsure = _make_flags(format, records, mapping)
     return DataError(
@@ -225,7 +227,7 @@ def _suggest_flags(present: Iterable[str]) -> tuple[list[str], list[tuple[str, s
     flags: list[str] = []
     misspelled: list[tuple[str, str]] = []
     for name, f in load_row_formats().items():
-        if f.either:
+        if f.one_of:
             continue
         found: dict[str, str] = {}
         for role in (*f.required, *f.optional):

@@ -25,19 +25,19 @@ from ..core.adapters.config_fields import FieldError
 from ..core.config.recipe_loading import DATA_FILES
 from ..core.data.rows import ROW_READERS, FileTypeReader, InvalidRow, Located, Row, RowErrorCollector, RowIterable
 from ..core.foundation.chat_rendering import CHAT_TEMPLATES
-from ..core.foundation.files import parse_dataset_id
+from ..core.foundation.files import parse_hub_dataset_id_or_none
 from ..core.foundation.formatting import truncate_noting_length
 from ..errors import DataError, UsageError, format_names, suggest
 from .row_columns import (
     ColumnMapping,
     describe_missing_column_effect,
-    detect_row_format,
+    detect_row_format_name,
     load_row_formats,
     parse_row_or_error,
     require_known_format_and_roles,
 )
-from .row_formats.text_chats import is_prompt_with_answer_texts, read_texts_as_chat
-from .row_readers import SUFFIX_HINTS, TEXT_HINT, read_hf_dataset
+from .row_formats.text_chats import convert_text_row_to_chat, is_prompt_with_answer_texts
+from .row_readers import SUFFIX_HINTS, TEXT_HINT, iterate_hf_dataset_records
 
 DETECTION_ROWS = 20  # records from which a format is recognized
 CHAT_EXAMPLE = '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'
@@ -55,7 +55,7 @@ class UnusedColumn:
 
     name: str
     effect_of_missing: str  # how the rows change without it; empty: it is metadata
-    rows: int = 0
+    row_count: int = 0
     line: int = 0  # the first of them
     file: str | None = None
 
@@ -81,7 +81,7 @@ class RowFileReader(RowIterable):
         self._given, self._split_special_tokens = format_is_given, split_special_tokens
         self._apply_chat_template = apply_chat_template
         self.texts_as_chats = 0
-        self.ignored_columns = sorted(column_mapping.ignored)
+        self.ignored_columns = sorted(column_mapping.ignored_columns)
         self._has_text = _is_text_file(Path(files_with_readers[0][0] or path))
         self._used: dict[str, None] = {}
         self._unused: dict[str, UnusedColumn] = {}
@@ -112,15 +112,15 @@ class RowFileReader(RowIterable):
                         unused_of[present] = columns
                 for column in columns:
                     if record[column.name] not in EMPTY:
-                        if not column.rows:
+                        if not column.row_count:
                             column.line, column.file = line, file
-                        column.rows += 1
+                        column.row_count += 1
                 renamed = self._choice.apply(record)
                 row = parse_row_or_error(renamed, self.format, line, file)
                 if self._apply_chat_template and isinstance(row, Row) and is_prompt_with_answer_texts(row, renamed):
-                    row = read_texts_as_chat(row)
+                    row = convert_text_row_to_chat(row)
                     self.texts_as_chats += 1
-                if self._choice.columns and isinstance(row, InvalidRow):
+                if self._choice.columns_by_role and isinstance(row, InvalidRow):
                     row = dataclasses.replace(row, cause=self._choice.use_file_names(row.cause))
                 if not self._split_special_tokens and isinstance(row, Row):
                     row = dataclasses.replace(row, special_tokens_as_text=False)
@@ -129,7 +129,7 @@ class RowFileReader(RowIterable):
     @property
     def columns(self) -> list[str]:
         """The columns that are used."""
-        return [column for column in self._used if column not in self._choice.ignored]
+        return [column for column in self._used if column not in self._choice.ignored_columns]
 
     @property
     def missing_ignored_columns(self) -> list[str]:
@@ -139,7 +139,7 @@ class RowFileReader(RowIterable):
     @property
     def unused_columns(self) -> list[UnusedColumn]:
         """The columns that are not used and have a value in some row."""
-        return [column for column in self._unused.values() if column.rows]
+        return [column for column in self._unused.values() if column.row_count]
 
     @property
     def lossy_columns(self) -> list[UnusedColumn]:
@@ -220,7 +220,7 @@ def open_rows(
         DataError: the file is empty, its format is unclear, or the files of a folder have several formats.
     """
     path, choice = Path(path), ColumnMapping(dict(columns or {}), frozenset(ignore_columns))
-    require_known_format_and_roles(format, choice.columns)
+    require_known_format_and_roles(format, choice.columns_by_role)
     parts = list_dataset_file_names_with_readers(path, format)
     if format is None and Path(parts[0][0] or path).suffix.lower() == ".md":
         hint = "--format document learns from each file as a whole; --format text makes each paragraph a row"
@@ -231,7 +231,7 @@ def open_rows(
         valid = (found[1] for found in read() if not isinstance(found, InvalidRow))
         if records := list(itertools.islice(valid, DETECTION_ROWS)):
             where = path / file if file else path
-            formats.setdefault(detect_row_format(where, records, choice, format, expected_formats), file)
+            formats.setdefault(detect_row_format_name(where, records, choice, format, expected_formats), file)
         empty = empty and not records and not any(True for _ in read())
     if empty:
         raise DataError(f"{path} is empty: it has no row", f"rows like {CHAT_EXAMPLE}")
@@ -261,7 +261,7 @@ def list_dataset_file_names_with_readers(path: Path, row_format: str | None = No
         return [(None, _make_reader(path, row_format))]
     if os.path.isdir(path):
         return _find_folder_parts(path, row_format)
-    if (dataset := parse_dataset_id(path)) is not None:
+    if (dataset := parse_hub_dataset_id_or_none(path)) is not None:
         return [(None, partial(_read_hub_dataset, *dataset))]
     expected = f"a file of rows ({', '.join(ROW_READERS.names())}), a folder, or a dataset's id"
     if os.path.exists(path):
@@ -338,7 +338,7 @@ def _read_saved_dataset(path: Path) -> Iterator[Located]:
     from datasets import load_from_disk  # importing it takes seconds, and most data sets are files
 
     try:
-        return read_hf_dataset(load_from_disk(str(path)))
+        return iterate_hf_dataset_records(load_from_disk(str(path)))
     except Exception as error:  # damaged files of a saved data set raise anything
         if getattr(error, "errno", None):
             raise
@@ -350,7 +350,7 @@ def _read_hub_dataset(name: str, config: str | None, split: str) -> Iterator[Loc
     from datasets import load_dataset
 
     try:
-        return read_hf_dataset(load_dataset(name, config, split=split))
+        return iterate_hf_dataset_records(load_dataset(name, config, split=split))
     except (OSError, ValueError, RuntimeError) as error:
         reason = truncate_noting_length(str(error), 300)
         problem = f"there is no file {name!r}, and it cannot be loaded from the Hub: {reason}"
@@ -367,7 +367,7 @@ def list_missing_data_file_errors(recipe_tree: Mapping[str, Any]) -> list[FieldE
             continue
         path, is_rows = Path(given), name not in ("general_text", "chat_template")
         known = CHAT_TEMPLATES.names() if name == "chat_template" else ()
-        if str(path) in known or path.is_file() or (is_rows and (path.is_dir() or parse_dataset_id(path))):
+        if str(path) in known or path.is_file() or (is_rows and (path.is_dir() or parse_hub_dataset_id_or_none(path))):
             continue
         names = [*known, *(p.name for p in path.parent.iterdir())] if path.parent.is_dir() else known
         errors.append(FieldError(f"data.{name}", f"there is no file {str(path)!r}{suggest(path.name, names)}"))

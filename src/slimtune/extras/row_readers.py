@@ -273,7 +273,7 @@ def _read_parquet(path: Path) -> Iterator[Located]:
         raise DataError(problem, "a complete Parquet file") from error
 
 
-def read_hf_dataset(dataset: Any) -> Iterator[Located]:
+def iterate_hf_dataset_records(dataset: Any) -> Iterator[Located]:
     """Read a `datasets.Dataset`."""
     return _read_arrow_batches(dataset.with_format("arrow").iter(batch_size=TABLE_BATCH))
 

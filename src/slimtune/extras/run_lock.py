@@ -15,7 +15,7 @@ except ImportError:  # on Windows, where FileLock has another way
 from ..core.foundation.files import write_json
 from ..core.training.run_dir import LOCK_FILE, WRITER_FILE, RunDir
 from ..errors import RunError, UsageError
-from .heartbeat_lock import UNSUPPORTED, HeartbeatLock, describe_writer, identify_writer
+from .heartbeat_lock import UNSUPPORTED, HeartbeatLock, describe_lock_writer, make_this_writer_record
 
 log = logging.getLogger(__name__)
 
@@ -70,12 +70,12 @@ class RunLock(FolderLock):
             super().acquire()
         except Timeout:
             raise UsageError(
-                f"{describe_writer(self._writer)} is training in {self.folder}",
+                f"{describe_lock_writer(self._writer)} is training in {self.folder}",
                 "one process that writes a run folder",
                 "wait until it has ended, or stop it with Ctrl-C or SIGTERM, which write a checkpoint; then --resume",
             ) from None
         if not self._heartbeat.is_locked:
-            write_json(self._writer, identify_writer())
+            write_json(self._writer, make_this_writer_record())
 
     def release(self) -> None:
         """Give the lock back, if this object has it."""
@@ -87,7 +87,7 @@ class RunLock(FolderLock):
         """Raise RunError if another process has taken the run folder over while this one stood still."""
         if self._heartbeat.is_lost:
             raise RunError(
-                f"{describe_writer(self._writer)} has taken over {self.folder}, because this process stood still",
+                f"{describe_lock_writer(self._writer)} has taken over {self.folder}, because this process stood still",
                 "one process that writes a run folder",
                 "let the other one go on",
             )

@@ -39,7 +39,7 @@ def format_server_address(listening_socket: socket.socket) -> str:
     return f"http://{host}:{port}"
 
 
-def parse_host_header(header: str) -> str | None:
+def parse_host_header_or_none(header: str) -> str | None:
     """Return the name or address, in lower case and with its brackets, of a Host header; None if it is malformed."""
     match = re.fullmatch(r"(\[[0-9a-f:.%]+\]|[^:\[\]]+)(:[0-9]*)?", header.lower())
     return match and match[1]

@@ -37,12 +37,12 @@ from ..core.training.run_dir import RunDir, find_adapter_folder
 from ..errors import AdapterError, SlimtuneError, UsageError, format_names
 from .accepted_changes import BASE_PARTS, PARTS, combine_with_accepted_changes
 from .base_digests import (
-    find_base_folder,
-    find_cached_snapshot,
     hash_text,
     hash_tokenizer_by_part,
     hash_weights_by_projection,
-    read_safetensors_header,
+    read_safetensors_header_and_data_start,
+    require_base_folder,
+    require_cached_snapshot,
 )  # fmt: skip
 from .row_digest import hash_rows
 
@@ -118,9 +118,11 @@ def fingerprint_base(base: LoadedBase) -> TrainingFingerprint:
     template = base.tokenizer.chat_template
     if isinstance(template, Mapping):
         template = template.get("default")
-    found = TrainingFingerprint(config=describe_config(base.loaded_config), template=hash_template(template))
+    found = TrainingFingerprint(
+        config=select_forward_config_fields(base.loaded_config), template=hash_chat_template(template)
+    )
     try:
-        folder = find_base_folder(base)
+        folder = require_base_folder(base)
         weights, tokenizer = hash_weights_by_projection(folder), hash_tokenizer_by_part(folder, base.tokenizer)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         log.warning(f"whether {base.source.spec} has changed is not proven: {error}")
@@ -128,19 +130,19 @@ def fingerprint_base(base: LoadedBase) -> TrainingFingerprint:
     return dataclasses.replace(found, weights=weights or None, tokenizer=tokenizer)
 
 
-def hash_template(text: str | None) -> str:
+def hash_chat_template(text: str | None) -> str:
     """Return the hash of a chat template's text; line ends at its end are not counted."""
     return hash_text(text.rstrip("\n")) if text else ""
 
 
-def describe_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def select_forward_config_fields(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return the fields of a config's dictionary that change the forward pass, by dotted name."""
     fields: dict[str, Any] = {}
     for name, value in config.items():
         if name in CONFIG_FIELDS_WITHOUT_EFFECT or name[:1] == "_" or any(w in name for w in _WORDS_WITHOUT_EFFECT):
             continue
         if name.endswith("_config") and isinstance(value, Mapping):
-            fields |= describe_config(value, f"{prefix}{name}.")
+            fields |= select_forward_config_fields(value, f"{prefix}{name}.")
         elif value is not None:
             fields[prefix + name] = normalize_config_numbers(value)
     if rope := get_rope_settings(config):
@@ -154,7 +156,7 @@ def fingerprint_rows(data: RunDatasets) -> dict[str, list[Any]]:
     return {name: [len(rows.documents), hash_rows(rows.documents)[:32]] for name, rows in parts.items() if len(rows)}
 
 
-def describe_recipe(recipe: Recipe) -> dict[str, Any]:
+def select_step_changing_settings(recipe: Recipe) -> dict[str, Any]:
     """Return the settings of a recipe that can change a step, by dotted path."""
     settings: dict[str, Any] = {}
     for section, values in recipe.to_dict().items():
@@ -238,14 +240,14 @@ def _split_by_acceptance(differences: list[FingerprintDifference], accept: Colle
 # --- who compares -----------------------------------------------------------------------------------------------------
 
 
-def require_recipe_of_run(run: RunDir, recipe: Recipe, accept: Collection[str]) -> None:
+def require_recipe_unchanged_since_start(run: RunDir, recipe: Recipe, accept: Collection[str]) -> None:
     """Raise UsageError unless a run that is resumed with a recipe was started with it.
 
     It is compared with the recipe in the run folder, and that one with the run's fingerprint: it may have been edited.
     """
     own = run.load_recipe()
     if (before := read_run_fingerprint(run)) is not None:
-        now = TrainingFingerprint(recipe=describe_recipe(own))
+        now = TrainingFingerprint(recipe=select_step_changing_settings(own))
         _require_unchanged_run(run, compare_fingerprints(before, now), accept)
     then, now_ = own.to_dict(), recipe.to_dict()
     changed = [
@@ -273,7 +275,9 @@ def fingerprint_run(
         UsageError: something that the run was started with has changed.
         AdapterError: `init_adapter` was trained on another base.
     """
-    now = dataclasses.replace(fingerprint_base(base), rows=fingerprint_rows(data), recipe=describe_recipe(recipe))
+    now = dataclasses.replace(
+        fingerprint_base(base), rows=fingerprint_rows(data), recipe=select_step_changing_settings(recipe)
+    )
     if resume:
         if (before := read_run_fingerprint(run)) is None:
             text = f"{run.path} does not say what it was started with: whether base or rows have changed is not proven"
@@ -296,7 +300,7 @@ def mark_as_compared(model: Any, adapter_folder: Path) -> None:
     _compared_folders.setdefault(model, set()).add(str(adapter_folder))
 
 
-def require_trained_base(path: Path, base: LoadedBase, accept: Collection[str] = ()) -> None:
+def require_base_unchanged_since_training(path: Path, base: LoadedBase, accept: Collection[str] = ()) -> None:
     """Raise AdapterError if the base has changed since an adapter was trained on it.
 
     `path` is a run folder or an adapter folder. What is in `accept` may have changed; if that is everything, nothing
@@ -318,7 +322,7 @@ def describe_changed_model(model: Any, config: Any, source: str, before: Trainin
     """Return what of a model in memory differs from what the adapter `source` was trained on, and what is not proven.
 
     `config` is the config of the model's base. Weights are compared in the files that the model was loaded from. What
-    `require_trained_base` has compared for this model is not compared again.
+    `require_base_unchanged_since_training` has compared for this model is not compared again.
     """
     if source in _compared_folders.get(model, ()):
         return []
@@ -326,7 +330,7 @@ def describe_changed_model(model: Any, config: Any, source: str, before: Trainin
     name = getattr(model, "name_or_path", None) or f"this {type(model).__name__}"
     now, texts = TrainingFingerprint(), []
     if "config" not in accepted and hasattr(config, "to_dict"):
-        now = TrainingFingerprint(config=describe_config(config.to_dict()))
+        now = TrainingFingerprint(config=select_forward_config_fields(config.to_dict()))
     if "weights" not in accepted and before.weights:
         try:
             now = dataclasses.replace(now, weights=_hash_files_of_model(model))
@@ -347,7 +351,7 @@ def _hash_files_of_model(model: Any) -> dict[str, str]:
         raise LookupError("it was not loaded from files")
     folder = Path(name)
     if not os.path.isdir(name):
-        folder = find_cached_snapshot(name, None)
+        folder = require_cached_snapshot(name, None)
         if len(list(folder.parent.iterdir())) > 1:
             raise LookupError("several of its revisions are in the Hub's cache, and the model does not say which it is")
     if not (weights := hash_weights_by_projection(folder)):
@@ -390,7 +394,7 @@ def combine_training_fingerprints(texts: Mapping[str, str | None]) -> str:
     return dataclasses.replace(combined, **dict.fromkeys(left_out)).to_json()
 
 
-def require_rows_of_run(path: Path, data: RunDatasets) -> None:
+def require_rows_unchanged_since_training(path: Path, data: RunDatasets) -> None:
     """Raise AdapterError if rows that a run set aside may be rows that it was trained on: its file has changed."""
     before = read_adapter_fingerprint(find_adapter_folder(path))
     if before is None or before.rows is None:
@@ -422,7 +426,7 @@ def read_run_fingerprint(run: RunDir) -> TrainingFingerprint | None:
 def read_adapter_fingerprint(folder: Path) -> TrainingFingerprint | None:
     """Return what an adapter was trained on, from its file; None if it does not say so, or is damaged."""
     try:
-        metadata = read_safetensors_header(folder / WEIGHTS_FILE)[0].get("__metadata__", {})
+        metadata = read_safetensors_header_and_data_start(folder / WEIGHTS_FILE)[0].get("__metadata__", {})
         return TrainingFingerprint.from_json(metadata[TRAINING_FINGERPRINT])
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None

@@ -12,7 +12,7 @@ from ..errors import RunError, UsageError
 from .answer_grammar import AnswerMatcher, CompiledGrammar
 from .generation_models import GenerationModel
 from .incremental_detokenizer import IncrementalDetokenizer
-from .step_watchdog import StepWatchdog
+from .step_hang_detector import StepHangDetector
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ class GeneratedAnswer:
     """An answer that is asked for, and what is generated of it so far."""
 
     model: GenerationModel
-    prompt: Sequence[int]  # token ids
+    prompt_ids: Sequence[int]  # token ids
     params: SamplingParams
     send: Callable[[AnswerPiece], None] = lambda piece: None
     """Gets the pieces, in the thread that generates; it must not wait."""
@@ -138,7 +138,7 @@ class GeneratedAnswer:
         return self.cancelled
 
 
-class AnswerQueue:
+class BaseAnswerQueue:
     """Answers that wait and run. A subclass generates them.
 
     Args:
@@ -155,7 +155,7 @@ class AnswerQueue:
         self._waiting: deque[GeneratedAnswer] = deque()
         self._changed = threading.Condition()
         self._is_closed = False
-        self.watchdog = StepWatchdog()
+        self.hang_detector = StepHangDetector()
         self.failure: BaseException | None = None
         """What ended a thread that generates; the queue then takes no more answers."""
 

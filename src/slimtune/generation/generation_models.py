@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 class GenerationModel:
     """The base or an adapter, as the generator runs it."""
 
-    adapter: str  # its name in the adapted model; `BASE_ROW` for the base
+    adapter_or_base: str  # its name in the adapted model; `BASE_ROW` for the base
     tokenizer: Any = field(repr=False)
     end_tokens: frozenset[int]  # that end an answer
     max_length: int | None  # tokens of a prompt and its answer together; None: any number

@@ -59,7 +59,7 @@ def _require_token_ids(value: Any) -> list[int]:
     return value
 
 
-class ModelInInferenceEngine(Protocol):
+class InferenceEngine(Protocol):
     """A model as an engine serves it."""
 
     name: str  # as tables show it: "merged folder", "llama.cpp", "vLLM"

@@ -33,8 +33,8 @@ class GenerationRow:
     follows.
     """
 
-    def __init__(self, adapter: str) -> None:
-        self.adapter, self.length, self.is_invoked = adapter, 0, False
+    def __init__(self, adapter_or_base: str) -> None:
+        self.adapter_or_base, self.length, self.is_invoked = adapter_or_base, 0, False
         self.ids: list[int] = []  # only if there is no cache
         self.next_token = 0  # that is not in the cache yet
 
@@ -45,8 +45,8 @@ class CachedBatch:
     Rows may join, and a row may be repeated, only if `MultiAdapterRunner.shares_batches` of each is true.
     """
 
-    def __init__(self, row: GenerationRow, cache: Any) -> None:
-        self.rows, self.cache = [row], cache
+    def __init__(self, first_row: GenerationRow, cache: Any) -> None:
+        self.rows, self.cache = [first_row], cache
 
     @property
     def width(self) -> int:
@@ -97,24 +97,24 @@ class MultiAdapterRunner:
     """Runs an adapted model for rows with different adapters. One thread at a time may use it.
 
     Args:
-        model: the adapted model, in evaluation mode.
+        adapted_model: in evaluation mode.
     """
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        parameters = inspect.signature(model.forward).parameters
+    def __init__(self, adapted_model: Any) -> None:
+        self.model = adapted_model
+        parameters = inspect.signature(adapted_model.forward).parameters
         # transformers 5.2x calls the argument cache, earlier versions past_key_values.
         self._cache_name = "cache" if "cache" in parameters else "past_key_values"
         self._takes_positions = "position_ids" in parameters
         self._last_logits = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
         # Keys and values of other kinds of layers (recurrent states, compressed keys) cannot be padded.
-        layers = DynamicCache(config=model.config).layers
+        layers = DynamicCache(config=adapted_model.config).layers
         self._pads = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
         # A few families have states of another kind, or keep them in their modules: all tokens are computed again.
         self._caches = (
             self._cache_name in parameters
-            and model._supports_default_dynamic_cache()
-            and model.config.model_type != "recurrent_gemma"
+            and adapted_model._supports_default_dynamic_cache()
+            and adapted_model.config.model_type != "recurrent_gemma"
         )
         self._mixes: dict[str, bool] = {}
 
@@ -164,7 +164,7 @@ class MultiAdapterRunner:
         prompt = inputs[:, : len(ids) - num_generated]
         offsets = [
             offset and offset + num_generated
-            for offset in calculate_alora_offsets(self.model.peft_config, row.adapter, prompt)
+            for offset in calculate_alora_offsets(self.model.peft_config, row.adapter_or_base, prompt)
         ]
         row.is_invoked, row.length = offsets[0] is not None, len(ids)
         positions = torch.arange(len(ids), device=self.model.device)[None]
@@ -203,7 +203,7 @@ class MultiAdapterRunner:
             inputs["attention_mask"] = mask
         if self._takes_positions:
             inputs["position_ids"] = positions
-        names = [row.adapter for row in rows]
+        names = [row.adapter_or_base for row in rows]
         # The rows of one active adapter run as in training: the same kernels give the same numbers.
         if self.model.active_adapters != [names[0]] or len(set(names)) > 1:
             if self.mixes(names[0]):

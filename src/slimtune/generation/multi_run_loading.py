@@ -11,11 +11,11 @@ from ..core.models.loader import load_tokenizer
 from ..core.training.run_dir import RunDir, find_adapter_folder
 from ..core.training.trained_model import TrainedModel, load_run
 from ..errors import UsageError
-from ..extras.training_fingerprint import require_trained_base
+from ..extras.training_fingerprint import require_base_unchanged_since_training
 from .run_requirements import resolve_trained_base
 
 
-def load_runs_on_one_base(paths: Sequence[str | Path], **load_options: Any) -> list[TrainedModel]:
+def load_trained_models_sharing_base(paths: Sequence[str | Path], **load_options: Any) -> list[TrainedModel]:
     """Load the adapters of several runs, or of bare adapter folders, on one base.
 
     All results share the first one's model, in which each has its own `adapter_name`; each has its own tokenizer.
@@ -56,6 +56,6 @@ def _add_adapter(first: TrainedModel, path: Path, name: str) -> TrainedModel:
     revision = None if recipe is None else recipe.model.revision
     tokenizer = load_tokenizer(base.source.spec, revision=revision, chat_template=template)
     own_base = dataclasses.replace(base, tokenizer=tokenizer)
-    require_trained_base(path, own_base)
+    require_base_unchanged_since_training(path, own_base)
     first.model.load_adapter(folder, name, config=config)
     return TrainedModel(first.model, own_base, folder, recipe, adapter_name=name)

@@ -29,7 +29,7 @@ from ..core.adapters.active_adapters import BASE_ROW
 from ..core.foundation.device import release_unused_memory
 from ..errors import AdapterError, ModelError, SlimtuneError, is_out_of_memory
 from .answer_grammar import GrammarError
-from .answer_queue import CLOSE_SECONDS, AnswerPiece, AnswerQueue, GeneratedAnswer, ServerClosing, TokenLogprob
+from .answer_queue import CLOSE_SECONDS, AnswerPiece, BaseAnswerQueue, GeneratedAnswer, ServerClosing, TokenLogprob
 from .model_runner import CachedBatch, GenerationRow, MultiAdapterRunner
 
 log = logging.getLogger(__name__)
@@ -42,18 +42,18 @@ MAX_FAILURES = 3
 """Steps that may fail one after another, elsewhere than in a pass of the model, before the thread gives up."""
 
 
-class TextGenerator(AnswerQueue):
+class TextGenerator(BaseAnswerQueue):
     """Generates answers with the base and the adapters of one model, many at once.
 
     Args:
-        model: the adapted model, in evaluation mode; nobody else may use it while answers are generated.
+        adapted_model: in evaluation mode; nobody else may use it while answers are generated.
         max_batch: most answers that are generated at the same time.
         max_waiting: most answers that wait.
     """
 
-    def __init__(self, model: Any, *, max_batch: int = 16, max_waiting: int = 1 << 20) -> None:
+    def __init__(self, adapted_model: Any, *, max_batch: int = 16, max_waiting: int = 1 << 20) -> None:
         super().__init__(max_batch, max_waiting)
-        self.runner, self._cached_tokens = MultiAdapterRunner(model), 0
+        self.runner, self._cached_tokens = MultiAdapterRunner(adapted_model), 0
         self._running: dict[GenerationRow, GeneratedAnswer] = {}
         self._batches: list[CachedBatch] = []  # the shared one and those of single rows
         self._steps_since_error = STEPS_ALONE
@@ -139,7 +139,7 @@ class TextGenerator(AnswerQueue):
                 self._drop_unwanted_rows(batch)
                 if batch.rows:
                     num_tokens = batch.rows[0].length if batch.cache is None else len(batch.rows)
-                    with self.watchdog.measure_step(num_tokens):
+                    with self.hang_detector.measure_step(num_tokens):
                         self._add_tokens(batch, self.runner.decode(batch))
             except Exception as error:
                 failure = error
@@ -154,13 +154,13 @@ class TextGenerator(AnswerQueue):
         failures = 0  # one after another, in other places than a pass
         try:
             while True:
-                self.watchdog.stop()
+                self.hang_detector.stop()
                 with self._changed:
                     while not (self._waiting or self._running or self._is_closed):
                         self._changed.wait()
                     if self._is_closed:
                         return
-                self.watchdog.start()
+                self.hang_detector.start()
                 try:
                     self.step()
                     failures = 0
@@ -180,10 +180,10 @@ class TextGenerator(AnswerQueue):
         tokens = 0
         while tokens < PREFILL_TOKENS and (rows := self._take_rows_with_one_prompt()):
             first = self._running[rows[0]]
-            tokens += len(first.prompt)
+            tokens += len(first.prompt_ids)
             try:
-                with self.watchdog.measure_step(len(first.prompt)):
-                    logits, batch = self.runner.prefill(rows[0], first.prompt)
+                with self.hang_detector.measure_step(len(first.prompt_ids)):
+                    logits, batch = self.runner.prefill(rows[0], first.prompt_ids)
                     if rows[1:]:
                         batch.repeat(rows[1:])
                     self._add_tokens(batch, logits.expand(len(rows), -1))
@@ -199,8 +199,8 @@ class TextGenerator(AnswerQueue):
         if not batch.rows:
             return
         shares = self.runner.shares_batches
-        shared = next((b for b in self._batches if shares(b.rows[0].adapter)), None)
-        if shared is None or not shares(batch.rows[0].adapter):
+        shared = next((b for b in self._batches if shares(b.rows[0].adapter_or_base)), None)
+        if shared is None or not shares(batch.rows[0].adapter_or_base):
             self._batches.append(batch)
             return
         rows = [*shared.rows, *batch.rows]
@@ -240,8 +240,8 @@ class TextGenerator(AnswerQueue):
                     self._running.pop(row, None)
                     continue
             try:
-                with self.watchdog.measure_step(len(answer.prompt) + len(answer.token_ids)):
-                    logits, batch = self.runner.prefill(row, answer.prompt, answer.token_ids)
+                with self.hang_detector.measure_step(len(answer.prompt_ids) + len(answer.token_ids)):
+                    logits, batch = self.runner.prefill(row, answer.prompt_ids, answer.token_ids)
                     self._add_tokens(batch, logits)
                 self._batches += [batch] if batch.rows else []
             except Exception as own_error:
@@ -255,11 +255,11 @@ class TextGenerator(AnswerQueue):
             while self._waiting and len(self._running) < self.max_batch:
                 answer, first = self._waiting[0], self._running[rows[0]] if rows else None
                 if first is not None and not (
-                    (answer.model.adapter, answer.prompt) == (first.model.adapter, first.prompt)
-                    and self.runner.shares_batches(answer.model.adapter)
+                    (answer.model.adapter_or_base, answer.prompt_ids) == (first.model.adapter_or_base, first.prompt_ids)
+                    and self.runner.shares_batches(answer.model.adapter_or_base)
                 ):
                     break
-                rows.append(GenerationRow(answer.model.adapter))
+                rows.append(GenerationRow(answer.model.adapter_or_base))
                 self._running[rows[-1]] = self._waiting.popleft()
             return rows
 
@@ -313,7 +313,7 @@ class TextGenerator(AnswerQueue):
             answer = self._running[row]
             try:
                 if not is_finite[i]:
-                    raise _make_not_finite_error(row.adapter)
+                    raise _make_not_finite_error(row.adapter_or_base)
                 if row in failed:
                     raise failed[row]
                 is_greedy = answer.params.temperature == 0

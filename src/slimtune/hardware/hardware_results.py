@@ -10,7 +10,7 @@ from ..planning.gpu_specs import GpuFacts
 from ..planning.interval import Interval
 from ..planning.measured_speeds import MachineMeasurement
 from ..planning.plan_result import LabelledFigure, MemoryVerdict, ResourceEstimate, ServingEstimate
-from .machine_choice import ApiPrice, MachineOffer
+from .machine_choice import MachineOffer, TuningServicePrice
 from .run_cost import RunCost
 
 MILLION = 1_000_000
@@ -226,7 +226,7 @@ class RentalProviderCost:
 class TuningServiceCost:
     """What a run costs at a service that fine-tunes."""
 
-    price: ApiPrice = field(metadata=INLINE)
+    price: TuningServicePrice = field(metadata=INLINE)
     """The service and its price."""
     run: float
     """Dollars of a run."""

@@ -52,7 +52,7 @@ class MachinePurchasePrice:
 
 
 @dataclass(frozen=True)
-class ApiPrice:
+class TuningServicePrice:
     """What a service takes for fine-tuning."""
 
     service: str
@@ -68,20 +68,21 @@ class ApiPrice:
 
 
 @cache
-def list_purchase_prices(gpu: str = "") -> tuple[MachinePurchasePrice, ...]:
+def list_purchase_prices(gpu_name: str = "") -> tuple[MachinePurchasePrice, ...]:
     """Return the prices of `purchase_prices.csv` for a GPU, by its name; for "", all of them."""
     rows = ([*row.values()] for row in read_price_rows("purchase_prices.csv"))
     return tuple(
-        MachinePurchasePrice(name, float(dollars), *rest) for name, dollars, *rest in rows if gpu in ("", name)
+        MachinePurchasePrice(name, float(dollars), *rest) for name, dollars, *rest in rows if gpu_name in ("", name)
     )
 
 
 @cache
-def list_api_prices() -> tuple[ApiPrice, ...]:
+def list_tuning_service_prices() -> tuple[TuningServicePrice, ...]:
     """Return the prices of `api_prices.csv`."""
     rows = ([*row.values()] for row in read_price_rows("api_prices.csv"))
     return tuple(
-        ApiPrice(name, float(size) if size else None, float(dollars), *rest) for name, size, dollars, *rest in rows
+        TuningServicePrice(name, float(size) if size else None, float(dollars), *rest)
+        for name, size, dollars, *rest in rows
     )
 
 
@@ -135,7 +136,7 @@ def make_machine_offer(
     gpu: GpuSpec,
     estimate: ResourceEstimate | None = None,
     *,
-    tokens: int = 0,
+    trained_tokens: int = 0,
     speed: Interval | None = None,
     verdict: MemoryVerdict | None = None,
     dollars_per_kwh: float | None = None,
@@ -145,7 +146,7 @@ def make_machine_offer(
     Args:
         gpu: the machine's.
         estimate: of the run, on this GPU or on another one of its kind.
-        tokens: trained in the run.
+        trained_tokens: trained in the run.
         speed: trained tokens a second; None: the estimate's.
         verdict: whether the run fits; None: the estimate's.
         dollars_per_kwh: price of electricity.
@@ -155,7 +156,7 @@ def make_machine_offer(
     if estimate is not None:
         verdict, speed = verdict or estimate.verdict, speed or estimate.tokens_per_second
         if speed is not None and verdict != "does not fit":
-            cost = estimate_run_cost(speed, tokens, gpu, dollars_per_kwh=dollars_per_kwh)
+            cost = estimate_run_cost(speed, trained_tokens, gpu, dollars_per_kwh=dollars_per_kwh)
     purchases = list_purchase_prices(gpu.name)
     known = [p.dollars for p in purchases if p.condition != "launch"] or [p.dollars for p in purchases]
     return MachineOffer(
@@ -274,14 +275,14 @@ def list_gpu_figures(gpu: GpuSpec) -> Iterator[tuple[str, str]]:
         yield "released", gpu.released
     yield "source", gpu.source
     yield "checked", format_date_with_age_note(gpu.checked)
-    yield from ((kind, f"{amount}, {source}") for kind, amount, source in list_gpu_purchase_and_rent_prices(gpu.name))
+    yield from ((kind, f"{amount}, {source}") for kind, amount, source in list_gpu_price_and_rent_texts(gpu.name))
 
 
-def list_gpu_purchase_and_rent_prices(gpu: str) -> Iterator[tuple[str, str, str]]:
+def list_gpu_price_and_rent_texts(gpu_name: str) -> Iterator[tuple[str, str, str]]:
     """Yield `price` or `rent`, the dollars, and where they are from, for each known price of a GPU."""
-    for p in list_purchase_prices(gpu):
+    for p in list_purchase_prices(gpu_name):
         yield "price", f"{p.dollars:.0f} $", f"{p.condition}, {format_date_with_age_note(p.date)}: {p.source}"
-    for q in list_rent_prices(gpu):
+    for q in list_rent_prices(gpu_name):
         yield "rent", f"{q.dollars_per_hour} $/h", f"{q.provider}, {format_date_with_age_note(q.date)}: {q.source}"
 
 
@@ -292,7 +293,7 @@ def list_offer_figure_sources(offers: Sequence[MachineOffer]) -> Iterator[tuple[
             offer.gpu,
             f"{offer.source} (checked {format_date_with_age_note(offer.checked)})" if offer.checked else offer.source,
         )
-        yield from ((amount, source) for _, amount, source in list_gpu_purchase_and_rent_prices(offer.gpu))
+        yield from ((amount, source) for _, amount, source in list_gpu_price_and_rent_texts(offer.gpu))
     yield "serving", "Llama 3.1 8B in Q4_K_M behind 4096 tokens in llama.cpp; fitted to published runs"
 
 

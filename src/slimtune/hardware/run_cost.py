@@ -57,7 +57,7 @@ class RunCost:
 
 def estimate_run_cost(
     speed: Interval,
-    tokens: int,
+    trained_tokens: int,
     gpu: GpuSpec,
     *,
     dollars_per_hour: float | None = None,
@@ -67,7 +67,7 @@ def estimate_run_cost(
 
     Args:
         speed: trained tokens a second.
-        tokens: trained in the whole run, over all epochs.
+        trained_tokens: trained in the whole run, over all epochs.
         gpu: where it runs.
         dollars_per_hour: rent of the GPU; None: the lowest and the highest price of the table, if any.
         dollars_per_kwh: price of electricity, for a GPU of one's own.
@@ -75,11 +75,11 @@ def estimate_run_cost(
     Raises:
         UsageError: a price or the number of tokens is not above 0.
     """
-    numbers = {"tokens": tokens, "dollars_per_hour": dollars_per_hour, "dollars_per_kwh": dollars_per_kwh}
+    numbers = {"tokens": trained_tokens, "dollars_per_hour": dollars_per_hour, "dollars_per_kwh": dollars_per_kwh}
     for name, number in numbers.items():
         if number is not None and not number > 0:
             raise UsageError(f"{name} is {number}", "a number above 0")
-    hours = Interval(*(tokens / rate / 3600 for rate in (speed.high, speed.low)))
+    hours = Interval(*(trained_tokens / rate / 3600 for rate in (speed.high, speed.low)))
     kwh = power = rent = None
     if gpu.watts is not None:
         kwh = Interval(*(h * share * gpu.watts / 1000 for h, share in zip(hours, POWER_FRACTION, strict=True)))
@@ -92,10 +92,10 @@ def estimate_run_cost(
 
 
 @cache
-def list_rent_prices(gpu: str = "") -> tuple[RentPrice, ...]:
+def list_rent_prices(gpu_name: str = "") -> tuple[RentPrice, ...]:
     """Return the prices of `rent_prices.csv` for a GPU, by its name in `gpus.csv`; for "", all of them."""
     rows = ([*row.values()] for row in read_price_rows("rent_prices.csv"))
-    return tuple(RentPrice(name, float(dollars), *rest) for name, dollars, *rest in rows if gpu in ("", name))
+    return tuple(RentPrice(name, float(dollars), *rest) for name, dollars, *rest in rows if gpu_name in ("", name))
 
 
 @cache

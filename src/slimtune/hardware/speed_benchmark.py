@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ..core.adapters.peft_model import get_peft_model
-from ..core.attention.attention_functions import use_packed_attention
+from ..core.attention.attention_functions import using_packed_attention
 from ..core.data.collator import Collator, Example
 from ..core.data.parallel import exit_with_parent
 from ..core.foundation.cpu import read_processor_name
@@ -214,9 +214,11 @@ def measure_training_steps_and_fit_factors(
         optimizer, collator = build_optimizer(model), make_collator(model, 0)
         for lengths in ROWS[kind]:
             trace = trace_training_step(MicroBatchWorkload(config, method, dtype, lengths, device=kind))
-            moved = 2 * trace.state["optimizer"] + 3 * trace.state["adapters"]
+            moved = 2 * trace.state_bytes_by_part["optimizer"] + 3 * trace.state_bytes_by_part["adapters"]
             terms.append(
-                compute_step_time_terms(trace.operator_counts, trace.attention_operations, moved, rates, bandwidth)
+                compute_step_time_terms(
+                    trace.counts_by_operator_cost, trace.attention_flops_by_dtype, moved, rates, bandwidth
+                )
             )
             ids = [torch.randint(1, VOCABULARY, (n,)).tolist() for n in lengths]
             rows = [{"input_ids": row, "labels": row} for row in ids]
@@ -238,7 +240,7 @@ def measure_training_steps_and_fit_factors(
 def run_optimizer_step(model: Any, optimizer: torch.optim.Optimizer, collator: Collator, rows: list[Example]) -> None:
     """Take one optimizer step on rows."""
     batch = move_batch_to_device(collator(rows), model.device)
-    with use_packed_attention(model):
+    with using_packed_attention(model):
         forward_backward(model, [batch])
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
     optimizer.step()
@@ -327,7 +329,7 @@ def fit_decode_token_seconds(
     precisions: Sequence[str],
     measured_runs: Sequence[tuple[str, float, LlamaConfig, float]],
     token_seconds: Sequence[float],
-    prompt_flops: dict[str, float],
+    reported_prompt_flops_by_precision: dict[str, float],
 ) -> ServingSpeedFit:
     """Fit the seconds of a token to runs of (precision, bytes, config, cached bytes)."""
     features = [
@@ -345,7 +347,7 @@ def fit_decode_token_seconds(
     speeds = {p: 1 / i for p, i in zip(precisions, inverse, strict=True) if i > 0}
     spread = _widen_spread([f / s for f, s in zip(fitted, token_seconds, strict=True)])
     layer_s = dict(zip(precisions, layers, strict=True))
-    return ServingSpeedFit(speeds, cached_byte_s, layer_s, logit_s, token_s, prompt_flops, spread)
+    return ServingSpeedFit(speeds, cached_byte_s, layer_s, logit_s, token_s, reported_prompt_flops_by_precision, spread)
 
 
 def _write_random_gguf(file: Path, config: LlamaConfig, precision: str) -> tuple[int, int]:

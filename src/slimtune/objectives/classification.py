@@ -201,12 +201,12 @@ def _require_single_labels(rows: Iterable[tuple[int, Sequence[str]]], classes: C
 def _require_known_labels(rows: Iterable[tuple[int, Iterable[str]]], classes: ClassLabels, path: object) -> None:
     """Raise DataError if a row, given as its line and its labels, has a label that no class has."""
     from ..core.data.tokenize import format_line_numbers
-    from ..extras.row_formats.classification import describe_lookalike, sort_class_names
+    from ..extras.row_formats.classification import describe_lookalike_label, sort_class_names
 
     unknown = [(line, name) for line, names in rows for name in names if name not in classes.names]
     if unknown:
         strange, lines = sort_class_names(n for _, n in unknown), list(dict.fromkeys(line for line, _ in unknown))
-        like = describe_lookalike(strange[0], classes.names)
+        like = describe_lookalike_label(strange[0], classes.names)
         near = f" ({like})" if like else suggest(strange[0], classes.names)
         raise DataError(
             f"{path}: {format_names(strange)} is a label of no training row{near}: {format_line_numbers(lines)}",

@@ -20,10 +20,10 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from ..core.attention.attention_functions import get_original_attention_name, layout_unsupported_reason
+from ..core.attention.attention_functions import get_original_attention_name, layout_unsupported_reason_or_empty
 from ..core.attention.packed_attention import MAX_SEGMENT_TOKENS, round_up_to_power_of_two_blocks
 from ..core.data.example_lengths import ExampleLength, count_tokens_per_row
-from ..core.foundation.device import simulate_device_for_kernel_choice
+from ..core.foundation.device import simulating_device_for_kernel_choice
 from ..core.kernels.cross_entropy import count_rows_per_logit_chunk
 from ..core.models.base_config import get_max_positions
 from ..errors import UsageError
@@ -70,18 +70,21 @@ def extrapolate_step_trace(
     def extrapolate(a: Mapping[Any, int], b: Mapping[Any, int]) -> dict[Any, int]:
         return {key: _at_depth(job, a.get(key, 0), b.get(key, 0)) for key in {**a, **b}}
 
-    state = extrapolate(two.state, three.state)
+    state = extrapolate(two.state_bytes_by_part, three.state_bytes_by_part)
     if full_meta_model is not None:
         block = ALLOCATION_BLOCK.get(job.device, 1)
         sizes = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in list_module_tensors(full_meta_model)}
         if state["weights"] + state.get("adapters", 0) != sum(-(-size // block) * block for size in sizes.values()):
             return trace(job, full_meta_model)
-    phases = {phase: extrapolate(two.phases[phase], three.phases[phase]) for phase in two.phases}
+    phases = {
+        phase: extrapolate(two.bytes_by_phase_and_part[phase], three.bytes_by_phase_and_part[phase])
+        for phase in two.bytes_by_phase_and_part
+    }
     return StepTrace(
         state,
         phases,
-        Counter(extrapolate(two.operator_counts, three.operator_counts)),
-        Counter(extrapolate(two.attention_operations, three.attention_operations)),
+        Counter(extrapolate(two.counts_by_operator_cost, three.counts_by_operator_cost)),
+        Counter(extrapolate(two.attention_flops_by_dtype, three.attention_flops_by_dtype)),
         _at_depth(job, two.host_bytes, three.host_bytes),
     )
 
@@ -145,7 +148,7 @@ def fit_memory_formula(job: MicroBatchWorkload, model: Any) -> MemoryFormula:
     If the job's examples have a suitable length, one of the traces is of them, and whole: the job needs that one, too.
     """
     # At least two MLP tiles, and two chunks of logits: as a third one is computed, nothing is left of the first.
-    with simulate_device_for_kernel_choice(job.device):
+    with simulating_device_for_kernel_choice(job.device):
         chunk = count_rows_per_logit_chunk(job.base_config.get_text_config().vocab_size, torch.device("cpu"))
     two_chunks = math.ceil(2 * chunk / job.supervised)
     tokens = max(TOKENS, 2 * min(job.mlp_tile_size or 0, MAX_SEGMENT_TOKENS // 4))
@@ -156,7 +159,7 @@ def fit_memory_formula(job: MicroBatchWorkload, model: Any) -> MemoryFormula:
     tokens = job.micro_batch_tokens if own else tokens
     longest = get_max_positions(job.base_config) or 2 * tokens
     attention = get_original_attention_name(model.config._attn_implementation)
-    by_row = not job.packing or layout_unsupported_reason(model) or attention != "sdpa"
+    by_row = not job.packing or layout_unsupported_reason_or_empty(model) or attention != "sdpa"
     columns: list[int] = [0, 1]
     shapes = [job.lengths if own else _split_row(tokens, longest), _split_row(2 * tokens, longest)]
     if job.device == "cuda" and job.packing:
@@ -171,7 +174,7 @@ def fit_memory_formula(job: MicroBatchWorkload, model: Any) -> MemoryFormula:
     ]
     features = np.array([_features(lengths) for lengths in shapes])[:, columns]
     coefficients = {}
-    for phase in traces[1].phases:  # without those of the optimizer and the evaluation
+    for phase in traces[1].bytes_by_phase_and_part:  # without those of the optimizer and the evaluation
         solution = np.zeros(4)
         solution[columns] = np.linalg.solve(features, [t.peaks[phase] - t.state_bytes for t in traces])
         coefficients[phase] = solution

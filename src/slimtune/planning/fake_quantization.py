@@ -20,8 +20,8 @@ from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from ..core.foundation.device import get_device_type
-from ..core.kernels.linear_layers import get_layer_sizes
+from ..core.foundation.device import get_real_or_simulated_device_type
+from ..core.kernels.linear_layers import get_in_and_out_features
 from ..core.models.quantization import STORED, get_stored_quantization, has_double_quantization
 from ..errors import ModelError, UsageError, format_names, suggest
 
@@ -36,7 +36,7 @@ class Params4bit(nn.Parameter):
     """Two values in a byte; `count_parameter_values` knows bitsandbytes' parameters by this name."""
 
 
-class Linear4bit(nn.Linear):
+class FakeLinear4bit(nn.Linear):
     """`y = x Wᵀ + b` for x `(..., in)`; W is dequantized for each product."""
 
     keeps_input = False
@@ -101,7 +101,7 @@ class FakeLinear8bitLt(nn.Linear):
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         # Columns of x with an outlier are kept once more, in x's dtype. How many depends on the values (about 0.1 %,
         # https://arxiv.org/abs/2208.07339), so they are not counted. On a CPU bitsandbytes dequantizes W in training.
-        if get_device_type(x.device) == "cpu":
+        if get_real_or_simulated_device_type(x.device) == "cpu":
             return F.linear(x, self.dequantized(x.dtype), bias)
         half = x.reshape(-1, self.in_features).to(torch.float16)
         scales = half.new_empty(len(half), dtype=torch.float32)  # noqa: F841 (lives until the end of the product)
@@ -119,7 +119,7 @@ class FakeLinear8bitLt(nn.Linear):
         if dtype is None:
             return self.weight.float() * (self.row_scales.view(-1, 1) / 127)
         weight, steps = self.weight.to(dtype, copy=True), self.row_scales.unsqueeze(1).mul(1 / 127)
-        if get_device_type(weight.device) == "cpu" and dtype != steps.dtype:
+        if get_real_or_simulated_device_type(weight.device) == "cpu" and dtype != steps.dtype:
             # On a CPU `mul_` of two dtypes takes an fp32 copy and an fp32 product.
             return weight.copy_(weight.float() * steps)
         return weight.mul_(steps)
@@ -127,7 +127,7 @@ class FakeLinear8bitLt(nn.Linear):
 
 class _Matmul(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: Linear4bit | FakeLinear8bitLt) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: FakeLinear4bit | FakeLinear8bitLt) -> Tensor:
         ctx.layer, ctx.bias_dtype = layer, None if bias is None else bias.dtype
         # int8 keeps its input, as in bitsandbytes in an attribute and not by `save_for_backward`: gradient
         # checkpointing does not drop it, and it lives until the loss does.
@@ -142,8 +142,8 @@ class _Matmul(torch.autograd.Function):
 
 
 KINDS: dict[str, tuple[Any, dict[str, bool]]] = {
-    "nf4": (Linear4bit, {"nested": True}),
-    "nf4-single": (Linear4bit, {"nested": False}),
+    "nf4": (FakeLinear4bit, {"nested": True}),
+    "nf4-single": (FakeLinear4bit, {"nested": False}),
     "int8": (FakeLinear8bitLt, {}),
 }
 
@@ -193,7 +193,7 @@ def fake_quantize_model(model: Any, quantization: str) -> None:
         raise UsageError(f"a {type(model).__name__} has no linear layer beside its head to quantize to {quantization}")
     cls, settings = KINDS[quantization]
     for layer in layers:
-        sizes = get_layer_sizes(layer)
+        sizes = get_in_and_out_features(layer)
         layer.__class__ = cls  # the layer keeps its name and its place in the model; only its weight changes
         layer.in_features, layer.out_features = sizes
         layer.pack(**settings)

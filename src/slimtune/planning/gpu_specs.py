@@ -250,7 +250,7 @@ def _normalize(name: str) -> str:
     return _NOISE.sub("", name.lower())
 
 
-def find_gpu_by_name(name: str) -> GpuSpec:
+def require_gpu_by_name(name: str) -> GpuSpec:
     """Return the GPU with this name, however it is spelled ("RTX 3090", "rtx-3090").
 
     Raises:

@@ -134,7 +134,7 @@ class MachineMeasurement:
         """Return the seconds of a micro-batch, with its share of the optimizer's step."""
         step_bytes = work.optimizer_step_bytes / work.micro_batches_per_step
         terms = compute_step_time_terms(
-            work.operator_counts, work.attention_operations, step_bytes, self.rates, self.bandwidth
+            work.counts_by_operator_cost, work.attention_flops_by_dtype, step_bytes, self.rates, self.bandwidth
         )
         fit = self.training
         factors = (fit.arithmetic, fit.traffic, fit.attention, fit.overhead)
@@ -175,7 +175,7 @@ def _format_by_dtype(rates: Mapping[str, float]) -> str:
 
 
 def compute_step_time_terms(
-    operator_counts: Mapping[Any, float],
+    counts_by_operator_cost: Mapping[Any, float],
     attention: Mapping[Any, float],
     optimizer_step_bytes: float,
     rates: Mapping[str, float],
@@ -184,7 +184,7 @@ def compute_step_time_terms(
     """Return the three sums of the formula in seconds, and the number of operators that multiply.
 
     Args:
-        operator_counts: how often an operator of (FLOPs, bytes moved, dtype) runs.
+        counts_by_operator_cost: how often an operator of (FLOPs, bytes moved, dtype) runs.
         attention: FLOPs of fused attention, by dtype.
         optimizer_step_bytes: bytes that the optimizer moves.
         rates, bandwidth: as for `MachineMeasurement`.
@@ -194,7 +194,7 @@ def compute_step_time_terms(
         return rates.get(dtype_name(dtype)) or rates["float32"]
 
     products, moved, count = 0.0, optimizer_step_bytes / bandwidth, 0.0
-    for (operations, size, dtype), n in operator_counts.items():
+    for (operations, size, dtype), n in counts_by_operator_cost.items():
         if operations:
             count += n
             products += n * max(operations / rate(dtype), size / bandwidth)

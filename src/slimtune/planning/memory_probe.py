@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..core.attention.attention_functions import use_packed_attention
+from ..core.attention.attention_functions import using_packed_attention
 from ..core.data.collator import Collator, Example
 from ..core.data.tokenized_dataset import TokenizedDataset
 from ..core.foundation import distributed
@@ -92,7 +92,7 @@ def probe_longest_micro_batch_tokens_and_memory(prepared: PreparedRun, rows: Seq
     model.train()
     reset_peak_memory(prepared.device)
     try:
-        with preserve_rng_state(prepared.device), use_packed_attention(model):
+        with preserve_rng_state(prepared.device), using_packed_attention(model):
             forward_backward(
                 model,
                 [move_batch_to_device(micro_batch, prepared.device)],

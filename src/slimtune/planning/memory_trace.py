@@ -17,10 +17,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..core.adapters.adapter_module import MergeUnsupported
-from ..core.attention.attention_functions import use_packed_attention
+from ..core.attention.attention_functions import using_packed_attention
 from ..core.data.collator import IGNORE_INDEX, Example
 from ..core.data.example_lengths import ExampleLength
-from ..core.foundation.device import collect_simulated_attention_flops, simulate_device_for_kernel_choice
+from ..core.foundation.device import collect_simulated_attention_flops, simulating_device_for_kernel_choice
 from ..core.models.lm_head import get_classifier_head, get_lm_head_with_scale_and_cap
 from ..core.training.loss import compute_token_nll_or_row_logits, forward_backward, make_collator
 from ..core.training.optimizer import build_optimizer
@@ -53,26 +53,29 @@ class StepTrace:
         state: bytes that are always allocated, by part: weights, adapters, optimizer.
         phases: bytes by part at the highest point of each phase: "forward", "loss" (logits and their gradient), those
             of `BACKWARD`, "optimizer", "evaluation".
-        operator_counts: how often an operator of (FLOPs, bytes moved, dtype) runs in one micro-batch.
-        attention_operations: FLOPs of fused attention in one micro-batch, by dtype; not among `operator_counts`.
+        counts_by_operator_cost: how often an operator of (FLOPs, bytes moved, dtype) runs in one micro-batch.
+        attention_flops_by_dtype: FLOPs of fused attention in one micro-batch, by dtype; no operator's cost has them.
         host_bytes: highest number of bytes in CPU memory instead of the device's (offloaded activations).
     """
 
-    state: dict[str, int]
-    phases: dict[str, dict[str, int]]
-    operator_counts: Counter[tuple[int, int, torch.dtype]]
-    attention_operations: Counter[torch.dtype]
+    state_bytes_by_part: dict[str, int]
+    bytes_by_phase_and_part: dict[str, dict[str, int]]
+    counts_by_operator_cost: Counter[tuple[int, int, torch.dtype]]
+    attention_flops_by_dtype: Counter[torch.dtype]
     host_bytes: int = 0
 
     @property
     def peaks(self) -> dict[str, int]:
         """Highest number of bytes in each phase."""
-        return {phase: sum(parts.values()) for phase, parts in self.phases.items()}
+        return {phase: sum(parts.values()) for phase, parts in self.bytes_by_phase_and_part.items()}
 
     @property
     def parts(self) -> dict[str, int]:
         """Bytes by part at the highest point of the optimizer step, without the evaluation."""
-        return max((v for k, v in self.phases.items() if k != "evaluation"), key=lambda parts: sum(parts.values()))
+        return max(
+            (v for k, v in self.bytes_by_phase_and_part.items() if k != "evaluation"),
+            key=lambda parts: sum(parts.values()),
+        )
 
     @property
     def step(self) -> int:
@@ -86,7 +89,7 @@ class StepTrace:
 
     @property
     def state_bytes(self) -> int:
-        return sum(self.state.values())
+        return sum(self.state_bytes_by_part.values())
 
 
 def trace_training_step(job: MicroBatchWorkload, model: Any = None, *, stop_after_backward: bool = False) -> StepTrace:
@@ -103,7 +106,7 @@ def trace_training_step(job: MicroBatchWorkload, model: Any = None, *, stop_afte
     """
     model = job.build_model() if model is None else model
     vocab_size = model.config.get_text_config().vocab_size
-    with fake_tensor_mode(), simulate_device_for_kernel_choice(job.device):
+    with fake_tensor_mode(), simulating_device_for_kernel_choice(job.device):
         replace_meta_with_fake_cpu_tensors(model)
         model.train()
         pack = make_collator(model, 0, packing=job.packing)(make_dummy_examples(job.lengths, job.supervised))
@@ -124,8 +127,8 @@ def trace_training_step(job: MicroBatchWorkload, model: Any = None, *, stop_afte
         )
         with (
             tracker,
-            collect_simulated_attention_flops(tracker.attention_operations),
-            use_packed_attention(model),
+            collect_simulated_attention_flops(tracker.attention_flops_by_dtype),
+            using_packed_attention(model),
         ):
             _assign_state(tracker, model, optimizer)
             tracker.assign((*iterate_nested_tensors(pack), *other_packs), "activations")
@@ -135,11 +138,11 @@ def trace_training_step(job: MicroBatchWorkload, model: Any = None, *, stop_afte
                 _fill_gradients(trained)
                 tracker.assign((p.grad for p in trained), "gradients")
             tracker.start_phase("forward")
-            tracker.operator_counts.clear()
-            tracker.attention_operations.clear()
+            tracker.counts_by_operator_cost.clear()
+            tracker.attention_flops_by_dtype.clear()
             with _mark_phases(model, tracker):
                 forward_backward(model, [pack])
-            work, attention = tracker.operator_counts.copy(), tracker.attention_operations.copy()
+            work, attention = tracker.counts_by_operator_cost.copy(), tracker.attention_flops_by_dtype.copy()
             state = _assign_state(tracker, model, optimizer)  # again: DoRA keeps norms that its first forward computes
             if not stop_after_backward:
                 tracker.start_phase("optimizer")
@@ -154,13 +157,13 @@ def trace_training_step(job: MicroBatchWorkload, model: Any = None, *, stop_afte
     return StepTrace(state, phases, work, attention, tracker.host_peak)
 
 
-def make_dummy_examples(lengths: Sequence[ExampleLength], supervised_fraction: float = 1.0) -> list[Example]:
+def make_dummy_examples(example_lengths: Sequence[ExampleLength], supervised_fraction: float = 1.0) -> list[Example]:
     """Return examples of these lengths; their rows share prompts, which are not learned, and nothing else.
 
     Of the other tokens of a row, the last ones are learned, a share of `supervised_fraction`.
     """
     examples, tokens = [], itertools.count(1)
-    for length in lengths:
+    for length in example_lengths:
         prefix, *answers = (0, length) if isinstance(length, int) else length
         prompt, rows = [next(tokens)] * prefix, [[next(tokens)] * n for n in answers]
         ids = [t for row in rows for t in prompt + row]
@@ -175,7 +178,7 @@ def trace_merge_peak(job: MicroBatchWorkload, dtype: torch.dtype) -> int | None:
     """Return the peak bytes while the adapter is merged into weights of `dtype`; None if it cannot be merged."""
     model = build_adapted_meta_model(job.base_config, job.method, dtype)
     tracker = MemoryTracker()
-    with fake_tensor_mode(), simulate_device_for_kernel_choice("cpu"):
+    with fake_tensor_mode(), simulating_device_for_kernel_choice("cpu"):
         replace_meta_with_fake_cpu_tensors(model)
         with tracker, torch.no_grad():
             tracker.assign(list_module_tensors(model), "weights")
@@ -263,7 +266,7 @@ def apply_sharding_savings(trace: StepTrace, saved_weight_bytes: int, device: st
     def shard(parts: dict[str, int]) -> dict[str, int]:
         return {**parts, "weights": parts["weights"] - saved_weight_bytes}
 
-    phases = {name: shard(parts) for name, parts in trace.phases.items()}
+    phases = {name: shard(parts) for name, parts in trace.bytes_by_phase_and_part.items()}
     if device == "cpu":  # each process reads the whole base before it is sharded: at that moment nothing is saved
-        phases["loading"] = {**dict.fromkeys(phases["forward"], 0), "weights": trace.state["weights"]}
-    return replace(trace, state=shard(trace.state), phases=phases)
+        phases["loading"] = {**dict.fromkeys(phases["forward"], 0), "weights": trace.state_bytes_by_part["weights"]}
+    return replace(trace, state_bytes_by_part=shard(trace.state_bytes_by_part), bytes_by_phase_and_part=phases)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from ..core.foundation.device import is_inside_count_allocations_as_host
+from ..core.foundation.device import is_counting_allocations_as_host
 from ..errors import ModelError
 
 _ADD, _ADD_IN_PLACE = torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor
@@ -38,15 +38,15 @@ class MemoryTracker(TorchDispatchMode):
         vocab_size: tensors whose last dimension has this size count as "logits"; all others as "activations", unless
             `assign` says otherwise.
         count_operators: also count floating point operations and bytes moved.
-        separate_host: the device has its own memory, so tensors allocated in `count_allocations_as_host` count apart.
+        separate_host: the device has its own memory: what is allocated in `counting_allocations_as_host` counts apart.
         max_operators: raise ModelError when more have run.
 
     Attributes:
         live: bytes by part now; part "host" is not on the device.
         phases: bytes by part at the highest point of each phase.
         host_peak: highest number of bytes in CPU memory; 0 unless `separate_host`.
-        operator_counts: how often an operator of (floating point operations, bytes read and written, dtype) ran.
-        attention_operations: floating point operations of fused attention, by dtype; `operator_counts` has them as 0.
+        counts_by_operator_cost: how often an operator of (FLOPs, bytes read and written, dtype) ran.
+        attention_flops_by_dtype: FLOPs of fused attention, by dtype; `counts_by_operator_cost` has them as 0.
     """
 
     def __init__(
@@ -64,8 +64,8 @@ class MemoryTracker(TorchDispatchMode):
         self.live: Counter[str] = Counter()
         self.phases: dict[str, dict[str, int]] = {}
         self.host_peak = 0
-        self.operator_counts: Counter[tuple[int, int, torch.dtype]] = Counter()
-        self.attention_operations: Counter[torch.dtype] = Counter()
+        self.counts_by_operator_cost: Counter[tuple[int, int, torch.dtype]] = Counter()
+        self.attention_flops_by_dtype: Counter[torch.dtype] = Counter()
         self._phase = "start"
         self._operators = 0
         self._total = 0  # on the device
@@ -114,12 +114,12 @@ class MemoryTracker(TorchDispatchMode):
             flops = flop_registry.get(_IN_PLACE_PRODUCTS.get(packet, packet))
             operations = flops(*args, **kwargs, out_val=out) if flops else 0
             moved = sum(t.numel() * t.element_size() for t in iterate_nested_tensors((args, kwargs, out)))
-            self.operator_counts[operations, moved, results[0].dtype] += 1
+            self.counts_by_operator_cost[operations, moved, results[0].dtype] += 1
             if packet in _FUSED_ATTENTION:
                 first, causal, products = _FUSED_ATTENTION[packet]
                 (_, heads, queries, size), keys = args[first].shape, args[first + 1].shape[2]
                 pairs = _count_causal_pairs(keys) if len(args) > causal and args[causal] else queries * keys
-                self.attention_operations[results[0].dtype] += 2 * products * heads * size * pairs
+                self.attention_flops_by_dtype[results[0].dtype] += 2 * products * heads * size * pairs
         return out
 
     def _count(self, tensor: Tensor, part: str | None = None) -> None:
@@ -133,7 +133,7 @@ class MemoryTracker(TorchDispatchMode):
                 self._storages[key] = (size, part)
             return
         size = -(-storage.nbytes() // self.block) * self.block
-        if self.separate_host and is_inside_count_allocations_as_host():
+        if self.separate_host and is_counting_allocations_as_host():
             part = "host"
         elif part is None:
             is_logits = self.vocab_size and tensor.dim() > 1 and tensor.shape[-1] == self.vocab_size

@@ -19,7 +19,7 @@ from ..core.data.example_lengths import (
     ExampleLength,
     count_tokens_per_row,
 )
-from ..core.models.base_config import BaseConfig, get_max_positions, load_base_config
+from ..core.models.base_config import LoadedBaseConfig, get_max_positions, load_base_config
 from ..core.models.dtype import pick_training_dtype
 from ..core.training.loss import TOKENS_ON_CPU, TOKENS_ON_GPU
 from ..errors import UsageError
@@ -100,7 +100,7 @@ class MicroBatchWorkload:
 class PlanRequest:
     """A run to plan: fields without a comment are those of `MicroBatchWorkload`."""
 
-    model: BaseConfig
+    model: LoadedBaseConfig
     gpu: GpuSpec
     method: PeftConfig
     batch_size: int = 1  # examples

@@ -22,8 +22,8 @@ _COMPUTED = Interval(0, 0)
 class TrainingWorkload(NamedTuple):
     """What a run computes, from which its speed on any GPU follows (`throughput.estimate_training_speed`)."""
 
-    operator_counts: Any  # how often an operator of (FLOPs, bytes moved, dtype) runs in one micro-batch
-    attention_operations: Any  # FLOPs of fused attention in one micro-batch, by dtype
+    counts_by_operator_cost: Any  # how often an operator of (FLOPs, bytes moved, dtype) runs in one micro-batch
+    attention_flops_by_dtype: Any  # FLOPs of fused attention in one micro-batch, by dtype
     tokens_per_micro_batch: int  # trained in one micro-batch
     optimizer_step_bytes: int = 0  # that the optimizer moves in a step
     micro_batches_per_step: int = 1  # in an optimizer step

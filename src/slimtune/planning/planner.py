@@ -12,7 +12,7 @@ import torch
 
 from ..core.adapters.adapter_files import get_adapter_tensors_and_metadata
 from ..core.adapters.quantized_layers import count_trainable_and_all_parameters
-from ..core.attention.attention_functions import packing_unsupported_reason
+from ..core.attention.attention_functions import packing_unsupported_reason_or_empty
 from ..core.data.example_lengths import (
     ExampleLength,
     count_tokens_per_row,
@@ -86,7 +86,7 @@ def _estimate_resources(request: PlanRequest, advise: bool) -> ResourceEstimate:
     adapter_bytes, extra_bytes, at_most = estimate_adapter_file_and_method_state_sizes(model)
     saved, spread = estimate_sharding_savings_and_uncertainty(model, request.processes) if request.fsdp else (0, 0)
     packing_notes = []
-    if job.packing and (reason := packing_unsupported_reason(model)):
+    if job.packing and (reason := packing_unsupported_reason_or_empty(model)):
         job = replace(job, packing=False)
         packing_notes.append(f"Rows of this base are padded, not packed, in training too: {reason}.")
     if not make_collator(model, 0, packing=job.packing).share_prefix:
@@ -95,7 +95,7 @@ def _estimate_resources(request: PlanRequest, advise: bool) -> ResourceEstimate:
         request = replace(request, quantiles=tuple(map(remove_prefix_sharing, request.quantiles)), content=content)
     memory_model = fit_memory_formula(job, model)
     memory_model = replace(memory_model, state=memory_model.state - saved)
-    job = split_batch_to_fit(request, job, memory_model)
+    job = split_batch_to_fit_if_possible(request, job, memory_model)
     trace = extrapolate_step_trace(job, model)
     if request.fsdp:
         trace = apply_sharding_savings(trace, saved, job.device)
@@ -113,8 +113,11 @@ def _estimate_resources(request: PlanRequest, advise: bool) -> ResourceEstimate:
         high = now + (reserved.high - peak) + FRAGMENTATION[job.device] * max(0, now - peak)
         return judge_memory_fit(Interval(now, high) + runtime, usable) == "fits"
 
-    adapters, optimizer_bytes = trace.state.get("adapters", 0), trace.state.get("optimizer", 0)
-    peaks = {"start": trace.state["weights"] + adapters, **trace.peaks}
+    adapters, optimizer_bytes = (
+        trace.state_bytes_by_part.get("adapters", 0),
+        trace.state_bytes_by_part.get("optimizer", 0),
+    )
+    peaks = {"start": trace.state_bytes_by_part["weights"] + adapters, **trace.peaks}
     if (merge := extrapolate_merge_cpu_peak(job, total_params)) is not None:
         peaks["merge"] = merge
     # A checkpoint holds the adapter, the optimizer's state and the method's own state. The best one and those that the
@@ -124,7 +127,7 @@ def _estimate_resources(request: PlanRequest, advise: bool) -> ResourceEstimate:
     disk_bytes = (request.save_total_limit + 2) * checkpoint_bytes + adapter_bytes + vocab_size * TOKENIZER_ENTRY
     # The base is read into CPU memory and moved to the GPU; on a Mac both are the same memory. To write a checkpoint
     # file its values are copied from the device, and safetensors builds the file in memory twice.
-    loading = trace.state["weights"] if job.device == "cuda" else 0
+    loading = trace.state_bytes_by_part["weights"] if job.device == "cuda" else 0
     host_moments = [(trace.host_bytes, "in a step"), (loading, "as the base is read"),
                     (3 * max(adapter_bytes, optimizer_bytes, extra_bytes), "as a checkpoint is written")]  # fmt: skip
     host_bytes, host_peak_moment = max(host_moments) if job.device != "cpu" else (reserved.high, "in a step")
@@ -135,8 +138,8 @@ def _estimate_resources(request: PlanRequest, advise: bool) -> ResourceEstimate:
     whole = resize_example_rows(job.lengths[0], lambda _: longest_row)
     # An optimizer step reads parameter, gradient and states, and writes all but the gradient.
     work = TrainingWorkload(
-        usual_trace.operator_counts,
-        usual_trace.attention_operations,
+        usual_trace.counts_by_operator_cost,
+        usual_trace.attention_flops_by_dtype,
         tokens_per_micro_batch=sum(usual.row_tokens),
         optimizer_step_bytes=2 * optimizer_bytes + 3 * adapters,
         micro_batches_per_step=usual.micro_batches,
@@ -182,7 +185,7 @@ def _estimate_resources(request: PlanRequest, advise: bool) -> ResourceEstimate:
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
-def split_batch_to_fit(
+def split_batch_to_fit_if_possible(
     request: PlanRequest, job: MicroBatchWorkload, memory_model: MemoryFormula
 ) -> MicroBatchWorkload:
     """Return the job with as many examples in a micro-batch as fit, as training splits a batch."""
@@ -224,10 +227,10 @@ def estimate_peak_allocated_and_reserved(job: MicroBatchWorkload, trace: StepTra
     return peak, estimate_total_reserved_memory(job.device, peak, trace.state_bytes)
 
 
-def estimate_total_reserved_memory(device: str, peak: int, state: int) -> Interval:
-    """Return what an allocator may reserve for a peak of which `state` bytes are always allocated."""
+def estimate_total_reserved_memory(device: str, peak_bytes: int, state_bytes: int) -> Interval:
+    """Return what an allocator may reserve for a peak of which `state_bytes` bytes are always allocated."""
     # The state is allocated once and leaves no gaps; tensors that come and go do.
-    return Interval(peak, peak + FRAGMENTATION[device] * (peak - state) + LIBRARY_WORKSPACES)
+    return Interval(peak_bytes, peak_bytes + FRAGMENTATION[device] * (peak_bytes - state_bytes) + LIBRARY_WORKSPACES)
 
 
 def judge_memory_fit(need: Interval, usable: Interval) -> MemoryVerdict:

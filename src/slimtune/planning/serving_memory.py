@@ -65,8 +65,8 @@ def estimate_serving_memory(
     """
     engine = _find_name("engine", engine, ENGINES)
     is_vllm, facts = engine == "vllm", ENGINES[engine]
-    precision = _find_name("precision", precision or facts.precision, facts.precisions)
-    cache = _find_name("cache", cache or next(iter(facts.caches)), facts.caches)
+    precision = _find_name("precision", precision or facts.default_precision, facts.supported_precisions)
+    cache = _find_name("cache", cache or next(iter(facts.bytes_by_cache_precision)), facts.bytes_by_cache_precision)
     for name, number in (("context", context), ("sequences", sequences), ("adapter_rank", adapter_rank)):
         if number is not None and number < 1:
             raise UsageError(f"{name} is {number}", "a whole number from 1")
@@ -83,7 +83,7 @@ def estimate_serving_memory(
     batch_tokens, batch_requests = UBATCH, 1
     if is_vllm:
         batch_tokens, batch_requests = (8192, 1024) if gpu is not None and gpu.memory >= 70 * GIB else (2048, 256)
-    runtime = facts.runtime if gpu is None or gpu.device == "cuda" else Interval(0, 0)
+    runtime = facts.runtime_bytes if gpu is None or gpu.device == "cuda" else Interval(0, 0)
 
     def need_at(length: int) -> tuple[int, Interval, Interval]:
         """Return the bytes of cache, buffers and everything for requests of this length."""
@@ -224,7 +224,7 @@ def count_request_kv_cache_bytes(
         heads = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
         head_dim = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
         values += 2 * heads * head_dim * (sliding if kind == "sliding_attention" else full)
-    return int(values * ENGINES[engine].caches[cache_dtype])
+    return int(values * ENGINES[engine].bytes_by_cache_precision[cache_dtype])
 
 
 def _weights(model: Any) -> Iterator[tuple[str, nn.Parameter, int]]:

@@ -24,21 +24,21 @@ HBM = 1.4e12
 class DecodingSpeedFit(NamedTuple):
     """How fast an engine decodes on a kind of hardware."""
 
-    share: float  # of the bandwidth
+    bandwidth_share: float  # of the bandwidth
     layer_s: float  # seconds that each layer takes beside its traffic
     spread: Interval  # measured speed divided by that of the formula, nine in ten runs
-    points: int  # published runs it is fitted to; 0: guessed
+    fitted_run_count: int  # published runs it is fitted to; 0: guessed
 
 
 class PrefillSpeedFit(NamedTuple):
     """How fast an engine reads a prompt on a kind of hardware."""
 
-    share: float  # of the rate
+    rate_share: float  # of the rate
     rate_dtype: (
         str  # dtype of the rate: float32 where the engine computes on integers, whose rate is proportional to it
     )
     spread: Interval
-    points: int
+    fitted_run_count: int
 
 
 @dataclass(frozen=True)
@@ -115,12 +115,12 @@ def estimate_decode_and_prefill_speed(
     if key not in DECODING or not gpu.rates or not gpu.bandwidth:
         return None
     decoding, prefill = DECODING[key], PREFILL[key]
-    prompt_seconds = 2 * matmul_weight_count / (prefill.share * gpu.rates[prefill.rate_dtype])
+    prompt_seconds = 2 * matmul_weight_count / (prefill.rate_share * gpu.rates[prefill.rate_dtype])
     # Decoded together, requests share the reading of the weights, until their arithmetic takes longer.
-    read_seconds = (weight_bytes_per_token + cached) / (decoding.share * gpu.bandwidth)
+    read_seconds = (weight_bytes_per_token + cached) / (decoding.bandwidth_share * gpu.bandwidth)
     seconds = max(read_seconds, concurrent_requests * prompt_seconds) + layers * decoding.layer_s
     return ServingSpeed(
         Interval(*(end / seconds for end in decoding.spread)),
         Interval(*(end / prompt_seconds for end in prefill.spread)),
-        "published" if decoding.points and prefill.points else "guessed",
+        "published" if decoding.fitted_run_count and prefill.fitted_run_count else "guessed",
     )

@@ -9,7 +9,7 @@ from ..core.foundation.device import count_free_memory
 from ..core.foundation.distributed import local_world_size
 from ..core.models.dtype import pick_device, pick_dtype
 from ..errors import UsageError
-from .gpu_specs import THIS_MACHINE, GpuSpec, add_gpu_measurement, find_gpu_by_name, find_gpus_by_name
+from .gpu_specs import THIS_MACHINE, GpuSpec, add_gpu_measurement, find_gpus_by_name, require_gpu_by_name
 from .measured_speeds import load_machine_measurement
 
 
@@ -47,7 +47,7 @@ def _detect_gpu(device: str) -> GpuSpec:
 
 def require_machine_has_gpu(gpu_model: str, device: str = "auto") -> None:
     """Raise UsageError unless this machine has the GPU of the table with this name; `device` as for `pick_device`."""
-    wanted, found = find_gpu_by_name(gpu_model), detect_gpu_or_cpu_spec(device)
+    wanted, found = require_gpu_by_name(gpu_model), detect_gpu_or_cpu_spec(device)
     if found.name != wanted.name and not (found.vendor == "apple" == wanted.vendor and found.memory == wanted.memory):
         hint = f"leave it out to train here; `slimtune plan --gpu {wanted.name}` plans for that GPU"
         raise UsageError(f"--gpu is {wanted.name}, and this would train on {found.name}", "this machine's GPU", hint)

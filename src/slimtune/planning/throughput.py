@@ -32,7 +32,7 @@ def estimate_training_speed(workload: TrainingWorkload, gpu: GpuSpec) -> Interva
         return None
     bandwidth = gpu.bandwidth or float("inf")
     seconds = workload.optimizer_step_bytes / bandwidth / workload.micro_batches_per_step
-    for (operations, moved, dtype), count in workload.operator_counts.items():
+    for (operations, moved, dtype), count in workload.counts_by_operator_cost.items():
         # A dtype that the GPU has no units for runs at the rate of float32.
         rate = gpu.rates.get(dtype_name(dtype)) or gpu.rates["float32"]
         seconds += count * max(operations / rate, moved / bandwidth, KERNEL_LAUNCH_S)

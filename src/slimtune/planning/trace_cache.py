@@ -107,14 +107,18 @@ def _to_json(found: Any) -> Any:
     if not isinstance(found, StepTrace):
         return found
     # In the order in which operators came: the times of a plan are sums in this order.
-    counts = [[flops, moved, dtype_name(dtype), n] for (flops, moved, dtype), n in found.operator_counts.items()]
-    attention = [[dtype_name(dtype), flops] for dtype, flops in found.attention_operations.items()]
-    return {**vars(found), "operator_counts": counts, "attention_operations": attention}
+    counts = [
+        [flops, moved, dtype_name(dtype), n] for (flops, moved, dtype), n in found.counts_by_operator_cost.items()
+    ]
+    attention = [[dtype_name(dtype), flops] for dtype, flops in found.attention_flops_by_dtype.items()]
+    return {**vars(found), "counts_by_operator_cost": counts, "attention_flops_by_dtype": attention}
 
 
 def _from_json(values: Any) -> Any:
     if not isinstance(values, dict):
         return values
-    counts = {(flops, moved, getattr(torch, dtype)): n for flops, moved, dtype, n in values["operator_counts"]}
-    attention = {getattr(torch, dtype): flops for dtype, flops in values["attention_operations"]}
-    return StepTrace(**{**values, "operator_counts": Counter(counts), "attention_operations": Counter(attention)})
+    counts = {(flops, moved, getattr(torch, dtype)): n for flops, moved, dtype, n in values["counts_by_operator_cost"]}
+    attention = {getattr(torch, dtype): flops for dtype, flops in values["attention_flops_by_dtype"]}
+    return StepTrace(
+        **{**values, "counts_by_operator_cost": Counter(counts), "attention_flops_by_dtype": Counter(attention)}
+    )

@@ -70,22 +70,22 @@ and zero point), nf4 bitsandbytes without its second quantization (a 32-bit scal
 
 
 @dataclass(frozen=True)
-class ServingEngine:
+class ServingEngineSpec:
     """What planning knows of an engine."""
 
-    precision: str
+    default_precision: str
     """Of the weights by default."""
-    precisions: Mapping[str, Any]
+    supported_precisions: Mapping[str, Any]
     """That it can hold the weights in."""
-    caches: dict[str, float]
+    bytes_by_cache_precision: dict[str, float]
     """Bytes of a number in the cache of keys and values, by precision; the first is the default."""
-    runtime: Interval
+    runtime_bytes: Interval
     """Bytes that a CUDA context and libraries take; with vLLM's CUDA graphs, of which logs report 0.3 to 1 GiB."""
     fitted_speeds_engine: str
     """The engine whose fitted speeds it has."""
 
 
-_LLAMA_CPP = ServingEngine(
+_LLAMA_CPP = ServingEngineSpec(
     "Q4_K_M",
     GGUF_TYPES,
     {"f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32},
@@ -96,7 +96,7 @@ _VLLM_RUNTIME = Interval(GIB // 2, 2 * GIB)
 ENGINES = {
     "ollama": _LLAMA_CPP,
     "llama.cpp": _LLAMA_CPP,
-    "vllm": ServingEngine("bf16", VLLM_BITS, {"bf16": 2.0, "f16": 2.0, "fp8": 1.0}, _VLLM_RUNTIME, "vllm"),
+    "vllm": ServingEngineSpec("bf16", VLLM_BITS, {"bf16": 2.0, "f16": 2.0, "fp8": 1.0}, _VLLM_RUNTIME, "vllm"),
 }
 """The engines that serving is planned for."""
 

@@ -22,7 +22,7 @@ import torch
 from ..core.adapters.active_adapters import BASE_ROW
 from ..core.adapters.peft_config import PeftConfig
 from ..core.foundation.files import translate_os_errors
-from ..core.models.base_config import load_checkpoint_config
+from ..core.models.base_config import load_convertible_base_config
 from ..core.training.run_dir import RunDir, find_adapter_folder
 from ..core.training.trained_model import TrainedModel
 from ..errors import AdapterError, RunError, SlimtuneError, UsageError
@@ -31,8 +31,8 @@ from ..export.export_results import EngineVerdict
 from ..export.exporter import refuse_adapter_bound_to_quantized_base
 from ..export.gguf import (
     PRECISIONS,
-    get_gguf_architecture_spec,
     get_lora_factors_and_scales,
+    require_gguf_architecture_spec,
     require_llama_quantize_path,
     write_adapter_gguf,
 )
@@ -43,7 +43,7 @@ from ..generation.answer_grammar import AnswerMatcher, GrammarError
 from ..generation.answer_queue import (
     CLOSE_SECONDS,
     AnswerPiece,
-    AnswerQueue,
+    BaseAnswerQueue,
     GeneratedAnswer,
     ServerClosing,
     TokenLogprob,
@@ -157,10 +157,10 @@ def _require_gguf_form(run: Path) -> None:
         raise AdapterError(
             f"{folder} does not name its base", "base_model_name_or_path in adapter_config.json", code="wrong-base"
         )
-    base = load_checkpoint_config(name, revision=revision)
+    base = load_convertible_base_config(name, revision=revision)
     config.base_model_name_or_path = None  # the meta model has another name than the base
     try:
-        get_gguf_architecture_spec(base)
+        require_gguf_architecture_spec(base)
         get_lora_factors_and_scales(build_adapted_meta_model(base, config, torch.float32))
     except UsageError as error:
         raise UsageError(f"llama.cpp cannot serve {run}: {error.message}", error.expected, FIXES) from error
@@ -176,7 +176,7 @@ def _write_base(trained: TrainedModel, folder: Path, precision: str | None) -> t
     return file, precision
 
 
-class LlamaCppAnswerQueue(AnswerQueue):
+class LlamaCppAnswerQueue(BaseAnswerQueue):
     """Generates answers by a server of llama.cpp, a thread for each that runs.
 
     Args:
@@ -197,7 +197,7 @@ class LlamaCppAnswerQueue(AnswerQueue):
 
     def count(self) -> dict[str, int]:
         waiting, running = len(self._waiting), [*self._running]
-        tokens = sum(len(answer.prompt) + answer.num_tokens for answer in running)
+        tokens = sum(len(answer.prompt_ids) + answer.num_tokens for answer in running)
         return {"running": len(running), "waiting": waiting, "cached_tokens": tokens}
 
     def close(self) -> bool:
@@ -230,7 +230,7 @@ class LlamaCppAnswerQueue(AnswerQueue):
                 with self._changed:
                     del self._running[answer]
                     if not self._running:
-                        self.watchdog.stop()
+                        self.hang_detector.stop()
                     self._changed.notify_all()
         except BaseException as error:
             self._end_all([*self._running], error)
@@ -246,15 +246,15 @@ class LlamaCppAnswerQueue(AnswerQueue):
 
     def _take(self) -> GeneratedAnswer | None:
         """Return the next answer to generate, if it may begin."""
-        adapters = {answer.model.adapter for answer in self._running}
-        if self._is_closed or not self._waiting or adapters - {self._waiting[0].model.adapter}:
+        adapters = {answer.model.adapter_or_base for answer in self._running}
+        if self._is_closed or not self._waiting or adapters - {self._waiting[0].model.adapter_or_base}:
             return None
         answer = self._waiting.popleft()
-        count = len(answer.prompt)
+        count = len(answer.prompt_ids)
         if self._running:
-            self.watchdog.add_tokens(count)
+            self.hang_detector.add_tokens(count)
         else:
-            self.watchdog.start(count)
+            self.hang_detector.start(count)
         self._running[answer] = count
         return answer
 
@@ -262,8 +262,8 @@ class LlamaCppAnswerQueue(AnswerQueue):
         """Begin the next step of llama.cpp, which gives every answer a token, or begins it."""
         with self._changed:
             self._running[answer] = 1
-            self.watchdog.finish()
-            self.watchdog.start(sum(self._running.values()))
+            self.hang_detector.finish()
+            self.hang_detector.start(sum(self._running.values()))
 
     def _generate(self, answer: GeneratedAnswer) -> None:
         params, logprobs = answer.params, answer.params.top_logprobs
@@ -279,7 +279,9 @@ class LlamaCppAnswerQueue(AnswerQueue):
             settings["grammar"] = f"%llguidance {{}}\n{params.grammar.lark}"
         timeout = min(max(answer.deadline - time.monotonic(), 1), 3600)
         reported, reason = 0, None
-        with closing(self._engines[answer.model.adapter].stream(answer.prompt, timeout=timeout, **settings)) as events:
+        with closing(
+            self._engines[answer.model.adapter_or_base].stream(answer.prompt_ids, timeout=timeout, **settings)
+        ) as events:
             for event in events:
                 self._note_event(answer)
                 if self._is_closed:

@@ -17,7 +17,7 @@ from ..errors import RunError, UsageError
 from ..export.export_results import EngineVerdict
 from ..extras.http_connections import GuardedHttpConnection, GuardedHttpServer
 from ..extras.sockets import format_server_address, is_loopback, open_listening_socket
-from ..generation.answer_queue import AnswerQueue
+from ..generation.answer_queue import BaseAnswerQueue
 from ..generation.text_generator import TextGenerator
 from .llama_cpp_server import start_llama_cpp_server
 from .openai_api import OpenAiApi
@@ -70,7 +70,7 @@ class ModelServer:
             )
         named = parse_run_names(runs)
         self._socket = open_listening_socket(settings.host, settings.port)
-        self.queue: AnswerQueue
+        self.queue: BaseAnswerQueue
         self.unshared: list[ServedModel] = []
         self.checks: list[EngineVerdict] = []
         self.has_ended = True  # False: a thread hangs in a step, and was left behind
@@ -104,7 +104,7 @@ class ModelServer:
         generator = TextGenerator(trained.model, max_batch=s.max_batch, max_waiting=s.max_waiting)
         self.runner, self.queue = generator.runner, generator
         self.cache_bytes = self.runner.measure_cache() * s.max_batch * max(m.max_length for m in self.models)
-        self.unshared = [m for m in self.models if not self.runner.shares_batches(m.adapter)]
+        self.unshared = [m for m in self.models if not self.runner.shares_batches(m.adapter_or_base)]
         generator.start()
 
     def _start_llama_cpp(self, runs: dict[str, Path], progress: Callable[[str], None]) -> None:
@@ -156,7 +156,7 @@ class _UvicornServer(GuardedHttpServer):
     It also ends when no answer can be generated any more.
     """
 
-    def __init__(self, config: uvicorn.Config, queue: AnswerQueue) -> None:
+    def __init__(self, config: uvicorn.Config, queue: BaseAnswerQueue) -> None:
         super().__init__(config)
         self._queue = queue
 

@@ -30,9 +30,9 @@ from ..core.data.messages import RowError, ToolCall, reject_unrendered_reasoning
 from ..errors import DataError, ModelError, UsageError
 from ..extras.message_parsing import parse_messages_and_train_mask, require_text
 from ..extras.row_formats.chats import parse_tools
-from ..extras.sockets import parse_host_header
+from ..extras.sockets import parse_host_header_or_none
 from ..generation.answer_grammar import CompiledGrammar, GrammarCompiler, GrammarError
-from ..generation.answer_queue import AnswerPiece, AnswerQueue, GeneratedAnswer, SamplingParams, TokenLogprob
+from ..generation.answer_queue import AnswerPiece, BaseAnswerQueue, GeneratedAnswer, SamplingParams, TokenLogprob
 from ..generation.generation_models import tokenize_chat_prompt
 from .openai_protocol import (
     MAX_ANSWERS,
@@ -46,11 +46,11 @@ from .openai_protocol import (
     GenerationRequest,
     ServedModelFields,
     ToolCallDelta,
-    find_served_model,
-    format_chat_logprobs,
-    format_completion_logprobs,
     format_server_sent_event,
+    make_chat_logprobs,
+    make_completion_logprobs,
     parse_request_body,
+    require_served_model,
     to_api_error,
     to_grammar_api_error,
 )
@@ -115,7 +115,7 @@ class ChatResponseBuilder:
         if calls:
             message["tool_calls"] = calls
         reason = "tool_calls" if calls and choice.finish_reason == "stop" else choice.finish_reason
-        logprobs = format_chat_logprobs(self.served_model, choice.logprobs) if self.include_logprobs else None
+        logprobs = make_chat_logprobs(self.served_model, choice.logprobs) if self.include_logprobs else None
         return {"index": choice.index, "message": message, "logprobs": logprobs, "finish_reason": reason}
 
     def start_chunks(self, choice: AnswerChoice) -> list[ChatChunkFields]:
@@ -134,7 +134,7 @@ class ChatResponseBuilder:
         new, choice.sent = text[choice.sent :], max(choice.sent, len(text))
         chunks: list[ChatChunkFields] = []
         if new or piece.logprobs:
-            logprobs = format_chat_logprobs(self.served_model, list(piece.logprobs)) if self.include_logprobs else None
+            logprobs = make_chat_logprobs(self.served_model, list(piece.logprobs)) if self.include_logprobs else None
             chunks.append(
                 {"index": choice.index, "delta": {"content": new}, "logprobs": logprobs, "finish_reason": None}
             )
@@ -173,7 +173,7 @@ class CompletionResponseBuilder:
     def _format(
         self, choice: AnswerChoice, text: str, logprobs: list[TokenLogprob], offset: int, reason: str | None
     ) -> CompletionChoiceFields:
-        shown = format_completion_logprobs(self.served_model, logprobs, offset) if self.include_logprobs else None
+        shown = make_completion_logprobs(self.served_model, logprobs, offset) if self.include_logprobs else None
         return {"index": choice.index, "text": text, "logprobs": shown, "finish_reason": reason}
 
 
@@ -201,7 +201,7 @@ class OpenAiApi:
     """
 
     def __init__(
-        self, models: Sequence[ServedModel], queue: AnswerQueue, hosts: Collection[str], api_key: str | None,
+        self, models: Sequence[ServedModel], queue: BaseAnswerQueue, hosts: Collection[str], api_key: str | None,
         timeout: float,
     ) -> None:  # fmt: skip
         self.models = {model.name: model for model in models}
@@ -236,7 +236,7 @@ class OpenAiApi:
 
     def _check_access(self, request: Request) -> None:
         host = request.headers.get("host", "")
-        if self.hosts and parse_host_header(host) not in self.hosts:
+        if self.hosts and parse_host_header_or_none(host) not in self.hosts:
             names = " or ".join(sorted(set(self.hosts)))
             raise ApiError(403, f"the Host header is {host[:100]!r}, and this server is {names}", code="wrong_host")
         if self.api_key is not None:
@@ -247,7 +247,7 @@ class OpenAiApi:
 
     async def health(self, request: Request) -> Response:
         """Answer how many requests run and wait; 503 and why if no answer is generated: the thread ended, or hangs."""
-        status, reason = "hangs", self.queue.watchdog.describe_hang()
+        status, reason = "hangs", self.queue.hang_detector.describe_hang()
         if self.queue.failure is not None:
             status, reason = "failed", "the thread that generates answers has ended by an error"
         if reason is None:
@@ -260,7 +260,7 @@ class OpenAiApi:
 
     async def show_model(self, request: Request) -> Response:
         """Answer one model."""
-        return _make_response(self._describe(find_served_model(self.models, request.path_params["name"])))
+        return _make_response(self._describe(require_served_model(self.models, request.path_params["name"])))
 
     def _describe(self, model: ServedModel) -> ServedModelFields:
         return {
@@ -273,7 +273,7 @@ class OpenAiApi:
 
         def prepare(body: bytes) -> TokenizedRequest:
             asked = parse_request_body(ChatRequest, body)
-            model = find_served_model(self.models, asked.model)
+            model = require_served_model(self.models, asked.model)
             if asked.top_logprobs and not asked.logprobs:
                 raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs", "invalid_value")
             tools, ids = _tokenize_chat(model, asked)
@@ -293,7 +293,7 @@ class OpenAiApi:
 
         def prepare(body: bytes) -> TokenizedRequest:
             asked = parse_request_body(CompletionRequest, body)
-            model = find_served_model(self.models, asked.model)
+            model = require_served_model(self.models, asked.model)
             prompts = [_tokenize_text(model, prompt) for prompt in asked.prompt]
             form = CompletionResponseBuilder(model, asked.logprobs is not None)
             grammar = asked.make_grammar(json_on_one_line=not self.queue.masks_tokens)
@@ -534,7 +534,7 @@ async def _read_body(request: Request) -> bytes:
 
 
 def _count_usage(choices: list[AnswerChoice]) -> dict[str, int]:
-    prompts = {id(choice.answer.prompt): len(choice.answer.prompt) for choice in choices}
+    prompts = {id(choice.answer.prompt_ids): len(choice.answer.prompt_ids) for choice in choices}
     prompt, new = sum(prompts.values()), sum(choice.answer.num_tokens for choice in choices)
     return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
 

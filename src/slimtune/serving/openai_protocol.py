@@ -332,7 +332,7 @@ class CompletionRequest(GenerationRequest):
 AnyRequest = TypeVar("AnyRequest", bound=GenerationRequest)
 
 
-def parse_request_body(kind: type[AnyRequest], body: bytes) -> AnyRequest:
+def parse_request_body(request_type: type[AnyRequest], body: bytes) -> AnyRequest:
     """Return the request in a body; raise ApiError for the first thing that is wrong with it."""
     try:
         value = decode_json_without_duplicate_keys(body.decode())
@@ -343,13 +343,15 @@ def parse_request_body(kind: type[AnyRequest], body: bytes) -> AnyRequest:
     if isinstance(value, dict):  # OpenAI's clients send null for a field that is not given
         value = {name: given for name, given in value.items() if given is not None}
     try:
-        return kind.model_validate(value)
+        return request_type.model_validate(value)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-    param = ".".join(str(part) for part in first["loc"][:2] if isinstance(part, int) or part in kind.model_fields)
+    param = ".".join(
+        str(part) for part in first["loc"][:2] if isinstance(part, int) or part in request_type.model_fields
+    )
     name = ".".join(map(str, first["loc"]))[:100]
     if first["type"] == "extra_forbidden":
-        known = kind.model_fields if len(first["loc"]) == 1 else {}
+        known = request_type.model_fields if len(first["loc"]) == 1 else {}
         message = f"the server does not support the field {name!r}{suggest(name, known)}"
         raise ApiError(400, message, name, "unknown_field")
     if first["type"] == "unsupported_value":
@@ -358,24 +360,24 @@ def parse_request_body(kind: type[AnyRequest], body: bytes) -> AnyRequest:
     raise ApiError(400, message, param or None, "invalid_value")
 
 
-def find_served_model(models: dict[str, ServedModel], name: str) -> ServedModel:
+def require_served_model(models_by_name: dict[str, ServedModel], name: str) -> ServedModel:
     """Return the model of a name; raise ApiError if there is none."""
-    if name not in models:
-        known = f"the server has {format_names(models)}"
+    if name not in models_by_name:
+        known = f"the server has {format_names(models_by_name)}"
         raise ApiError(
             404,
-            f"there is no model {name[:100]!r}{suggest(name[:100], models)}: {known}",
+            f"there is no model {name[:100]!r}{suggest(name[:100], models_by_name)}: {known}",
             "model",
             "model_not_found",
         )
-    return models[name]
+    return models_by_name[name]
 
 
-def format_chat_logprobs(model: ServedModel, logprobs: list[TokenLogprob]) -> ChatLogprobs:
+def make_chat_logprobs(served_model: ServedModel, logprobs: list[TokenLogprob]) -> ChatLogprobs:
     """Return `logprobs` of a choice of a chat."""
 
     def entry(token: int, logprob: float) -> TokenLogprobFields:
-        text = model.tokenizer.decode([token])
+        text = served_model.tokenizer.decode([token])
         return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
     content: list[TokenLogprobEntry] = [
@@ -384,11 +386,13 @@ def format_chat_logprobs(model: ServedModel, logprobs: list[TokenLogprob]) -> Ch
     return {"content": content, "refusal": None}
 
 
-def format_completion_logprobs(model: ServedModel, logprobs: list[TokenLogprob], offset: int) -> CompletionLogprobs:
+def make_completion_logprobs(
+    served_model: ServedModel, logprobs: list[TokenLogprob], offset: int
+) -> CompletionLogprobs:
     """Return `logprobs` of a choice of a completion; `offset` counts the characters of the answer before it."""
-    tokens = [model.tokenizer.decode([one.token]) for one in logprobs]
+    tokens = [served_model.tokenizer.decode([one.token]) for one in logprobs]
     offsets = [offset + sum(map(len, tokens[:i])) for i in range(len(tokens))]
-    top = [{model.tokenizer.decode([token]): value for token, value in one.top} for one in logprobs]
+    top = [{served_model.tokenizer.decode([token]): value for token, value in one.top} for one in logprobs]
     values = [one.logprob for one in logprobs]
     return {"tokens": tokens, "token_logprobs": values, "top_logprobs": top, "text_offset": offsets}
 

@@ -9,7 +9,7 @@ from ..core.adapters.active_adapters import BASE_ROW
 from ..core.training.trained_model import TrainedModel
 from ..errors import UsageError
 from ..generation.generation_models import GenerationModel, make_generation_model
-from ..generation.multi_run_loading import load_runs_on_one_base
+from ..generation.multi_run_loading import load_trained_models_sharing_base
 from ..generation.run_requirements import require_causal_lm_run
 from .tool_calls import ToolCallFormat, detect_json_tool_call_format
 
@@ -54,23 +54,23 @@ def load_served_models_and_first_run(
 
     Args:
         runs: run folders or adapter folders by name.
-        device: as for `load_runs_on_one_base`.
+        device: as for `load_trained_models_sharing_base`.
         max_length: most tokens of a prompt and its answer; a base with a shorter context has less.
 
     Raises:
-        UsageError: as for `load_runs_on_one_base`, or a run has the name of the base.
+        UsageError: as for `load_trained_models_sharing_base`, or a run has the name of the base.
     """
     for path in runs.values():
         require_causal_lm_run(path)
-    loaded = load_runs_on_one_base(list(runs.values()), device=device)
+    loaded = load_trained_models_sharing_base(list(runs.values()), device=device)
     return make_served_base_and_run_models(runs, loaded, max_length), loaded[0]
 
 
 def make_served_base_and_run_models(
-    runs: Mapping[str, Path], loaded: Sequence[TrainedModel], max_length: int
+    runs: Mapping[str, Path], loaded_runs: Sequence[TrainedModel], max_length: int
 ) -> list[ServedModel]:
     """Return the models of runs that are loaded on one base, the base first; raise UsageError if one has its name."""
-    first = loaded[0]
+    first = loaded_runs[0]
     model: Any = first.model
     base_name = first.base.source.name
     if base_name in runs:
@@ -80,13 +80,13 @@ def make_served_base_and_run_models(
             f"write NAME={runs[base_name]}",
         )
     models = []
-    for name, trained in zip([base_name, *runs], [first, *loaded], strict=True):
+    for name, trained in zip([base_name, *runs], [first, *loaded_runs], strict=True):
         tokenizer, is_base = trained.base.tokenizer, name == base_name
         answering = make_generation_model(model, tokenizer, BASE_ROW if is_base else trained.adapter_name)
         models.append(
             ServedModel(
                 name=name,
-                adapter=answering.adapter,
+                adapter_or_base=answering.adapter_or_base,
                 tokenizer=tokenizer,
                 end_tokens=answering.end_tokens,
                 max_length=min(max_length, answering.max_length or max_length),

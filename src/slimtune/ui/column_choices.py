@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..core.config.objective_registry import list_objectives, load_objective_class
-from ..core.foundation.files import parse_dataset_id, parse_json
+from ..core.foundation.files import parse_hub_dataset_id_or_none, parse_json
 from ..errors import SlimtuneError
 from ..extras.column_guesses import list_hinted_roles
 from ..extras.column_preview import ColumnPreview
@@ -107,7 +107,7 @@ class ColumnFormBuilder:
         formats = [*objective.formats, *objective.named_formats]
         size, preview = None, ColumnPreview()
         try:
-            if "\0" in rows or parse_dataset_id(rows) is None:
+            if "\0" in rows or parse_hub_dataset_id_or_none(rows) is None:
                 path = self.workspace.resolve(rows)
                 size = path.stat().st_size if path.is_file() else None
                 preview = self._look_into(path)
@@ -151,7 +151,7 @@ def _make_role_fields(format: str, preview: ColumnPreview, choices: Mapping[str,
     return fields
 
 
-def make_column_flags(choices: Mapping[str, str]) -> list[str]:
+def make_column_flags_and_doubt(choices: Mapping[str, str]) -> list[str]:
     """Return the chosen columns as flags of a command; a column that has the role's own name needs none."""
     roles = {name.removeprefix(COLUMN): column for name, column in choices.items() if name.startswith(COLUMN)}
     return [f"--column={role}={column}" for role, column in roles.items() if column and column != role]

@@ -9,11 +9,11 @@ from ..core.adapters.config_fields import SettingSpec, list_settings
 from ..core.adapters.method_registry import list_methods
 from ..core.config import Recipe
 from ..core.config.objective_registry import list_objectives
-from ..core.config.recipe_loading import parse_override
+from ..core.config.recipe_loading import parse_override_path_and_value
 from ..core.foundation.strict_yaml import parse_yaml
 from ..core.foundation.type_hints import describe_type_hint
 from ..errors import SlimtuneError, UsageError, suggest
-from .column_choices import make_column_flags
+from .column_choices import make_column_flags_and_doubt
 from .workspace import WorkspaceFolder
 
 BASE, ROWS, MORE = "model.name", "data.train", "more"
@@ -129,7 +129,7 @@ def make_args_except_base_and_rows(workspace: WorkspaceFolder, choices: Mapping[
         if value := choices.get(path, "").strip():
             flag = f"--set={path}" if command == "plan" and path in NO_PLAN_FLAG else known[path].flag
             args.append(f"{flag}={value}")
-    args += make_column_flags(choices)
+    args += make_column_flags_and_doubt(choices)
     if command != "data":
         lines = filter(None, map(str.strip, choices.get(MORE, "").splitlines()))
         args += [f"--set={_check_setting(workspace, line, known)}" for line in lines]
@@ -138,7 +138,7 @@ def make_args_except_base_and_rows(workspace: WorkspaceFolder, choices: Mapping[
 
 def _check_setting(workspace: WorkspaceFolder, line: str, known: Mapping[str, SettingSpec]) -> str:
     """Return a setting as `PATH=VALUE`; what it names as a path is in the working folder."""
-    path, value = parse_override(line)
+    path, value = parse_override_path_and_value(line)
     section = path.partition(".")[0]
     if path in (BASE, ROWS, "output_dir", "model.trust_remote_code"):
         reason = "code of a base runs only if a command in a terminal says so" if "trust" in path else "it has a field"

@@ -19,7 +19,7 @@ from ..core.training.run_dir import RunDir
 from ..errors import SlimtuneError, UsageError
 from ..evaluation.charts import is_finite_number, make_jinja_environment
 from ..evaluation.run_report import make_report_template_functions, render_memory_charts, render_run_report_html
-from ..evaluation.run_results import RunResults, find_held_out_evaluation, load_run_results, read_saved_evaluations
+from ..evaluation.run_results import RunResults, find_held_out_evaluation, load_run_results, parse_evaluations_of_run
 from ..extras.column_preview import ColumnPreview
 from ..extras.known_models import load_known_models_by_alias
 from .chat_session import CHAT_WORKER, MAX_TEXT, ChatSession
@@ -343,7 +343,7 @@ class UiPages:
             results = load_run_results(self.workspace.open_run(name), raise_if_damaged=False) if name else RunResults()
         except SlimtuneError as e:
             return ChosenRun(runs, name, problem=e)
-        evaluations = read_saved_evaluations(results)
+        evaluations = parse_evaluations_of_run(results)
         return ChosenRun(runs, name, results, evaluations, find_held_out_evaluation(results, evaluations))
 
     def report(self, run: str = "") -> Response:

@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
 from ..core.foundation.formatting import format_bytes
-from ..extras.sockets import is_loopback, parse_host_header
+from ..extras.sockets import is_loopback, parse_host_header_or_none
 
 COOKIE = "slimtune-ui"
 MAX_FORM = 1 << 20
@@ -133,7 +133,7 @@ def is_own_host(host: str, address: str) -> bool:
     That is localhost, or an IP address, which no foreign name server can point elsewhere. Names of this machine count
     if the server is bound to more than itself.
     """
-    name = (parse_host_header(host) or "").strip("[]")
+    name = (parse_host_header_or_none(host) or "").strip("[]")
     local = is_loopback(address)
     try:
         ip = ipaddress.ip_address(name)

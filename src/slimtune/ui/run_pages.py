@@ -25,7 +25,7 @@ from ..evaluation.run_results import (
     SavedEvaluation,
     find_held_out_evaluation,
     load_run_results,
-    read_saved_evaluations,
+    parse_evaluations_of_run,
 )
 from .command_jobs import StartedCommand
 from .workspace import WorkspaceFolder
@@ -286,14 +286,14 @@ def make_run_table_rows(workspace: WorkspaceFolder, names: Sequence[str]) -> lis
         except SlimtuneError as e:
             rows.append(RunTableRow(name, problem=e.message))
             continue
-        held_out = find_held_out_evaluation(results, read_saved_evaluations(results))
+        held_out = find_held_out_evaluation(results, parse_evaluations_of_run(results))
         rows.append(RunTableRow(name, status=read_run_status(run), results=results, held_out_evaluation=held_out))
     return rows
 
 
-def make_loss_and_gain_comparison_charts(rows: Sequence[RunTableRow]) -> RunComparisonCharts:
+def make_loss_and_gain_comparison_charts(run_table_rows: Sequence[RunTableRow]) -> RunComparisonCharts:
     """Return charts of several runs side by side: the losses of the first two, what each gained on held-out rows."""
-    known = [(row, row.results) for row in rows if row.results is not None]
+    known = [(row, row.results) for row in run_table_rows if row.results is not None]
     series = [
         ChartLine(row.name, color, [(m["step"], m["train_loss"]) for m in results.metrics
                                     if "step" in m and is_finite_number(m.get("train_loss"))], smooth=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..core.foundation.files import parse_dataset_id, read_json_object, translate_os_errors, write_json
+from ..core.foundation.files import parse_hub_dataset_id_or_none, read_json_object, translate_os_errors, write_json
 from ..core.training.run_dir import RunDir
 from ..errors import RunError, UsageError, suggest
 from ..extras.known_models import load_known_models_by_alias
@@ -60,7 +60,7 @@ class WorkspaceFolder:
 
     def resolve_rows(self, text: str) -> str:
         """Return the rows that a browser names, relative to the working folder, or the id of a dataset of the Hub."""
-        if "\0" not in text and parse_dataset_id(text) is not None:
+        if "\0" not in text and parse_hub_dataset_id_or_none(text) is not None:
             return text
         return self.relative(self.resolve(text))
 

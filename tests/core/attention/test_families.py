@@ -9,9 +9,9 @@ import slimtune
 from slimtune.core.attention.attention_functions import (
     LAYOUT_FAMILIES,
     POSITION_FAMILIES,
-    layout_unsupported_reason,
-    packing_unsupported_reason,
-    use_packed_attention,
+    layout_unsupported_reason_or_empty,
+    packing_unsupported_reason_or_empty,
+    using_packed_attention,
 )
 from slimtune.core.training.loss import compute_supervised_token_nll, forward_backward, make_collator
 
@@ -21,15 +21,15 @@ def packing_error(model):
     with Float64():
         alone, collator = nll_alone(model), make_collator(model, 0)
         assert collator.packing
-        with use_packed_attention(model):
+        with using_packed_attention(model):
             return (compute_supervised_token_nll(model, collator(EXAMPLES)) - alone).abs().max().item()
 
 
 @pytest.mark.parametrize("family", sorted(LAYOUT_FAMILIES | POSITION_FAMILIES))
 def test_packed_rows_equal_rows_alone(family):
     model = build(family)
-    assert packing_unsupported_reason(model) == ""
-    assert bool(layout_unsupported_reason(model)) == (family in POSITION_FAMILIES)
+    assert packing_unsupported_reason_or_empty(model) == ""
+    assert bool(layout_unsupported_reason_or_empty(model)) == (family in POSITION_FAMILIES)
     assert packing_error(model) < 1e-10
 
 
@@ -52,7 +52,7 @@ def test_families_that_are_not_packed(family, more, words):
     with torch.device("meta"):
         text = tf.AutoConfig.for_model(family).get_text_config()
         model = tf.AutoModelForCausalLM.from_config(type(text)(**{"num_hidden_layers": 4, **more}))
-    assert words in packing_unsupported_reason(model)
+    assert words in packing_unsupported_reason_or_empty(model)
     assert not make_collator(model, 0).packing
 
 
@@ -61,7 +61,7 @@ def test_code_of_others_is_not_packed():
         pass
 
     model = Own(build("llama").config)
-    assert "Own" in packing_unsupported_reason(model)
+    assert "Own" in packing_unsupported_reason_or_empty(model)
     assert not make_collator(model, 0).packing
 
 
@@ -77,10 +77,10 @@ def test_gemma3_is_packed_though_bfloat16_rounds_much():
     assert packing_error(model) < 1e-8
     model = model.bfloat16()
     alone = nll_alone(model)
-    with torch.no_grad(), use_packed_attention(model):
+    with torch.no_grad(), using_packed_attention(model):
         packed = compute_supervised_token_nll(model, make_collator(model, 0)(EXAMPLES))
     assert (packed - alone).abs().mean() > 0.05 * alone.std()
-    assert packing_unsupported_reason(model) == ""
+    assert packing_unsupported_reason_or_empty(model) == ""
     assert make_collator(model, 0).packing
 
 
@@ -89,14 +89,14 @@ def test_bfloat16_gemma3_is_packed_and_trains():
     model = build("gemma3_text").bfloat16()
     model = slimtune.get_peft_model(model, slimtune.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     batch = make_collator(model, 0)(EXAMPLES)
-    assert packing_unsupported_reason(model) == ""
+    assert packing_unsupported_reason_or_empty(model) == ""
     assert make_collator(model, 0).packing
     alone = nll_alone(model).mean()
-    with torch.no_grad(), use_packed_attention(model):
+    with torch.no_grad(), using_packed_attention(model):
         packed = compute_supervised_token_nll(model, batch).mean()
     assert 1e-4 < abs(packed - alone) / alone < 0.1
     losses = []
-    with use_packed_attention(model.train()):
+    with using_packed_attention(model.train()):
         for _ in range(2):
             losses.append(forward_backward(model, [batch]))
             with torch.no_grad():

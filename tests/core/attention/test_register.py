@@ -11,8 +11,8 @@ from slimtune.core.attention import attention_functions as register
 from slimtune.core.attention.attention_functions import (
     LAYOUT_KWARG,
     make_placeholder_mask,
-    packing_unsupported_reason,
-    use_packed_attention,
+    packing_unsupported_reason_or_empty,
+    using_packed_attention,
 )
 from slimtune.core.attention.packed_layout import PackedLayout
 from slimtune.errors import ModelError
@@ -48,7 +48,7 @@ def test_calls_without_layout(name):
         return logits
 
     before = run()
-    with use_packed_attention(model):
+    with using_packed_attention(model):
         call_packed(model)
         assert torch.equal(run(), before)
     assert torch.equal(run(), before)
@@ -58,12 +58,12 @@ def test_calls_without_layout(name):
 def test_attention_is_restored(implementation):
     model = build("llama")
     model.set_attn_implementation(implementation)
-    with use_packed_attention(model), use_packed_attention(model) as can:
+    with using_packed_attention(model), using_packed_attention(model) as can:
         assert can
         assert model.config._attn_implementation == f"slimtune_{implementation}"
         call_packed(model)
     assert model.config._attn_implementation == implementation
-    with pytest.raises(ZeroDivisionError), use_packed_attention(model):
+    with pytest.raises(ZeroDivisionError), using_packed_attention(model):
         1 / 0  # noqa: B018
     assert model.config._attn_implementation == implementation
 
@@ -76,7 +76,7 @@ def test_wrong_calls():
     model = build("llama")
     cache = model(input_ids=zoo.tokens(1, 4), use_cache=True).past_key_values
     other = PackedLayout((20,), (-1,))
-    with use_packed_attention(model):
+    with using_packed_attention(model):
         with pytest.raises(ModelError, match=r"\b21 .*\b21 .*\b20\b"):
             call_packed(model, **{LAYOUT_KWARG: other})
         with pytest.raises(ModelError, match=r"\b2 .*\b21\b"):
@@ -108,7 +108,7 @@ def test_attention_modules_that_cannot():
 def test_another_attention_cannot():
     model = build("llama")
     model.set_attn_implementation("flex_attention")
-    assert "'flex_attention'" in packing_unsupported_reason(model)
-    with use_packed_attention(model) as can:
+    assert "'flex_attention'" in packing_unsupported_reason_or_empty(model)
+    with using_packed_attention(model) as can:
         assert not can
         assert model.config._attn_implementation == "flex_attention"

@@ -6,7 +6,7 @@ import transformers as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slimtune.core.attention.attention_functions import use_packed_attention
+from slimtune.core.attention.attention_functions import using_packed_attention
 from slimtune.core.data.collator import Collator
 from slimtune.core.training.loss import compute_step_loss, compute_supervised_token_nll
 from slimtune.errors import DataError
@@ -77,7 +77,7 @@ def nll_of_each_row(model, rows):
 def test_loss_is_that_of_the_rows_alone(model, name):
     expected = nll_of_each_row(model, ROWS)
     batch = COLLATORS[name](ROWS)
-    with torch.no_grad(), use_packed_attention(model):
+    with torch.no_grad(), using_packed_attention(model):
         torch.testing.assert_close(compute_supervised_token_nll(model, batch), expected, atol=2e-5, rtol=1e-4)
         assert compute_step_loss(model, batch).item() == pytest.approx(expected.mean().item(), abs=1e-5)
         assert compute_step_loss(model, batch, 8).item() == pytest.approx(expected.sum().item() / 8, abs=1e-5)
@@ -110,7 +110,7 @@ def test_any_lengths_and_masks(llama, data):
         assert all(v.dtype == torch.int64 for v in batch.values() if isinstance(v, torch.Tensor))
         assert batch["logits_to_keep"].tolist() == sorted(set(batch["logits_to_keep"].tolist()))
         assert batch["targets"].tolist() == [t for r in rows for t in r["labels"][1:] if t != -100]
-        with torch.no_grad(), use_packed_attention(llama):
+        with torch.no_grad(), using_packed_attention(llama):
             torch.testing.assert_close(compute_supervised_token_nll(llama, batch), expected, atol=2e-5, rtol=1e-4)
 
 
@@ -143,7 +143,7 @@ def test_rows_of_one_example(llama, name):
     both = {k: [*first[k], *second[k]] for k in ("input_ids", "labels")}
     batch = COLLATORS[name]([both | {"line": 1, "row_lengths": [9, 6], "reference": [0.5, 1.5], "kind": "a"}])
     assert (batch["row_targets"], batch["example_rows"], batch["reference"].tolist()) == ((2, 1), (2,), [[0.5, 1.5]])
-    with torch.no_grad(), use_packed_attention(llama):
+    with torch.no_grad(), using_packed_attention(llama):
         torch.testing.assert_close(
             compute_supervised_token_nll(llama, batch), nll_of_each_row(llama, [first, second]), atol=2e-5, rtol=1e-4
         )

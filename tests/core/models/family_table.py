@@ -12,7 +12,7 @@ from tiny_run import write_rows
 
 import slimtune
 from slimtune.core.adapters.peft_model import find_modules_without_gradient
-from slimtune.core.attention.attention_functions import packing_unsupported_reason, use_packed_attention
+from slimtune.core.attention.attention_functions import packing_unsupported_reason_or_empty, using_packed_attention
 from slimtune.core.config import Recipe
 from slimtune.core.models.lm_head import require_matching_lm_head_loss
 from slimtune.core.training.loss import compute_supervised_token_nll, forward_backward, make_collator
@@ -61,7 +61,7 @@ def check_steps(name, folder, tokenizer):
         require_matching_lm_head_loss(model)
         collator = make_collator(model, 0)
         batch = collator(EXAMPLES)
-        with use_packed_attention(model):
+        with using_packed_attention(model):
             before = forward_backward(model, [batch])
             unused = find_modules_without_gradient(model)
             with torch.no_grad():
@@ -87,10 +87,10 @@ def check_steps(name, folder, tokenizer):
                 continue
             error = (logits(loaded.eval()) - own).abs().max()
             found[step] = "works" if error < 1e-9 else f"the logits differ by {error:.1e}"
-        if reason := packing_unsupported_reason(model):
+        if reason := packing_unsupported_reason_or_empty(model):
             found["packed"] = f"padded: {reason}"
         else:
-            with use_packed_attention(model), torch.no_grad():
+            with using_packed_attention(model), torch.no_grad():
                 error = (compute_supervised_token_nll(model, batch) - nll_alone(model)).abs().max()
             found["packed"] = "works" if error < 1e-9 else f"the losses differ by {error:.1e}"
         error = (logits(model.merge_and_unload()) - own).abs().max()
@@ -118,7 +118,7 @@ def check_run(name, folder, tokenizer):
     try:
         plan = estimate_resources(build_plan_request(recipe, make_gpu_with_memory("24GiB")), advise=False)
         padded = any("padded, not packed" in note for note in plan.notes)
-        agrees = padded == bool(packing_unsupported_reason(base))
+        agrees = padded == bool(packing_unsupported_reason_or_empty(base))
         found["plan"] = "works" if agrees else "plan and training differ in packing"
     except SlimtuneError as error:
         found["plan"] = f"not planned, and trains without a plan: {one_line(error)}"

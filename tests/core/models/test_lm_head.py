@@ -14,7 +14,7 @@ from reference import (
 )
 
 import slimtune
-from slimtune.core.attention.attention_functions import use_packed_attention
+from slimtune.core.attention.attention_functions import using_packed_attention
 from slimtune.core.kernels import cross_entropy
 from slimtune.core.models.lm_head import get_hidden_states, get_lm_head_with_scale_and_cap
 from slimtune.core.training.loss import compute_step_loss, make_collator
@@ -68,7 +68,7 @@ def test_loss_and_gradients(name, head):
         losses[-1].backward()
 
     def run_step():
-        with use_packed_attention(model):
+        with using_packed_attention(model):
             losses.append(compute_step_loss(model, collator(ROWS)))
             losses[-1].backward()
 
@@ -123,6 +123,6 @@ def test_model_without_head():
     model = build("llama")
     model.get_output_embeddings = lambda: None
     assert get_lm_head_with_scale_and_cap(model) is None
-    with compute_in_float64(), torch.no_grad(), use_packed_attention(model):
+    with compute_in_float64(), torch.no_grad(), using_packed_attention(model):
         loss = compute_step_loss(model, make_collator(model, 0)(ROWS))
         torch.testing.assert_close(loss, loss_of_separate_rows(model, ROWS), rtol=1e-12, atol=0)

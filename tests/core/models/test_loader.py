@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from transformers.utils import logging as transformers_logging
 
 from slimtune.core.models import base_config
-from slimtune.core.models.base_config import load_checkpoint_config
+from slimtune.core.models.base_config import load_convertible_base_config
 from slimtune.core.models.load_errors import silence_and_translate_load_errors
 from slimtune.core.models.loader import load_base, load_tokenizer
 from slimtune.errors import ModelError, RunError, UsageError
@@ -56,7 +56,7 @@ def test_dtype_and_attention(tiny_folder, dtype):
 
 def test_config_and_tokenizer_need_no_weights(tiny_folder):
     (tiny_folder / "model.safetensors").unlink()
-    assert load_checkpoint_config(str(tiny_folder)).hidden_size == 32
+    assert load_convertible_base_config(str(tiny_folder)).hidden_size == 32
     assert load_tokenizer(str(tiny_folder)).eos_token == "<|im_end|>"
     assert_refused(tiny_folder, ModelError, "model.safetensors")
 
@@ -85,7 +85,7 @@ def test_remote_code(tiny_folder, monkeypatch, tmp_path):
     code = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
     edit_config(tiny_folder, model_type="own", auto_map=code, architectures=["OwnModel"])
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("nothing may be asked on the terminal"))
-    for function in (load, load_tokenizer, load_checkpoint_config):
+    for function in (load, load_tokenizer, load_convertible_base_config):
         with pytest.raises(UsageError, match=r"(?s)--trust-remote-code"):
             function(str(tiny_folder))
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
@@ -289,7 +289,7 @@ def test_errors_of_libraries(monkeypatch, error, kind, words):
 
 
 def test_hub_offline():
-    for function in (load, load_tokenizer, load_checkpoint_config):
+    for function in (load, load_tokenizer, load_convertible_base_config):
         with pytest.raises(ModelError, match=r"(?s)HF_HUB_OFFLINE.*local"):
             function("org/no-such-base")
 

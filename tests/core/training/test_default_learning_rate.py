@@ -12,7 +12,7 @@ def make_recipe(**changes) -> Recipe:
 
 def test_each_method_has_a_learning_rate():
     def rate(**recipe):
-        return fill_in_learning_rate(make_recipe(**recipe), rows=96, hidden_size=576).train.learning_rate
+        return fill_in_learning_rate(make_recipe(**recipe), row_count=96, hidden_size=576).train.learning_rate
 
     assert rate(method="prompt_tuning") == 3e-2
     assert rate(method="prompt_tuning", task="dpo") == 3e-3
@@ -26,7 +26,7 @@ def test_each_method_has_a_learning_rate():
 def test_short_runs_of_lora_and_narrow_bases_have_a_higher_rate(steps, hidden_size, rate):
     def taken(**recipe):
         one_epoch = make_recipe(train={"epochs": 1}, **recipe)
-        return fill_in_learning_rate(one_epoch, rows=8 * steps, hidden_size=hidden_size).train.learning_rate
+        return fill_in_learning_rate(one_epoch, row_count=8 * steps, hidden_size=hidden_size).train.learning_rate
 
     assert taken() == rate
     assert 2e-4 <= taken(method={"rank": 64}) <= rate <= taken(method={"rank": 4}) <= 5e-3
@@ -37,6 +37,6 @@ def test_short_runs_of_lora_and_narrow_bases_have_a_higher_rate(steps, hidden_si
 def test_rows_that_come_again_lower_the_rate_of_lora():
     def taken(rows):
         recipe = make_recipe(train={"max_steps": 36})
-        return fill_in_learning_rate(recipe, rows=rows, hidden_size=576).train.learning_rate
+        return fill_in_learning_rate(recipe, row_count=rows, hidden_size=576).train.learning_rate
 
     assert (taken(288), taken(96), taken(24), taken(1000)) == (2.3e-3, 1e-3, 3.6e-4, 2.3e-3)

@@ -158,7 +158,7 @@ def test_settings_that_quantization_cannot_serve(settings):
     if find_spec("bitsandbytes"):
         settings["model"]["dtype"] = "float64"
         with pytest.raises(UsageError, match=r"nf4.*float64"):
-            load_base_model(quantized_recipe(settings, "nf4").model, None)
+            load_base_model(quantized_recipe(settings, "nf4").model, None, None)
     settings["method"] |= {"init_lora_weights": "loftq"}
     with pytest.raises(RecipeError, match=r"'loftq'.*model\.quantization"):
         Recipe.from_dict(settings)

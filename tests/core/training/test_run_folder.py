@@ -17,7 +17,7 @@ from tiny_run import distance, do_at, metrics, recipe_of, train_until
 
 from slimtune.core.config import load_recipe
 from slimtune.core.training import checkpoint
-from slimtune.core.training.train import Terminated, train
+from slimtune.core.training.train import TerminatedAfterCheckpoint, train
 from slimtune.errors import RunError, UsageError
 from slimtune.extras.heartbeat_lock import HeartbeatLock
 
@@ -151,7 +151,7 @@ def test_signal_ends_a_run_with_a_checkpoint(settings, whole_run, monkeypatch, n
     previous = signal.signal(getattr(signal, name), signal.SIG_DFL)  # the tests may run under nohup
     with monkeypatch.context() as patch:
         do_at(patch, 2, lambda: os.kill(os.getpid(), getattr(signal, name)))
-        with pytest.raises(Terminated, match=f"step 3 .*{name}") as e:
+        with pytest.raises(TerminatedAfterCheckpoint, match=f"step 3 .*{name}") as e:
             train(recipe_of(settings))
     signal.signal(getattr(signal, name), previous)
     folder = Path(settings["output_dir"])

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainingArguments
 
 from slimtune import LoraConfig, get_peft_model
 from slimtune.core.adapters.method_registry import get_method_config_class
-from slimtune.core.attention.attention_functions import use_packed_attention
+from slimtune.core.attention.attention_functions import using_packed_attention
 from slimtune.core.config import Recipe
 from slimtune.core.data.collator import Collator
 from slimtune.core.data.step_sharding import DataParallelSharder
@@ -69,7 +69,7 @@ def compute_gradients(
     part = DataParallelSharder(Collator(0, with_packed_layout=True, max_tokens=30), 32, processes, rank)(
         rows_of_step(rows)
     )
-    with use_packed_attention(model.train()):
+    with using_packed_attention(model.train()):
         for _ in range(2 if shard else 1):  # gathered weights that a pass leaves must not change the next
             model.zero_grad()
             forward_backward(

@@ -32,7 +32,7 @@ from ...errors import MixedBatchError, TargetError, UnsupportedTargetError
 from ..kernels.linear_layers import (
     ReadWeight,
     get_base_layer_type,
-    get_layer_sizes,
+    get_in_and_out_features,
     get_weight_and_bias_names,
     list_persistent_buffer_names,
 )
@@ -42,7 +42,7 @@ from .architectures import get_text_config
 from .extension_hooks import PeftNameLookupMixin, load_compat_hook
 from .generated_classes import PickledByClassFactory
 
-ADAPTED_ATTRIBUTES = ("active_state", "selection", "original_parameters", "merged_names", "current_copy")
+ADAPTED_ATTRIBUTES = ("active_state", "selection", "original_parameters", "merged_names", "current_copy_adapter_name")
 """What an adapted module has in addition to its base's attributes."""
 ADDED_CHILDREN = ("adapters", "modules_to_save")
 """Its children, by adapter: adapter modules, and trained copies of the base's parameters."""
@@ -56,7 +56,7 @@ def read_adapter_site(
     """Return the site of a module. With `autocast`, adapter parameters are fp32 above a 16-bit base."""
     module = model.get_submodule(name)
     if get_base_layer_type(module) is not None and kind in {*WEIGHT_KINDS, "norm"}:
-        in_features, out_features = get_layer_sizes(module)
+        in_features, out_features = get_in_and_out_features(module)
         weight: Any = module._parameters[get_weight_and_bias_names(module)[0]]
     else:
         in_features = out_features = getattr(get_text_config(model), "hidden_size", 0)
@@ -82,7 +82,7 @@ class AdaptedLayerMixin(PickledByClassFactory, PeftNameLookupMixin):
     """The base's parameters (and buffers) that a merge replaced; None if nothing is merged."""
     merged_names: tuple[str, ...]
     """The adapters that are merged."""
-    current_copy: str | None
+    current_copy_adapter_name: str | None
     """Adapter whose trained copies are in use while the rows of a mixed batch run one adapter at a time."""
 
     @property
@@ -134,11 +134,11 @@ class AdaptedLayerMixin(PickledByClassFactory, PeftNameLookupMixin):
     @contextmanager
     def use_copies(self, adapter: str | None) -> Iterator[None]:
         """Inside the `with`, the module's parameters are this adapter's trained copies, where it has any."""
-        before, self.__dict__["current_copy"] = self.current_copy, adapter
+        before, self.__dict__["current_copy_adapter_name"] = self.current_copy_adapter_name, adapter
         try:
             yield
         finally:
-            self.__dict__["current_copy"] = before
+            self.__dict__["current_copy_adapter_name"] = before
 
     def __repr__(self) -> str:
         return load_compat_hook().format_layer_like_peft(self, super().__repr__())
@@ -182,7 +182,7 @@ def swap_to_adapted_class(module: nn.Module, active: ActiveAdapters, method: str
     module._modules["adapters"] = nn.ModuleDict()
     # Bypasses nn.Module.__setattr__, which would register parameters.
     module.__dict__.update(
-        active_state=active, selection=active, original_parameters=None, merged_names=(), current_copy=None
+        active_state=active, selection=active, original_parameters=None, merged_names=(), current_copy_adapter_name=None
     )
     return module
 
@@ -234,11 +234,11 @@ def copy_parameters_to_adapter(
     table[adapter] = copies
 
 
-def remove_adapter_from_layer(module: AdaptedLayerMixin, adapter: str) -> None:
+def remove_adapter_from_layer(module: AdaptedLayerMixin, adapter_name: str) -> None:
     """Drop one adapter; without any adapter left, the module gets its own class back."""
     for table in (module.adapters, module.trained_copies):
-        if adapter in table:
-            del table[adapter]
+        if adapter_name in table:
+            del table[adapter_name]
     if not module.adapters and not module.trained_copies:
         restore_base_class(module)
 
@@ -317,7 +317,7 @@ def _make_parameter_property(base: type, name: str) -> property:
             return own
         value = own
         if self.trained_copies:
-            adapter: Any = self.current_copy
+            adapter: Any = self.current_copy_adapter_name
             if adapter is None and self.active_state.row_adapters is None:
                 adapter = next((n for n in self.selection.names if n in self.trained_copies), None)
             copy = getattr(self.trained_copies[adapter], name, None) if adapter in self.trained_copies else None

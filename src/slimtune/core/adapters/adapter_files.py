@@ -101,7 +101,7 @@ def serialize_to_safetensors_header_and_data(
 def save_adapter(
     model: Any,
     folder: Path,
-    adapter: str,
+    adapter_name: str,
     state_dict: Mapping[str, Tensor] | None = None,
     save_embedding_layers: str | bool = False,
     convert_to_zero_init: bool = False,
@@ -112,14 +112,14 @@ def save_adapter(
     """
     if folder.is_file():
         raise UsageError(f"{folder} is a file", "a folder")
-    tensors, metadata = get_adapter_tensors_and_metadata(model, adapter, state_dict, save_embedding_layers)
+    tensors, metadata = get_adapter_tensors_and_metadata(model, adapter_name, state_dict, save_embedding_layers)
     tensors = {k: t.detach().to("cpu").contiguous() for k, t in tensors.items()}
-    config = model.peft_config[adapter]
+    config = model.peft_config[adapter_name]
     if flat := [k for k, t in tensors.items() if k.endswith(("lora_A.weight", "lora_B.weight")) and t.dim() < 2]:
         text = f"{len(flat)} tensors are shards of DeepSpeed or FSDP, which no base can load: {format_names(flat)}"
         warnings.warn(f"{text}; gather the parameters first", PeftWarning, stacklevel=3)
     if convert_to_zero_init:
-        modules = model.adapter_modules(adapter)
+        modules = model.adapter_modules(adapter_name)
         config, converted = config.convert_to_zero_init(modules)
         for site, module in modules.items():
             for name in module.tensors():
@@ -149,7 +149,7 @@ def require_compatible_config(attached: PeftConfig, loaded: PeftConfig, source: 
         raise AdapterError(f"{source} was trained with other settings: {values}", hint="load it under another name")
 
 
-def read_adapter_for_model(
+def read_tensors_config_metadata_for_model(
     model: Any, path: str | os.PathLike, config: PeftConfig | None, is_trainable: bool, hub_arguments: dict[str, Any]
 ) -> tuple[dict[str, Tensor], PeftConfig, dict[str, str]]:
     """Return an adapter's tensors, config and metadata, read from a folder or the Hub, if it belongs to this base."""

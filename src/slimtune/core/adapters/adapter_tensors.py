@@ -39,18 +39,18 @@ class LoadResult(NamedTuple):
     unexpected_keys: list[str]
 
 
-def get_adapter_tensors(model: Any, adapter: str) -> dict[str, Tensor]:
+def get_adapter_tensors(model: Any, adapter_name: str) -> dict[str, Tensor]:
     """Return an adapter's live tensors by their keys in a file."""
     found: dict[str, Tensor] = {}
-    for name, layer in model.adapted_layers(adapter).items():
-        site = _file_prefix(name, model.match_report(adapter).kinds)
-        has_module = adapter in layer.adapters
+    for name, layer in model.adapted_layers(adapter_name).items():
+        site = _file_prefix(name, model.match_report(adapter_name).kinds)
+        has_module = adapter_name in layer.adapters
         if has_module:
-            found |= {site + n: p for n, p in layer.adapters[adapter].tensors().items()}
-        if adapter in layer.trained_copies:
+            found |= {site + n: p for n, p in layer.adapters[adapter_name].tensors().items()}
+        if adapter_name in layer.trained_copies:
             copies = f"{site}base_layer." if has_module else site
-            found |= {copies + n: p for n, p in layer.trained_copies[adapter].state_dict(keep_vars=True).items()}
-    config = model.peft_config[adapter]
+            found |= {copies + n: p for n, p in layer.trained_copies[adapter_name].state_dict(keep_vars=True).items()}
+    config = model.peft_config[adapter_name]
     if config.trains_every_weight:  # the copy of tied weights is stored once, under its first name
         first_keys = {id(tensor): key for key, tensor in reversed(found.items())}
         found = {key: tensor for key, tensor in found.items() if first_keys[id(tensor)] == key}
@@ -137,7 +137,7 @@ def _is_resized(model: Any, base: str | None) -> bool:
 
 
 def load_adapter_tensors(
-    model: Any, adapter: str, tensors: Mapping[str, Tensor], source: str, ignore_mismatched_sizes: bool = False
+    model: Any, adapter_name: str, tensors: Mapping[str, Tensor], source: str, ignore_mismatched_sizes: bool = False
 ) -> LoadResult:
     """Copy a file's tensors into an attached adapter, all or none; return the keys that did not match: none.
 
@@ -146,9 +146,9 @@ def load_adapter_tensors(
     Raises:
         AdapterError: missing or unexpected keys, wrong shapes, or a copy of a base weight that differs from the base's.
     """
-    _leave_meta_device(model, adapter)
+    _leave_meta_device(model, adapter_name)
     if ignore_mismatched_sizes:
-        own = get_adapter_tensors(model, adapter)
+        own = get_adapter_tensors(model, adapter_name)
         keys = {k: _normalize_key(k, own) for k in tensors}
         wrong = [k for k, ours in keys.items() if ours in own and own[ours].shape != tensors[k].shape]
         if wrong:
@@ -156,12 +156,12 @@ def load_adapter_tensors(
             message = f"{len(wrong)} tensors of the adapter were not loaded, since their shapes differ: {sizes}"
             warnings.warn(message, PeftWarning, stacklevel=3)
         tensors = {**tensors, **{k: own[keys[k]].detach() for k in wrong}}
-    optional = _prepare_load(model, adapter, tensors)
-    own = get_adapter_tensors(model, adapter)
+    optional = _prepare_load(model, adapter_name, tensors)
+    own = get_adapter_tensors(model, adapter_name)
     tensors = {_normalize_key(k, own): t for k, t in tensors.items()}
     missing = [k for k in own if k not in tensors and k not in optional]
     extra = {k: _find_base_weight(model, k) for k in tensors if k not in own}
-    resized = bool(extra) and _is_resized(model, model.peft_config[adapter].base_model_name_or_path)
+    resized = bool(extra) and _is_resized(model, model.peft_config[adapter_name].base_model_name_or_path)
     unexpected = [k for k, base in extra.items() if base is None or not _fits_base(model, base, tensors[k], resized)]
     # A config with bias="none" may come with biases that were trained. A bias is not a mark of another base.
     shapes_here = {k: base.shape for k, base in extra.items() if base is not None and k.endswith(".bias")}
@@ -173,8 +173,8 @@ def load_adapter_tensors(
             hint = "the training that wrote it diverged: load an earlier checkpoint"
         raise AdapterError(f"{source} does not fit this model: {'; '.join(faults)}", hint=hint, code="wrong-base")
     if biases:
-        model.copy_biases(adapter, [_get_base_name(k) for k in biases])
-        own = get_adapter_tensors(model, adapter)
+        model.copy_biases(adapter_name, [_get_base_name(k) for k in biases])
+        own = get_adapter_tensors(model, adapter_name)
         tensors = {_normalize_key(k, own): t for k, t in tensors.items()}
     with torch.no_grad():
         for key, tensor in {**extra, **own}.items():  # `extra`: embeddings that were resized before they were saved
@@ -232,7 +232,7 @@ def require_plausible_config_size(model: Any, config: PeftConfig, tensors: Mappi
     config = copy.deepcopy(config)
     config.check_model(model)
     config.fill_from_model(model)
-    kinds = match_targets(model, config, strict=False).kinds
+    kinds = match_targets(model, config, require_every_match=False).kinds
     meta = torch.device("meta")
     sites = [
         dataclasses.replace(read_adapter_site(n, kind, model, skip_init=True), device=meta) for n, kind in kinds.items()

@@ -30,8 +30,8 @@ class PeftCompatHook(Protocol):
             AttributeError: PEFT has no such name there.
         """
 
-    def format_layer_like_peft(self, layer: Any, text: str) -> str:
-        """Return the text of an adapted layer in `print(model)`; `text` is the base module's."""
+    def format_layer_like_peft(self, layer: Any, base_module_text: str) -> str:
+        """Return the text of an adapted layer in `print(model)`; `base_module_text` is the base module's."""
 
     def find_peft_model_class(self, task_type: str | None, mixed: bool = False) -> Any:
         """Return PEFT's class of a model for this task, or of one for adapters of different methods, else None."""

@@ -13,7 +13,7 @@ from .adapter_module import MergeUnsupported
 
 
 def merge_adapters_into_layer(
-    name: str, module: AdaptedLayerMixin, adapters: Iterable[str], *, require_finite: bool = False
+    name: str, module: AdaptedLayerMixin, adapter_names: Iterable[str], *, require_finite: bool = False
 ) -> None:
     """Merge adapters into the parameters of a module, which keeps the replaced ones for `unmerge_adapters_from_layer`.
 
@@ -22,13 +22,13 @@ def merge_adapters_into_layer(
     Raises:
         MergeUnsupported: a method cannot merge, the base is quantized or (`require_finite`) the result is not finite.
     """
-    adapters = [*module.merged_names, *(a for a in adapters if a not in module.merged_names)]
+    adapter_names = [*module.merged_names, *(a for a in adapter_names if a not in module.merged_names)]
     unmerge_adapters_from_layer(module)
     merged: dict[str, Tensor] = {}
-    owner = next((a for a in adapters if a in module.trained_copies), None)
+    owner = next((a for a in adapter_names if a in module.trained_copies), None)
     if owner is not None:
         merged = {n: p.detach() for n, p in module.trained_copies[owner].state_dict(keep_vars=True).items()}
-    modules: list[Any] = [module.adapters[a] for a in adapters if a in module.adapters]
+    modules: list[Any] = [module.adapters[a] for a in adapter_names if a in module.adapters]
     with torch.no_grad():
         for adapter_module in modules:
             for n in adapter_module.adapted_parameters:
@@ -61,7 +61,7 @@ def merge_adapters_into_layer(
         if base is None:
             raise MergeUnsupported(f"{name} has no bias, into which the adapter's bias could be merged")
         if require_finite and not torch.isfinite(tensor).all():
-            names = ", ".join(adapters)
+            names = ", ".join(adapter_names)
             raise MergeUnsupported(
                 f"{name}.{n} contains NaN or Inf after merging: the adapter {names} seems to be broken"
             )
@@ -71,7 +71,7 @@ def merge_adapters_into_layer(
             continue
         # A new parameter object: modules tied to this one keep the old one.
         module._parameters[n] = nn.Parameter(tensor.to(replaced[n].dtype, copy=True), requires_grad=False)
-    module.__dict__.update(original_parameters=replaced, merged_names=tuple(adapters))
+    module.__dict__.update(original_parameters=replaced, merged_names=tuple(adapter_names))
 
 
 def retie_equal_merged_parameters(modules: Iterable[AdaptedLayerMixin]) -> None:

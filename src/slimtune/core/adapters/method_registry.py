@@ -28,7 +28,7 @@ def list_methods() -> tuple[str, ...]:
     return tuple(sorted(METHODS.names()))
 
 
-def resolve_method_name(name: str) -> str:
+def require_known_method_name(name: str) -> str:
     """Return the name of a method in lower case, without importing it; `"lora"` for PEFT's `"LORA"`.
 
     Raises:
@@ -46,5 +46,5 @@ def resolve_method_name(name: str) -> str:
 
 
 def get_method_config_class(name: str) -> Any:
-    """Return the config class of a method; name and errors as for `resolve_method_name`."""
-    return METHODS.load_class(resolve_method_name(name))
+    """Return the config class of a method; name and errors as for `require_known_method_name`."""
+    return METHODS.load_class(require_known_method_name(name))

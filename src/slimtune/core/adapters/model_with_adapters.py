@@ -145,7 +145,7 @@ class AdaptedModelMixin(PickledByClassFactory, PeftNameLookupMixin):
         peft_config.check_required()
         peft_config.check_model(self)
         peft_config.fill_from_model(self)
-        report = match_targets(self, peft_config, strict=strict)
+        report = match_targets(self, peft_config, require_every_match=strict)
         if getattr(peft_config, "target_modules", ()) is None:  # as in PEFT, a config tells which default it used
             default = peft_config.default_targets(self) or []
             matched = [t for t in default if any(matches_regex_or_names([t], n) for n in report.kinds)]

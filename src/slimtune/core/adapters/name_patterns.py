@@ -65,10 +65,10 @@ def make_module_name_regex(text: str) -> ModuleNameRegex:
     return ModuleNameRegex(text)
 
 
-def find_pattern_config_error(text: str) -> ConfigError | None:
+def make_config_error_if_bad_pattern(pattern: str) -> ConfigError | None:
     """Return what is wrong with a config's pattern; None: it is well formed."""
     try:
-        make_module_name_regex(text)
+        make_module_name_regex(pattern)
     except ConfigError as e:
         return e
     return None

@@ -35,7 +35,7 @@ from ..foundation.version import __version__
 from .architectures import DEFAULT_TARGETS, get_model_type
 from .config_fields import DeclaredSettings, FieldError, config_field
 from .method_registry import get_method_config_class, list_methods
-from .name_patterns import find_pattern_config_error, get_value_by_pattern
+from .name_patterns import get_value_by_pattern, make_config_error_if_bad_pattern
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -411,7 +411,7 @@ class TargetedConfig(PeftConfig):
         texts |= {"layers_pattern": [layers] if isinstance(layers, str) else layers}
         for name, patterns in {**texts, **getattr(self, "patterns", {})}.items():
             for pattern in patterns:
-                if (error := find_pattern_config_error(pattern)) is not None:
+                if (error := make_config_error_if_bad_pattern(pattern)) is not None:
                     sentence = f"{name}: {error.message}"
                     yield FieldError(name, error.message, error.expected, error.hint, sentence)
         if self.layers_pattern and self.layers_to_transform is None:

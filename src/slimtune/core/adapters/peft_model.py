@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...errors import UsageError, format_names
-from .adapter_files import read_adapter_for_model, require_compatible_config, save_adapter
+from .adapter_files import read_tensors_config_metadata_for_model, require_compatible_config, save_adapter
 from .adapter_module import SharedParameterHolder
 from .adapter_tensors import LoadResult, load_adapter_tensors
 from .extension_hooks import MODEL_MIXINS, load_compat_hook
@@ -214,7 +214,7 @@ class PeftModel(AdaptedModelMixin):
             settings["ignore_mismatched_sizes"] = ignore_mismatched_sizes
             model.load_adapter(model_id, adapter_name, is_trainable, **settings)
             return model
-        tensors, config, metadata = read_adapter_for_model(model, model_id, config, is_trainable, hub)
+        tensors, config, metadata = read_tensors_config_metadata_for_model(model, model_id, config, is_trainable, hub)
         adapted = cls._attach_first_adapter(model, adapter_name, config, autocast_adapter_dtype, strict=False)
         try:
             load_adapter_tensors(adapted, adapter_name, tensors, str(model_id), ignore_mismatched_sizes)
@@ -240,7 +240,7 @@ class PeftModel(AdaptedModelMixin):
 
         That adapter must have the same settings. Other arguments and errors are those of `from_pretrained`.
         """
-        tensors, config, metadata = read_adapter_for_model(self, model_id, config, is_trainable, hub)
+        tensors, config, metadata = read_tensors_config_metadata_for_model(self, model_id, config, is_trainable, hub)
         if adapter_name in self.peft_config:
             require_compatible_config(self.peft_config[adapter_name], config, model_id)
             if adapter_name in self.merged_adapters:

@@ -71,31 +71,31 @@ class TargetMatches:
         return "; ".join(parts)
 
 
-def match_targets(model: nn.Module, config: PeftConfig, *, strict: bool = True) -> TargetMatches:
+def match_targets(model: nn.Module, config: PeftConfig, *, require_every_match: bool = True) -> TargetMatches:
     """Return the modules that `config` selects in `model`, a base with or without adapters.
 
-    `strict=False` accepts names that match nothing as long as one matches: for adapters loaded from files, whose
-    tensors determine what belongs to them.
+    `require_every_match=False` accepts names that match nothing as long as one matches: for adapters loaded from
+    files, whose tensors determine what belongs to them.
 
     Raises:
-        TargetError: nothing matches, or (strict) a part of the config matches nothing, or a match cannot be adapted.
+        TargetError: nothing matches, with `require_every_match` a part does not, or a match cannot be adapted.
     """
     modules = get_base_modules(model)
     tied = find_tied_embedding_names(model)
-    whole = _add_tied_modules(modules, config, _select_modules_to_save(modules, config, strict), tied)
+    whole = _add_tied_modules(modules, config, _select_modules_to_save(modules, config, require_every_match), tied)
     inside_whole = dict.fromkeys(n for n in modules if any(n == w or n.startswith(f"{w}.") for w in whole))
     further = config.extra_targets(model)
     kinds: dict[str, SiteKind] = {}
     if {*WEIGHT_KINDS, "norm", "block"} & set(config.kinds):
-        matched = _match_targets(model, modules, config, inside_whole, further, strict)
+        matched = _match_targets(model, modules, config, inside_whole, further, require_every_match)
         matched = _add_tied_modules(modules, config, matched, tied)
         kinds = _get_kinds(matched, model, modules, config)
-        if strict:
+        if require_every_match:
             parameters = [
                 f"{n}.{p}" for n, names in map_modules_to_target_parameters(model, config).items() for p in names
             ]
             _check_every_pattern_matches(config, [*matched, *parameters])
-    if strict and not config.trains_every_weight:
+    if require_every_match and not config.trains_every_weight:
         _warn_about_tying(config, tied, [*whole, *kinds])
     _check_no_target_twice(modules, kinds, further)
     with_bias = {"none": set(), "all": set(modules)}.get(getattr(config, "bias", "none"), set(kinds))
@@ -183,7 +183,7 @@ def map_modules_to_target_parameters(model: nn.Module, config: Any) -> dict[str,
     return {n: names for n, names in found.items() if names}
 
 
-def find_target_modules(model: nn.Module, config: PeftConfig) -> Modules:
+def map_target_modules_by_name(model: nn.Module, config: PeftConfig) -> Modules:
     """Return the modules that a config's target_modules match, by name."""
     modules = get_base_modules(model)
     targets = _resolve_targets(model, modules, config)

@@ -1,4 +1,4 @@
-"""Make a model accept packed layouts: `model(..., slimtune_layout=layout)` inside `use_packed_attention(model)`.
+"""Make a model accept packed layouts: `model(..., slimtune_layout=layout)` inside `using_packed_attention(model)`.
 
 transformers calls attention through a table of functions by name, and passes unknown keyword arguments of the model's
 call on to it. This module registers a second name for "sdpa" and "eager", whose function reads the layout from the
@@ -18,7 +18,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...errors import ModelError
-from ..foundation.device import get_device_type, is_device_simulated
+from ..foundation.device import get_real_or_simulated_device_type, is_device_simulated
 from .packed_attention import (
     MAX_SEGMENT_TOKENS,
     attend_by_segment_on_cpu,
@@ -52,13 +52,13 @@ They pack without shared prefixes."""
 
 
 @contextmanager
-def use_packed_attention(model: Any) -> Iterator[bool]:
+def using_packed_attention(model: Any) -> Iterator[bool]:
     """Let a model accept packed layouts inside the `with`; calls without a layout work as before.
 
-    Yields whether the model can (see `layout_unsupported_reason`).
+    Yields whether the model can (see `layout_unsupported_reason_or_empty`).
     """
     implementation = getattr(model.config, "_attn_implementation", None) or ""
-    if implementation.startswith(_NAME_PREFIX) or layout_unsupported_reason(model):
+    if implementation.startswith(_NAME_PREFIX) or layout_unsupported_reason_or_empty(model):
         yield implementation.startswith(_NAME_PREFIX)
         return
     model.set_attn_implementation(_NAME_PREFIX + implementation)
@@ -68,15 +68,15 @@ def use_packed_attention(model: Any) -> Iterator[bool]:
         model.set_attn_implementation(implementation)
 
 
-def packing_unsupported_reason(model: Any) -> str:
+def packing_unsupported_reason_or_empty(model: Any) -> str:
     """Return why packed rows are not known to be computed as if each were alone, "" if they are."""
     if model.config.model_type in POSITION_FAMILIES and not _foreign_code_reason(model):
         # ALiBi's biases are computed in bfloat16 from places in the whole sequence.
         return "its ALiBi biases depend on the place in the sequence" if getattr(model.config, "alibi", False) else ""
-    return layout_unsupported_reason(model)
+    return layout_unsupported_reason_or_empty(model)
 
 
-def layout_unsupported_reason(model: Any) -> str:
+def layout_unsupported_reason_or_empty(model: Any) -> str:
     """Return why a model cannot run packed layouts, "" if it can; reads only its class and config."""
     implementation = get_original_attention_name(getattr(model.config, "_attn_implementation", None))
     text = model.config.get_text_config()
@@ -116,7 +116,7 @@ def _foreign_code_reason(model: Any) -> str:
 
 
 def get_original_attention_name(implementation: Any) -> Any:
-    """Return the attention implementation that the user chose, inside `use_packed_attention` too."""
+    """Return the attention implementation that the user chose, inside `using_packed_attention` too."""
     return implementation.removeprefix(_NAME_PREFIX) if isinstance(implementation, str) else implementation
 
 
@@ -177,7 +177,7 @@ def _attend_packed(
         return out.transpose(1, 2).contiguous()
     # The CPU kernel supports neither dropout nor values of another size than the queries.
     same_size = query.shape[-1] == value.shape[-1]
-    if plain_sdpa and get_device_type(query.device) == "cpu" and not dropout and same_size:
+    if plain_sdpa and get_real_or_simulated_device_type(query.device) == "cpu" and not dropout and same_size:
         return attend_by_segment_on_cpu(query, key, value, layout, window, scaling)
 
     # Otherwise: the model's own attention function once per segment, over the keys of the segment's path.

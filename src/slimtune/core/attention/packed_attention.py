@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..foundation.device import add_simulated_attention_flops, get_device_type, is_device_simulated
+from ..foundation.device import add_simulated_attention_flops, get_real_or_simulated_device_type, is_device_simulated
 from .packed_layout import PackedLayout
 
 PART, MAX_SPLIT_TOKENS = 128, 2048
@@ -191,7 +191,7 @@ def _gather_ranges(t: Tensor, segment: Segment) -> Tensor:
 
 def should_use_flex_attention(query: Tensor, key: Tensor, dropout: float = 0.0) -> bool:
     """Return whether flex attention works, and is faster, for `query (1, heads, tokens, size)`."""
-    if get_device_type(query.device) != "cuda" or dropout or query.shape[2] < MIN_FLEX_TOKENS:
+    if get_real_or_simulated_device_type(query.device) != "cuda" or dropout or query.shape[2] < MIN_FLEX_TOKENS:
         return False
     # A subclass is a fake or a distributed tensor.
     return is_device_simulated() or (

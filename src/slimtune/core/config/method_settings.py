@@ -35,14 +35,14 @@ def fill_recipe_defaults(given_settings: Mapping[str, Any], config_class: Any) -
     return {s.name: filled[s.name] for s in list_settings(config_class) if s.name in filled}
 
 
-def fill_objective_defaults(settings: Mapping[str, Any], objective_class: Any) -> dict[str, Any]:
+def fill_objective_setting_defaults(objective_settings: Mapping[str, Any], objective_class: Any) -> dict[str, Any]:
     """Return an objective's settings with all its defaults."""
-    return {s.name: settings.get(s.name, s.default) for s in list_settings(objective_class)}
+    return {s.name: objective_settings.get(s.name, s.default) for s in list_settings(objective_class)}
 
 
 NAMED_SECTIONS: dict[str, tuple[type[NamedSettings], Callable[[str], Any], Callable[..., dict[str, Any]]]] = {
     "method": (MethodSettings, get_method_config_class, fill_recipe_defaults),
-    "task": (TaskSettings, load_objective_class, fill_objective_defaults),
+    "task": (TaskSettings, load_objective_class, fill_objective_setting_defaults),
 }
 """How a section is read: its class, what returns the class that declares its settings, and what adds defaults."""
 

@@ -27,7 +27,7 @@ from .method_settings import map_method_setting_specs_by_name, read_method_or_ta
 from .objective_registry import load_objective_class
 from .recipe_loading import (
     expand_section_shorthand,
-    parse_override,
+    parse_override_path_and_value,
     read_recipe_tree,
     set_recipe_paths_absolute_in_place,
 )
@@ -100,7 +100,7 @@ def load_recipe(
     Overrides are `{"train.epochs": 1}`, whose values are used as they are, or `["train.epochs=1"]`, whose values are
     read as YAML. `extra_checks` is that of `Recipe.from_dict`.
     """
-    settings = overrides if isinstance(overrides, Mapping) else dict(map(parse_override, overrides))
+    settings = overrides if isinstance(overrides, Mapping) else dict(map(parse_override_path_and_value, overrides))
     return Recipe.from_dict(read_recipe_tree(path, settings), str(path or "the flags"), extra_checks)
 
 

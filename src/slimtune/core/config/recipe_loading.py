@@ -14,9 +14,9 @@ from typing import Any
 from ...errors import RecipeError, UsageError, suggest
 from ..adapters.config_fields import list_settings
 from ..foundation.chat_rendering import CHAT_TEMPLATES
-from ..foundation.files import parse_dataset_id
+from ..foundation.files import parse_hub_dataset_id_or_none
 from ..foundation.formatting import format_short_value
-from ..foundation.remote_code import allow_remote_code, remote_code_allowed
+from ..foundation.remote_code import allowing_remote_code, remote_code_allowed
 from ..foundation.strict_yaml import parse_yaml
 from .method_settings import NAMED_SECTIONS, map_method_setting_specs_by_name
 from .schema import DataSettings, RecipeTree
@@ -29,7 +29,7 @@ DATA_FILES = tuple(s.name for s in list_settings(DataSettings) if Path in s.kind
 
 def read_recipe_tree(path: str | Path | None, values_by_path: Mapping[str, Any] = MappingProxyType({})) -> RecipeTree:
     """Return the tree of a recipe file, empty without one, with overrides: sections in long form, absolute paths."""
-    with allow_remote_code(values_by_path.get("model.trust_remote_code") is True):
+    with allowing_remote_code(values_by_path.get("model.trust_remote_code") is True):
         tree = {} if path is None else _read_recipe_file(Path(path).expanduser())
     return replace_recipe_values(tree, values_by_path)
 
@@ -77,7 +77,7 @@ def expand_section_shorthand(tree: Mapping[str, Any]) -> RecipeTree:
     }
 
 
-def parse_override(text: str) -> tuple[str, Any]:
+def parse_override_path_and_value(text: str) -> tuple[str, Any]:
     """Return path and value of `"path.to.field=value"`; the value is read as YAML."""
     path, equals, value = text.partition("=")
     if not equals or not path.strip():
@@ -157,7 +157,7 @@ def set_recipe_paths_absolute_in_place(tree: RecipeTree, folder: Path | None = N
         path = data.get(name)
         if not isinstance(path, str) or not path or (name == "chat_template" and path in CHAT_TEMPLATES.names()):
             continue
-        if os.path.exists(locate(path)) or (folder is None and parse_dataset_id(path) is None):
+        if os.path.exists(locate(path)) or (folder is None and parse_hub_dataset_id_or_none(path) is None):
             data[name] = locate(path)
     path = model.get("name")
     # A bare word is an alias even if a folder has that name. A Hub id stays as it is if no such folder exists.

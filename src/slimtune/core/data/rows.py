@@ -87,21 +87,21 @@ class RowFormat:
     required: tuple[str, ...]
     optional: tuple[str, ...]
     read: Callable[[Record], Fields]
-    either: tuple[str, ...] = ()  # of these optional columns rows have one
+    one_of: tuple[str, ...] = ()  # of these optional columns rows have one
     by_name_only: bool = False  # other formats have the same columns, so that it must be named
     is_suggested: bool = True  # for a file whose columns have other names
     note: str = ""  # what such a suggestion says about it
     synonyms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # other names that people give to a column
     partner_columns: tuple[str, ...] = ()  # that belong to its rows, unless it is named
-    cut_windows: "Callable[[TokenizedDataset, int, Any, int | None], TokenizedDataset] | None" = None
+    window_cutter: "Callable[[TokenizedDataset, int, Any, int | None], TokenizedDataset] | None" = None
     """Cuts tokenized rows of any length into windows: rows, most tokens, tokenizer, seed of the cuts (None: fixed)."""
 
     def __str__(self) -> str:
-        return ", ".join([*self.required, *([" or ".join(self.either)] if self.either else [])])
+        return ", ".join([*self.required, *([" or ".join(self.one_of)] if self.one_of else [])])
 
     def fits(self, present: Collection[str]) -> bool:
         """Return whether these columns are those of the format."""
-        return set(self.required) <= set(present) and (not self.either or not set(self.either).isdisjoint(present))
+        return set(self.required) <= set(present) and (not self.one_of or not set(self.one_of).isdisjoint(present))
 
 
 Located = tuple[int, dict[str, Any]] | InvalidRow
@@ -176,9 +176,9 @@ class RowIterable(ABC):
         self.require_used_columns()
 
     @property
-    def cut_windows(self) -> "Callable[[TokenizedDataset, int, Any, int | None], TokenizedDataset] | None":
+    def window_cutter(self) -> "Callable[[TokenizedDataset, int, Any, int | None], TokenizedDataset] | None":
         """How rows of any length become windows (see `RowFormat`); None: a row is an example."""
-        return ROW_FORMATS.load(self.format).cut_windows if self.format in ROW_FORMATS.names() else None
+        return ROW_FORMATS.load(self.format).window_cutter if self.format in ROW_FORMATS.names() else None
 
 
 ROW_FORMATS: Registry[RowFormat] = Registry("slimtune.row_formats", "data format")

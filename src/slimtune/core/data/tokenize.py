@@ -192,7 +192,7 @@ def _join_answers(found: Sequence[TokenizedRow | InvalidRow], row: Row) -> Token
 class TokenizedBatch:
     """A batch of rows, tokenized, in flat arrays, because Arrow would cost each process that tokenizes 50 MB."""
 
-    report: TokenizationStats
+    counts: TokenizationStats
     invalid: list[InvalidRow]
     ids: np.ndarray  # int32 [T]: the tokens of the kept rows, one row after another
     supervised: np.ndarray  # bool [T]
@@ -304,7 +304,7 @@ def tokenize_dataset(
         ModelError: no chat template, or one that hides the assistant's turns.
     """
     measure = None if observer is None else observer.measure_batch
-    documents = isinstance(rows, RowIterable) and rows.cut_windows is not None
+    documents = isinstance(rows, RowIterable) and rows.window_cutter is not None
     function = BatchTokenizer(tokenizer, max_seq_len, on_overlong, train_on, measure, documents)
     if isinstance(rows, RowIterable):
         errors = rows.create_error_collector()
@@ -317,7 +317,7 @@ def tokenize_dataset(
         for batch in parallel_map(function, batch_rows(rows), processes):
             columns = {"row_lengths": batch.row_lengths, "classes": batch.labels, "row_scores": batch.row_scores}
             writer.write(batch.ids, batch.supervised, batch.lengths, batch.lines, **columns)
-            total.add(batch.report)
+            total.add(batch.counts)
             overlong += batch.overlong
             unsupervised += batch.unsupervised
             if observer is not None:

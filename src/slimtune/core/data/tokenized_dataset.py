@@ -85,7 +85,7 @@ class TokenizedDataset(Sequence[Example]):
 
     @property
     def documents(self) -> "TokenizedDataset":
-        """The whole rows, if the examples are windows of them (`RowFormat.cut_windows`), else the dataset itself."""
+        """The whole rows, if the examples are windows of them (`RowFormat.window_cutter`), else the dataset itself."""
         return self
 
     @property

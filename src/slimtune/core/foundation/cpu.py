@@ -21,7 +21,7 @@ def read_processor_name() -> str:
     return _read_cpu_line("model name") or platform.processor() or platform.machine()
 
 
-def read_linux_cpu_flags() -> list[str] | None:
+def read_linux_cpu_flags_or_none() -> list[str] | None:
     """Return the instruction sets that Linux names; None on other systems."""
     if not _CPUINFO.is_file():
         return None

@@ -99,7 +99,7 @@ def release_unused_memory(device: torch.device) -> None:
 
 
 @contextmanager
-def simulate_device_for_kernel_choice(device_type: str) -> Iterator[None]:
+def simulating_device_for_kernel_choice(device_type: str) -> Iterator[None]:
     """Choose kernels and chunks as on a device of this type ("cpu", "cuda", "mps"), wherever the tensors are."""
     before = _simulated.set(device_type)
     try:
@@ -108,7 +108,7 @@ def simulate_device_for_kernel_choice(device_type: str) -> Iterator[None]:
         _simulated.reset(before)
 
 
-def get_device_type(device: torch.device) -> str:
+def get_real_or_simulated_device_type(device: torch.device) -> str:
     """Return the kind of a device, or of the simulated one."""
     return _simulated.get() or device.type
 
@@ -119,7 +119,7 @@ def is_device_simulated() -> bool:
 
 
 @contextmanager
-def count_allocations_as_host() -> Iterator[None]:
+def counting_allocations_as_host() -> Iterator[None]:
     """Count what is allocated in the `with` as CPU memory when a device is simulated."""
     before = _host.set(True)
     try:
@@ -128,7 +128,7 @@ def count_allocations_as_host() -> Iterator[None]:
         _host.reset(before)
 
 
-def is_inside_count_allocations_as_host() -> bool:
+def is_counting_allocations_as_host() -> bool:
     """Return whether what is allocated now counts as CPU memory."""
     return _host.get()
 

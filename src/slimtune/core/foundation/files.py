@@ -317,7 +317,7 @@ def _disk_full_error(path: Path, needed: int | None = None, fix: str = "") -> Ru
     )
 
 
-def parse_dataset_id(path: str | Path) -> tuple[str, str | None, str] | None:
+def parse_hub_dataset_id_or_none(path: str | Path) -> tuple[str, str | None, str] | None:
     """Return repository, configuration and split if `path` is a Hub dataset `org/name[/config][:split]`.
 
     Returns None for the path of a file: a path that exists on this disk is never a dataset of the Hub.

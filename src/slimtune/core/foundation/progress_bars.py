@@ -20,7 +20,7 @@ def track_progress(items: Sequence[T], label: str) -> Iterator[T]:
 
 
 @contextmanager
-def display_progress(display: Display) -> Iterator[None]:
+def displaying_progress(display: Display) -> Iterator[None]:
     """Show what `track_progress` reports meanwhile."""
     _displays.append(display)
     try:
@@ -30,7 +30,7 @@ def display_progress(display: Display) -> Iterator[None]:
 
 
 @contextmanager
-def use_progress_prefix(prefix: str) -> Iterator[None]:
+def using_progress_prefix(prefix: str) -> Iterator[None]:
     """Put a name before what `track_progress` reports meanwhile: one of several passes over the same rows."""
     _names.append(prefix)
     try:

@@ -12,7 +12,7 @@ _allowed = ContextVar("remote_code_allowed", default=False)
 
 
 @contextmanager
-def allow_remote_code(condition: bool = True) -> Iterator[None]:
+def allowing_remote_code(condition: bool = True) -> Iterator[None]:
     """Let bases that are loaded in the block run code of their own; with `condition` false nothing changes."""
     token = _allowed.set(condition or _allowed.get())
     try:

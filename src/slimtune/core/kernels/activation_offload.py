@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..foundation.device import count_allocations_as_host
+from ..foundation.device import counting_allocations_as_host
 
 MIN_BYTES = 1 << 16
 """Smaller tensors stay where they are."""
@@ -54,7 +54,7 @@ class ActivationOffload:
         if not first or tensor.nbytes < MIN_BYTES:
             return tensor
         self._release_source()
-        with count_allocations_as_host():
+        with counting_allocations_as_host():
             host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
         offloaded, values = _OffloadedTensor(host, tensor.device), tensor.detach()
         if tensor.is_cuda:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from ..foundation.device import get_device_type
+from ..foundation.device import get_real_or_simulated_device_type
 
 Head = Callable[[Tensor], Tensor]
 """A map of hidden states `(n, d)` to logits `(n, vocabulary)`."""
@@ -76,8 +76,8 @@ def compute_target_nlls_and_hits(
 
 def count_rows_per_logit_chunk(vocabulary: int, device: torch.device) -> int:
     """Return how many rows of logits make a chunk."""
-    most = CHUNK_ON_GPU // vocabulary
-    return max(16, most if get_device_type(device) == "cuda" else max(CHUNK // vocabulary, min(ENOUGH_ROWS, most)))
+    on_gpu, most = get_real_or_simulated_device_type(device) == "cuda", CHUNK_ON_GPU // vocabulary
+    return max(16, most if on_gpu else max(CHUNK // vocabulary, min(ENOUGH_ROWS, most)))
 
 
 class _CrossEntropy(torch.autograd.Function):

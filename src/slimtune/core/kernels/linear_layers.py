@@ -50,7 +50,7 @@ def list_persistent_buffer_names(module: nn.Module) -> list[str]:
     return [n for n, buffer in module._buffers.items() if buffer is not None and n not in hidden]
 
 
-def get_layer_sizes(module: nn.Module) -> tuple[int, int]:
+def get_in_and_out_features(module: nn.Module) -> tuple[int, int]:
     """Return `(in_features, out_features)` of a layer, the sizes of its matrix; both are the width for a norm."""
     if isinstance(module, nn.Linear):  # the shape of a quantized weight is another one
         return module.in_features, module.out_features
@@ -89,15 +89,15 @@ def get_dequantized_weight(module: nn.Module) -> Tensor:
     return weight.t() if is_weight_transposed(module) else weight
 
 
-def undo_cpu_4bit_repacking(data: Tensor, state: Any) -> tuple[Tensor, Any]:
+def undo_cpu_4bit_repacking(data: Tensor, quant_state: Any) -> tuple[Tensor, Any]:
     """Return 4-bit data and state in the layout that `dequantize_4bit` reads; on some CPUs they are repacked."""
-    if not getattr(state, "packing_format_for_cpu", False):
-        return data, state
+    if not getattr(quant_state, "packing_format_for_cpu", False):
+        return data, quant_state
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
-    state = copy.copy(state)  # the function below writes into it
-    state.absmax, state.original_nested = state.absmax.t().reshape(-1).float(), False
-    return _convert_weight_packed_for_cpu_inverse(data, state)
+    quant_state = copy.copy(quant_state)  # the function below writes into it
+    quant_state.absmax, quant_state.original_nested = quant_state.absmax.t().reshape(-1).float(), False
+    return _convert_weight_packed_for_cpu_inverse(data, quant_state)
 
 
 def is_quantized(module: nn.Module) -> bool:

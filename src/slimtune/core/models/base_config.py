@@ -27,11 +27,11 @@ _LIMITS = dict(
 """Most of each; a config with more is damaged, and the model of its size could not be built even without weights."""
 
 CONFIG_CHECKS: Registry[Any] = Registry("slimtune.config_checks", "check of a config")
-"""Modules with `read_config_fields` and `find_damaged_field` (extras/damaged_config.py)."""
+"""Modules with `read_config_fields` and `make_damaged_field_error_or_none` (extras/damaged_config.py)."""
 
 
 @dataclass(frozen=True)
-class BaseConfig:
+class LoadedBaseConfig:
     """A base without weights."""
 
     name: str  # in reports
@@ -79,14 +79,14 @@ def load_config_and_convert_base(
     return PreparedBase(source, location, options, config, seconds)
 
 
-def load_checkpoint_config(
+def load_convertible_base_config(
     spec: str, *, trust_remote_code: bool = False, revision: str | None = None
 ) -> PreTrainedConfig:
     """Load the config of a base that can be loaded; as `load_config_and_convert_base`."""
     return load_config_and_convert_base(spec, trust_remote_code=trust_remote_code, revision=revision).config
 
 
-def load_base_config(spec: str, *, trust_remote_code: bool = False, revision: str | None = None) -> BaseConfig:
+def load_base_config(spec: str, *, trust_remote_code: bool = False, revision: str | None = None) -> LoadedBaseConfig:
     """Return the config of a base; for a known base nothing is downloaded.
 
     Args:
@@ -103,16 +103,16 @@ def load_base_config(spec: str, *, trust_remote_code: bool = False, revision: st
     file = path / "config.json" if os.path.isdir(path) else path
     trust_remote_code |= remote_code_allowed()
     if file.suffix == ".json" and os.path.exists(file):
-        return BaseConfig(file.resolve().parent.name, spec, read_config_file(file, trust_remote_code), str(path))
+        return LoadedBaseConfig(file.resolve().parent.name, spec, read_config_file(file, trust_remote_code), str(path))
     if os.path.isfile(path) and (kind := path.suffix.lower().removeprefix(".")) in BASE_READERS.names():
-        return BaseConfig(path.stem, spec, BASE_READERS.load(kind).read_config(path), str(path))
+        return LoadedBaseConfig(path.stem, spec, BASE_READERS.load(kind).read_config(path), str(path))
     if (known := find_known_base(spec)) is not None:
         loads = known.alias if known.packaged_weights is not None and "/" not in spec else known.hub_id
-        return BaseConfig(spec.split("/")[-1], loads, AutoConfig.for_model(**known.config), known.source)
+        return LoadedBaseConfig(spec.split("/")[-1], loads, AutoConfig.for_model(**known.config), known.source)
     if "/" not in spec:
         raise make_unknown_base_error(spec)
     model = load_config_and_convert_base(spec, trust_remote_code=trust_remote_code, revision=revision)
-    return BaseConfig(model.source.name, spec, model.config, f"config.json of {spec}")
+    return LoadedBaseConfig(model.source.name, spec, model.config, f"config.json of {spec}")
 
 
 def get_hidden_size(config: PreTrainedConfig) -> int:
@@ -152,7 +152,7 @@ def _make_valid_config(fields: JsonObject, spec: str, location: str, **options: 
     try:
         config = AutoConfig.from_pretrained(location, **options)
     except Exception as error:
-        raise CONFIG_CHECKS.load("damage").find_damaged_field(fields, spec) or error from error
+        raise CONFIG_CHECKS.load("damage").make_damaged_field_error_or_none(fields, spec) or error from error
     _require_valid_config(config, spec)
     return config
 

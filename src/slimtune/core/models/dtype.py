@@ -13,7 +13,7 @@ import torch
 
 from ...errors import UsageError, format_names, suggest
 from ..foundation import distributed
-from ..foundation.cpu import read_linux_cpu_flags
+from ..foundation.cpu import read_linux_cpu_flags_or_none
 from ..foundation.dtype_names import DTYPE_ABBREVIATIONS, dtype_name
 from .gpu_support import NO_XPU
 
@@ -51,14 +51,14 @@ def pick_device(requested: str | torch.device = "auto") -> torch.device:
 
 
 @distributed.raises_on_all_ranks
-def pick_training_device(name: str) -> torch.device:
+def pick_training_device(requested: str) -> torch.device:
     """Return the device of this process: with several processes on GPUs, each has its own."""
-    device, gpus = pick_device(name), torch.cuda.device_count()
+    device, gpus = pick_device(requested), torch.cuda.device_count()
     if distributed.world_size() == 1 or device.type == "cpu":
         return device
     if device.type != "cuda" or device.index is not None or distributed.local_rank() >= gpus:
         raise UsageError(
-            f"model.device is {name} for {distributed.local_world_size()} processes on a machine with {gpus} GPUs",
+            f"model.device is {requested} for {distributed.local_world_size()} processes on a machine with {gpus} GPUs",
             "auto or cuda, where each process takes its own GPU, or cpu",
             "--set model.device=auto (or cpu), and at most one process per GPU (--nproc-per-node)",
         )
@@ -116,7 +116,7 @@ def _multiplies_bf16(device: torch.device) -> bool:
         return torch.backends.mps.is_macos_or_newer(14, 0)
     if device.type != "cpu":
         return False
-    flags = read_linux_cpu_flags()
+    flags = read_linux_cpu_flags_or_none()
     if flags is None:  # torch knows from 2.10 on; before, float32 is right everywhere
         get_capabilities = getattr(torch.cpu, "get_capabilities", dict)
         flags = [name for name, value in get_capabilities().items() if value is True]

@@ -43,7 +43,7 @@ _TRANSLATIONS: tuple[tuple[tuple[type[Exception] | str, ...], type[SlimtuneError
 
 
 @contextlib.contextmanager
-def silence_model_loading() -> Iterator[None]:
+def silencing_model_loading() -> Iterator[None]:
     """Load without progress bars, without text on stdout, and without asking the Hub to convert pickled weights."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     variable = "DISABLE_SAFETENSORS_CONVERSION"
@@ -73,7 +73,7 @@ def silence_and_translate_load_errors(spec: str, label: str = "base") -> Iterato
         label: what is loaded from it.
     """
     try:
-        with silence_model_loading():
+        with silencing_model_loading():
             yield
     except SlimtuneError:
         raise

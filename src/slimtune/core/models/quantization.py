@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 
 from ...errors import ModelError, UsageError, format_install_command, format_names, suggest
 from ..foundation.registry import Registry
-from ..kernels.linear_layers import get_base_layer_type, get_dequantized_weight, get_layer_sizes, is_quantized
+from ..kernels.linear_layers import get_base_layer_type, get_dequantized_weight, get_in_and_out_features, is_quantized
 
 KINDS = ("nf4", "int8")
 """Quantizations in which a base can be loaded."""
@@ -101,7 +101,7 @@ def dequantize_model(model: Any, dtype: torch.dtype) -> Any:
     for name, module in list(model.named_modules()):
         if get_base_layer_type(module) != "linear" or not is_quantized(module):
             continue
-        plain = nn.Linear(*get_layer_sizes(module), bias=False, device="meta")
+        plain = nn.Linear(*get_in_and_out_features(module), bias=False, device="meta")
         plain.weight = nn.Parameter(get_dequantized_weight(module).to(dtype), requires_grad=False)
         if module.bias is not None:
             plain.bias = nn.Parameter(module.bias.detach().to(dtype), requires_grad=False)

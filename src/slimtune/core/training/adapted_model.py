@@ -101,18 +101,18 @@ def _attach_adapter(
     return model
 
 
-def exclude_non_text_modules_in_place(model: Any, method: PeftConfig) -> None:
+def exclude_non_text_modules_in_place(model: Any, method_config: PeftConfig) -> None:
     """Let "all-linear" leave out the parts of a base that see images or hear: a run's rows are text.
 
     The model's language part is transformers' `get_decoder()`. Writes `exclude_modules` of the config.
     """
-    everything = str(getattr(method, "target_modules", "")).lower() == ALL_LINEAR
+    everything = str(getattr(method_config, "target_modules", "")).lower() == ALL_LINEAR
     language = model.get_decoder() if hasattr(model, "get_decoder") else None
-    if not everything or getattr(method, "exclude_modules", None) or language in (None, model):
+    if not everything or getattr(method_config, "exclude_modules", None) or language in (None, model):
         return
     names = {id(m): n for n, m in model.named_modules()}
     parts = names.get(id(language), "").split(".")
     path = [".".join(parts[:i]) for i in range(len(parts) + 1)]  # the modules that the language part is in, and itself
     beside = [n for n, m in model.named_modules() if n not in path and n.rpartition(".")[0] in path[:-1]]
     if other := [n for n in beside if model.get_submodule(n) is not model.get_output_embeddings()]:
-        method.exclude_modules = "|".join(rf"{re.escape(n)}(\..*)?" for n in other)  # type: ignore[attr-defined]
+        method_config.exclude_modules = "|".join(rf"{re.escape(n)}(\..*)?" for n in other)  # type: ignore[attr-defined]

@@ -18,8 +18,8 @@ LoadBase = Callable[[ModelSettings, Path | None, ClassLabels | None], LoadedBase
 """Loads a base with its settings, a chat template in place of its own, and a head for classes: `load_base_model`."""
 
 
-def load_base_model(model: ModelSettings, chat_template: Path | None, classes: ClassLabels | None = None) -> LoadedBase:
-    """Load a base and its tokenizer, with a head for `classes`."""
+def load_base_model(model: ModelSettings, chat_template: Path | None, class_labels: ClassLabels | None) -> LoadedBase:
+    """Load a base and its tokenizer, with a head for `class_labels`."""
     base = load_base(
         model.name,
         dtype=model.dtype,
@@ -28,10 +28,10 @@ def load_base_model(model: ModelSettings, chat_template: Path | None, classes: C
         revision=model.revision,
         chat_template=chat_template,
         quantization=model.quantization,
-        task="CAUSAL_LM" if classes is None else "SEQ_CLS",
-        head=None if classes is None else classes.config,
+        task="CAUSAL_LM" if class_labels is None else "SEQ_CLS",
+        head=None if class_labels is None else class_labels.config,
     )
-    if classes is not None:
+    if class_labels is not None:
         _require_row_head(base.model)
     if base.device.type == "cpu":
         disable_malloc_trim()

@@ -130,12 +130,12 @@ def tokenize_recipe_datasets(recipe: Recipe, tokenizer: Any) -> RunDatasets:
 
 
 def load_eval_dataset_and_stats(
-    path: Path, data: DataSettings, objective: Objective, tokenizer: Any, classes: ClassLabels | None = None
+    path: Path, data: DataSettings, objective: Objective, tokenizer: Any, class_labels: ClassLabels | None = None
 ) -> tuple[TokenizedDataset, TokenizationStats]:
-    """Read and tokenize rows for evaluation, with a run's length policy; `classes` are those of a classifier."""
+    """Read and tokenize rows for evaluation, with a run's length policy; `class_labels` are those of a classifier."""
     rows = open_rows_for_objective(path, data, objective)
     dataset, stats = _tokenize(rows, data, tokenizer)
-    dataset = objective.prepare_rows(dataset, classes, path)
+    dataset = objective.prepare_rows(dataset, class_labels, path)
     return _cut_documents(rows, dataset, data, tokenizer), stats
 
 
@@ -158,7 +158,7 @@ def _cut_documents(
     rows: RowIterable, dataset: TokenizedDataset, data: DataSettings, tokenizer: Any, seed: int | None = None
 ) -> TokenizedDataset:
     """Return the windows of documents, of rows of another format the rows; with a seed, epochs have other cuts."""
-    return dataset if rows.cut_windows is None else rows.cut_windows(dataset, data.max_seq_len, tokenizer, seed)
+    return dataset if rows.window_cutter is None else rows.window_cutter(dataset, data.max_seq_len, tokenizer, seed)
 
 
 def _split_validation_rows(rows: TokenizedDataset, count: int, seed: int) -> tuple[TokenizedDataset, TokenizedDataset]:

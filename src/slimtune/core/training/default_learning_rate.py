@@ -5,12 +5,12 @@ from dataclasses import replace
 from ..config import Recipe
 
 
-def fill_in_learning_rate(recipe: Recipe, rows: int, hidden_size: int) -> Recipe:
+def fill_in_learning_rate(recipe: Recipe, row_count: int, hidden_size: int) -> Recipe:
     """Return the recipe with a number for its learning rate.
 
     Args:
         recipe: the run's settings.
-        rows: training rows.
+        row_count: training rows.
         hidden_size: width of the base's hidden states.
     """
     train = recipe.train
@@ -20,7 +20,7 @@ def fill_in_learning_rate(recipe: Recipe, rows: int, hidden_size: int) -> Recipe
     rate = method.learning_rate * objective.learning_rate_factor
     # How the best rate depends on the run was measured with the loss of tokens alone.
     if objective.task_type == "CAUSAL_LM" and objective.learning_rate_factor == 1:
-        steps = train.count_steps(rows)
-        epochs = max(1.0, steps * train.rows_per_step / max(rows, 1))
+        steps = train.count_steps(row_count)
+        epochs = max(1.0, steps * train.rows_per_step / max(row_count, 1))
         rate = method.default_learning_rate(steps, epochs, hidden_size)
     return replace(recipe, train=replace(train, learning_rate=float(f"{rate:.2g}")))

@@ -27,11 +27,11 @@ RUN_REPORTS: Registry[Callable[[RunDir], Any]] = Registry("slimtune.run_reports"
 """Functions that write a report into the folder of a run that has ended, from the files in it."""
 
 
-class Interrupted(KeyboardInterrupt):
+class InterruptedAfterCheckpoint(KeyboardInterrupt):
     """A run was stopped by Ctrl-C, with a checkpoint."""
 
 
-class Terminated(RunError):
+class TerminatedAfterCheckpoint(RunError):
     """A run was stopped by SIGTERM or SIGHUP, with a checkpoint; the exit code is 128 and the signal's number."""
 
     def __init__(self, message: str, expected: str = "", hint: str = "", exit_code: int = 143) -> None:
@@ -43,7 +43,7 @@ def save_final_results(loop: TrainingLoop) -> TrainResult:
     """Save the best adapter, the result and the reports, once all processes have ended the loop; return the result.
 
     Raises:
-        Interrupted, Terminated: a signal stopped the run before its last step.
+        InterruptedAfterCheckpoint, TerminatedAfterCheckpoint: a signal stopped the run before its last step.
     """
     peak = max(distributed.all_gather_object(max(loop.prepared.loading_peak, count_peak_memory(loop.device))))
     _raise_if_stopped(loop)
@@ -58,9 +58,9 @@ def _raise_if_stopped(loop: TrainingLoop) -> None:
     stopped = f"stopped at step {step}"
     if loop.stop_signal in (0, signal.SIGINT):
         loop.logger.say(f"{stopped}; go on with: {resume}")
-        raise Interrupted(stopped)
+        raise InterruptedAfterCheckpoint(stopped)
     name, hint = signal.Signals(loop.stop_signal).name, f"checkpoint-{step} is complete: {resume}"
-    raise Terminated(f"{stopped} by {name}", hint=hint, exit_code=128 + loop.stop_signal)
+    raise TerminatedAfterCheckpoint(f"{stopped} by {name}", hint=hint, exit_code=128 + loop.stop_signal)
 
 
 @distributed.runs_on_main_and_broadcasts

@@ -18,10 +18,10 @@ from torch.distributed.fsdp import FSDPModule
 from ...errors import UsageError
 from ..attention.attention_functions import (
     LAYOUT_KWARG,
-    layout_unsupported_reason,
+    layout_unsupported_reason_or_empty,
     make_placeholder_mask,
-    packing_unsupported_reason,
-    use_packed_attention,
+    packing_unsupported_reason_or_empty,
+    using_packed_attention,
 )
 from ..config.objective_registry import load_objective_class
 from ..config.schema import TrainSettings
@@ -53,8 +53,8 @@ def make_collator(
     """Return the collator that packs rows if that is known to be exact for this model; `sizes` are its limits."""
     # A token of a shared prefix may be changed in one row and not in another.
     share_prefix = share_prefix and not any(getattr(m, "takes_tokens", False) for m in model.modules())
-    packing = packing and not packing_unsupported_reason(model)
-    layout = packing and not layout_unsupported_reason(model)
+    packing = packing and not packing_unsupported_reason_or_empty(model)
+    layout = packing and not layout_unsupported_reason_or_empty(model)
     if get_classifier_head(model) is not None:
         own = model.config.get_text_config().pad_token_id
         sizes["pooling_pad_id"] = -1 if own is None else own
@@ -72,7 +72,7 @@ def build_run_collator(settings: TrainSettings, model: Any, tokenizer: Any, long
         max_rows=settings.batch_size,
     )
     if settings.packing and not collator.packing:
-        message = f"train.packing is true, but {packing_unsupported_reason(model)}"
+        message = f"train.packing is true, but {packing_unsupported_reason_or_empty(model)}"
         raise UsageError(message, hint="--set train.packing=null packs where it is exact")
     require_matching_lm_head_loss(model)
     limit = settings.max_tokens_per_micro_batch
@@ -97,16 +97,16 @@ def load_default_objective() -> Objective:
 # --- the loss ---------------------------------------------------------------------------------------------------------
 
 
-def compute_supervised_token_nll(model: Any, batch: Batch) -> Tensor:
+def compute_supervised_token_nll(model: Any, collated_batch: Batch) -> Tensor:
     """Return −log p of each supervised token of a collated batch, `(K,)` in fp32 or wider, in the order of `targets`.
 
-    If the batch has a `layout`, call this inside `use_packed_attention(model)`, and the backward pass, too.
+    If the batch has a `layout`, call this inside `using_packed_attention(model)`, and the backward pass, too.
     """
-    head, h = get_head_and_supervised_hidden_states(model, batch)
+    head, h = get_head_and_supervised_hidden_states(model, collated_batch)
     if head is None:
         logits = h.to(torch.promote_types(h.dtype, torch.float32))
-        return F.cross_entropy(logits, batch["targets"], reduction="none")
-    return head.target_nll(h, batch["targets"])
+        return F.cross_entropy(logits, collated_batch["targets"], reduction="none")
+    return head.target_nll(h, collated_batch["targets"])
 
 
 def _model_inputs(batch: Batch) -> ModelInputs:
@@ -119,16 +119,16 @@ def _model_inputs(batch: Batch) -> ModelInputs:
     return inputs
 
 
-def get_head_and_supervised_hidden_states(model: Any, batch: Batch) -> tuple[LMHead | None, Tensor]:
+def get_head_and_supervised_hidden_states(model: Any, collated_batch: Batch) -> tuple[LMHead | None, Tensor]:
     """Return the head and its inputs `(K, d)` at the supervised positions; None and logits if the head is unknown."""
-    inputs = _model_inputs(batch) | {"logits_to_keep": batch["logits_to_keep"]}
+    inputs = _model_inputs(collated_batch) | {"logits_to_keep": collated_batch["logits_to_keep"]}
     head = get_lm_head_with_scale_and_cap(model)
     if head is None:
-        return None, model(**inputs).logits.flatten(0, 1).index_select(0, batch["hidden_index"])
-    return head, get_hidden_states(model, head, inputs).flatten(0, 1).index_select(0, batch["hidden_index"])
+        return None, model(**inputs).logits.flatten(0, 1).index_select(0, collated_batch["hidden_index"])
+    return head, get_hidden_states(model, head, inputs).flatten(0, 1).index_select(0, collated_batch["hidden_index"])
 
 
-def compute_row_logits(model: Any, batch: Batch) -> Tensor:
+def compute_row_logits(model: Any, collated_batch: Batch) -> Tensor:
     """Return the logits of a sequence classifier for each row of a collated batch, `(R, classes)` in fp32 or wider.
 
     They are those that transformers pools: of the last token of a row that is no padding.
@@ -136,16 +136,16 @@ def compute_row_logits(model: Any, batch: Batch) -> Tensor:
     logits: list[Tensor] = []
     hook = get_classifier_head(model).register_forward_hook(lambda module, args, output: logits.append(output))
     try:
-        model(**_model_inputs(batch))
+        model(**_model_inputs(collated_batch))
     finally:
         hook.remove()
-    chosen = logits[0].flatten(0, 1).index_select(0, batch["row_ends"])
+    chosen = logits[0].flatten(0, 1).index_select(0, collated_batch["row_ends"])
     return chosen.to(torch.promote_types(chosen.dtype, torch.float32))
 
 
-def compute_token_nll_or_row_logits(model: Any, batch: Batch) -> Tensor:
+def compute_token_nll_or_row_logits(model: Any, collated_batch: Batch) -> Tensor:
     """Return an objective's input: `compute_row_logits` of a classifier, else `compute_supervised_token_nll`."""
-    return compute_row_logits(model, batch) if "row_ends" in batch else compute_supervised_token_nll(model, batch)
+    return (compute_row_logits if "row_ends" in collated_batch else compute_supervised_token_nll)(model, collated_batch)
 
 
 def compute_step_loss(model: Any, batch: Batch, num_items: Any = None, objective: Objective | None = None) -> Tensor:
@@ -244,7 +244,7 @@ def score_examples_by_number(
     measured: dict[int, Tensor] = {}  # read at the end, so that a GPU need not wait for a CPU
     model.eval()
     try:
-        with use_packed_attention(model):
+        with using_packed_attention(model):
             for start in range(0, len(examples), EVAL_ROWS):
                 some = examples[start : start + EVAL_ROWS]
                 for group in track_progress(
@@ -281,8 +281,8 @@ def choose_sufficient_micro_batch_tokens(model: Any, collator: Collator, longest
     return int(max(longest, min(enough, available / per_token)))
 
 
-def measure_activation_bytes(model: Any, collator: Collator, tokens: int = PROBE_TOKENS) -> int:
-    """Return the bytes that the backward pass of a row of `tokens` tokens keeps, without parameters and buffers."""
+def measure_activation_bytes(model: Any, collator: Collator, token_count: int = PROBE_TOKENS) -> int:
+    """Return the bytes that the backward pass of a row of `token_count` tokens keeps, no parameters or buffers."""
     device, was_training = next(model.parameters()).device, model.training
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     saved: dict[int, int] = {}
@@ -294,10 +294,10 @@ def measure_activation_bytes(model: Any, collator: Collator, tokens: int = PROBE
         return tensor
 
     vocabulary = model.config.get_text_config().vocab_size
-    row = [(7 * i * i + 3) % vocabulary for i in range(tokens)]
+    row = [(7 * i * i + 3) % vocabulary for i in range(token_count)]
     batch = move_batch_to_device(collator([{"input_ids": row, "labels": row}]), device)
     hooks = torch.autograd.graph.saved_tensors_hooks(record, lambda t: t)
-    with preserve_rng_state(device), use_packed_attention(model), hooks:
+    with preserve_rng_state(device), using_packed_attention(model), hooks:
         loss = compute_step_loss(model.train(), batch)
     del loss
     model.train(was_training)

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 from transformers.trainer_pt_utils import get_parameter_names
 
-from ..foundation.device import get_device_type
+from ..foundation.device import get_real_or_simulated_device_type
 
 BLOCK_SIZE, MIN_8BIT_VALUES = 256, 4096
 
@@ -46,7 +46,7 @@ class _FakeAdamW8bit(Optimizer):
             state = self.state[p]
             if not state:
                 self._allocate_state(p, state)
-            if get_device_type(p.device) == "cuda":
+            if get_real_or_simulated_device_type(p.device) == "cuda":
                 continue
             # bitsandbytes' CPU step is written in tensor operations, and keeps these tensors until its end.
             quantized = state["state1"].dtype == torch.uint8

@@ -35,7 +35,7 @@ from .resuming import (
     report_resume_and_delete_later_metrics,
     resolve_recipe_adapter_and_lock_on_resume,
 )
-from .run_description import log_run_description, log_step_composition
+from .run_description import log_row_packing_and_warn_of_few_steps, log_run_description
 from .run_dir import RUN_LOCKS, RunDir, RunLock
 
 Planner = Callable[[Recipe, Sequence[ExampleLength], DatasetRowComposition], MemoryEstimate | None]
@@ -53,7 +53,7 @@ The last argument is the bytes that this process had resident at the start.
 """
 
 
-def plan_nothing(recipe: Recipe, lengths: Sequence[ExampleLength], content: DatasetRowComposition) -> None:
+def plan_nothing(recipe: Recipe, lengths: Sequence[ExampleLength], row_composition: DatasetRowComposition) -> None:
     """Plan no run."""
 
 
@@ -126,7 +126,7 @@ def prepare_run(
             log_run_description(prepared)
             prepared.objective.prepare_run(prepared)
             initialize_or_resume_run_in_place(prepared, resume)
-            log_step_composition(prepared)
+            log_row_packing_and_warn_of_few_steps(prepared)
             if recipe.train.compile:
                 compiled = compile_and_count_layers(prepared.model)
                 logger.say(f"{compiled} layers will be compiled when they first run, which takes a while")

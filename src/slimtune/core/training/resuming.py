@@ -54,7 +54,7 @@ def _prepare_resume(run: RunDir, recipe: Recipe, lock: RunLock, accept: Collecti
     if recipe.train.learning_rate == "auto":
         rate = run.load_recipe().train.learning_rate
         recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, learning_rate=rate))
-    FINGERPRINT_CHECKS.load("files").require_recipe_of_run(run, recipe, accept)
+    FINGERPRINT_CHECKS.load("files").require_recipe_unchanged_since_start(run, recipe, accept)
     lock.acquire()
     _delete_leftovers(run)
     return recipe

@@ -2,7 +2,7 @@
 
 import math
 
-from ..attention.attention_functions import packing_unsupported_reason
+from ..attention.attention_functions import packing_unsupported_reason_or_empty
 from ..config import Recipe
 from ..foundation import distributed
 from ..foundation.dtype_names import dtype_name
@@ -72,7 +72,7 @@ def _warn_of_few_held_out_rows(recipe: Recipe, data: RunDatasets) -> str | None:
     return f"{few} too few: {least}; {way}, or give others to it later: slimtune eval RUN --data held_out.jsonl"
 
 
-def log_step_composition(prepared: PreparedRun) -> None:
+def log_row_packing_and_warn_of_few_steps(prepared: PreparedRun) -> None:
     """Say how the rows of a step are put together, and warn if the steps are few."""
     settings, say = prepared.settings, prepared.logger.say
     steps = settings.count_steps(len(prepared.data.train))
@@ -80,7 +80,7 @@ def log_step_composition(prepared: PreparedRun) -> None:
         epochs = math.ceil(FEW_STEPS / prepared.steps_per_epoch)
         more = f"more rows, or --epochs {epochs} for {epochs * prepared.steps_per_epoch}"
         say(f"warning: {steps} steps are few, and may change little: {more}")
-    if settings.packing is None and (reason := packing_unsupported_reason(prepared.model)):
+    if settings.packing is None and (reason := packing_unsupported_reason_or_empty(prepared.model)):
         say(f"rows are not packed: {reason}")
     collator, report = prepared.collator, prepared.data.data_reports["train"]
     limit = f"at most {collator.max_tokens} tokens in a micro-batch"

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from ..config import Recipe
 from ..foundation import distributed
-from .finish_run import Interrupted as Interrupted
-from .finish_run import Terminated as Terminated
+from .finish_run import InterruptedAfterCheckpoint as InterruptedAfterCheckpoint
+from .finish_run import TerminatedAfterCheckpoint as TerminatedAfterCheckpoint
 from .finish_run import save_final_results
 from .prepare_run import Planner, plan_nothing, prepare_run
 from .train_result import TrainResult
@@ -38,8 +38,8 @@ def train(
         UsageError: the recipe cannot be carried out; nothing was written.
         SlimtuneError: the data, the model or the machine prevents it.
         RunError: a loss or gradient is NaN or Inf, unless `train.on_nonfinite` is "skip".
-        Interrupted: Ctrl-C; a checkpoint was written.
-        Terminated: SIGTERM or SIGHUP; a checkpoint was written.
+        InterruptedAfterCheckpoint: Ctrl-C; a checkpoint was written.
+        TerminatedAfterCheckpoint: SIGTERM or SIGHUP; a checkpoint was written.
     """
     created_group = distributed.create_process_group_if_needed()
     with prepare_run(

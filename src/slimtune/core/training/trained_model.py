@@ -13,7 +13,7 @@ from ..adapters.peft_model import PeftModel
 from ..config import Recipe
 from ..data.class_labels import ClassLabels
 from ..foundation.files import read_json_object
-from ..foundation.remote_code import allow_remote_code
+from ..foundation.remote_code import allowing_remote_code
 from ..models.loader import LoadedBase, load_base
 from ..models.quantization import dequantize_model
 from .base_model import load_base_model
@@ -55,7 +55,7 @@ def load_run(
         accept_changed: parts of what the adapter was trained on that may have changed: "weights", "config",
             "tokenizer", "template". A change of another part is an AdapterError.
     """
-    with allow_remote_code(trust_remote_code):
+    with allowing_remote_code(trust_remote_code):
         return _load_run(
             Path(path), {"dtype": dtype, "device": device, "quantization": quantization}, dequantize, accept_changed
         )
@@ -97,7 +97,7 @@ def _load_run(
         raise AdapterError(
             f"{folder} does not name its base", "base_model_name_or_path in adapter_config.json", code="wrong-base"
         )
-    FINGERPRINT_CHECKS.load("files").require_trained_base(path, base, accept_changed)
+    FINGERPRINT_CHECKS.load("files").require_base_unchanged_since_training(path, base, accept_changed)
     if dequantize and base.quantization is not None:
         base.model = dequantize_model(base.model, base.dtype)
     model = PeftModel.from_pretrained(base.model, folder, config=config)

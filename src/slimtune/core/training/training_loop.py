@@ -26,7 +26,7 @@ from torch import Tensor
 from ...errors import RunError, SlimtuneError, format_names, is_out_of_memory
 from ..adapters import adapter_files
 from ..adapters.peft_model import find_modules_without_gradient
-from ..attention.attention_functions import use_packed_attention
+from ..attention.attention_functions import using_packed_attention
 from ..data.collator import Example
 from ..foundation import distributed
 from ..foundation.files import to_json, translate_os_errors, write_atomic
@@ -109,7 +109,7 @@ class TrainingLoop:
         So several loops of one process can take turns. Signals are theirs to handle.
         """
         self.model.train()
-        with use_packed_attention(self.model), self.logger.track_training(self.state):
+        with using_packed_attention(self.model), self.logger.track_training(self.state):
             if self.thread_count is not None and self.state.threads is not None:
                 self.thread_count.start_with(self.state.threads)
             try:

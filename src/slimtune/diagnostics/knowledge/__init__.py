@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 
-from .guides import QuestionGuide, find_headed_section, load_sections
+from .guides import QuestionGuide, find_section_by_exact_heading, load_docs_sections_by_heading
 from .question_words import WordingIndex
 
 MOST_TEXT = 50_000
@@ -65,7 +65,7 @@ def infer_error_code(text: str, default: str) -> str:
 
 
 @dataclass(frozen=True)
-class Answers:
+class FoundAndNearPages:
     """What answers a text, if anything does, and what may be meant beside it."""
 
     found: ErrorPage | QuestionGuide | None
@@ -74,15 +74,15 @@ class Answers:
     """Related answers, the nearest first; if none was found, those that are perhaps meant."""
 
 
-def find_answers(text: str, max_near: int = 2) -> Answers:
+def find_answers(text: str, max_near: int = 2) -> FoundAndNearPages:
     """Find what answers a text: a code, a heading of the docs, a question, an error, or a whole traceback."""
     pages = load_error_pages()
     if (code := text.strip().lower().replace(" ", "-")) in pages:
-        return Answers(pages[code], ())
+        return FoundAndNearPages(pages[code], ())
     scores = _score_questions(text)
     ranked = sorted(scores, key=lambda name: scores[name], reverse=True)
-    if len(text) <= _MOST_QUESTION and (headed := find_headed_section(text)):
-        return Answers(headed, ())
+    if len(text) <= _MOST_QUESTION and (headed := find_section_by_exact_heading(text)):
+        return FoundAndNearPages(headed, ())
     fits = {
         code: (_score_patterns(text, page.patterns), _score_patterns(text, page.hints)) for code, page in pages.items()
     }
@@ -96,11 +96,11 @@ def find_answers(text: str, max_near: int = 2) -> Answers:
     else:
         first, others = "", [*by_pattern, *(name for name in ranked if scores[name] >= _LEAST_NEAR)]
     near = list(dict.fromkeys(name for name in others if name != first))[:max_near]
-    return Answers(_get_answers([first])[0] if first else None, _get_answers(near))
+    return FoundAndNearPages(_get_answers([first])[0] if first else None, _get_answers(near))
 
 
 def _get_answers(names: list[str]) -> tuple[ErrorPage | QuestionGuide, ...]:
-    pages, sections = load_error_pages(), load_sections()
+    pages, sections = load_error_pages(), load_docs_sections_by_heading()
     return tuple(pages[name] if name in pages else sections[name].guide for name in names)
 
 
@@ -110,7 +110,7 @@ def _score_questions(text: str) -> dict[str, float]:
 
 @cache
 def _build_index() -> WordingIndex:
-    pages, sections = load_error_pages(), load_sections()
+    pages, sections = load_error_pages(), load_docs_sections_by_heading()
     wordings = {code: (page.title, code.replace("-", " "), *page.asked) for code, page in pages.items()}
     wordings |= {name: section.wordings for name, section in sections.items()}
     texts = {code: page.body for code, page in pages.items()}

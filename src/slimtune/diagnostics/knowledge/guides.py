@@ -53,7 +53,7 @@ class DocsSection:
 
 
 @cache
-def load_sections() -> dict[str, DocsSection]:
+def load_docs_sections_by_heading() -> dict[str, DocsSection]:
     """Return the commands and all sections of Quick answers, the lessons and the glossary, by heading.
 
     The heading of a lesson's section has the lesson's title before it.
@@ -76,7 +76,7 @@ def load_terms() -> dict[str, DocsSection]:
     return {normalize_heading(section.guide.answer): section for section in sections}
 
 
-def find_headed_section(question: str) -> QuestionGuide | None:
+def find_section_by_exact_heading(question: str) -> QuestionGuide | None:
     """Return the section that a text names by its heading, or the definition that it asks for; None if none.
 
     The heading of a lesson's section suffices if no other has it.
@@ -92,7 +92,7 @@ def find_headed_section(question: str) -> QuestionGuide | None:
 def _load_headings() -> dict[str, QuestionGuide]:
     named: dict[str, QuestionGuide] = {}
     short: dict[str, list[QuestionGuide]] = {}
-    for heading, section in load_sections().items():
+    for heading, section in load_docs_sections_by_heading().items():
         named[heading.lower()] = section.guide
         named.setdefault(normalize_heading(heading), section.guide)
         if ": " in heading:

@@ -115,7 +115,7 @@ the texts of answers have, of a word that nothing has (beside jargon, and else),
 question is about."""
 
 
-def split_stems(text: str) -> list[str]:
+def split_into_stems_marking_small_words(text: str) -> list[str]:
     """Return the stems of a text's words in their order; small words, which say little, have a ~ before them."""
     text = text.lower().replace("`", "").replace("_", " ")
     for pattern, word in _PHRASES:
@@ -158,9 +158,14 @@ class WordingIndex:
     """
 
     def __init__(self, wordings: Mapping[str, Sequence[str]], texts: Mapping[str, str]) -> None:
-        self.wordings = {name: [set(split_stems(each)) for each in asked] for name, asked in wordings.items()}
+        self.wordings = {
+            name: [set(split_into_stems_marking_small_words(each)) for each in asked]
+            for name, asked in wordings.items()
+        }
         self.known = {name: set().union(*asked) for name, asked in self.wordings.items()}
-        self.texts = {name: words | set(split_stems(texts[name])) for name, words in self.known.items()}
+        self.texts = {
+            name: words | set(split_into_stems_marking_small_words(texts[name])) for name, words in self.known.items()
+        }
         counts = Counter(word for words in self.known.values() for word in words if word[0] != "~")
         self.weights = {word: math.log(1 + len(counts) / count) for word, count in counts.items()}
         most = max(self.weights.values())
@@ -174,7 +179,7 @@ class WordingIndex:
 
     def score(self, question: str) -> dict[str, float]:
         """Return the score of each answer that shares a word with a question."""
-        asked = {self._correct(word) for word in split_stems(question)}
+        asked = {self._correct(word) for word in split_into_stems_marking_small_words(question)}
         is_jargon = bool(asked & _JARGON) or len(asked & _AMBIGUOUS_JARGON) > 1
         unknown = {word for word in asked if word not in self.weights}
         unknown_weight = sum(self._weigh_unknown(word, is_jargon) for word in unknown)

@@ -22,8 +22,8 @@ from .near_duplicates import (
     find_common_trigram_hashes,
     hash_whitespace_normalized_texts,
 )
-from .row_samples import sample_tokens
-from .swapped_texts import Sides, hash_sides
+from .row_samples import list_text_lines_names_and_tokens
+from .swapped_texts import Sides, hash_prompt_and_answer_features
 from .text_checks import PLAIN_FORMATS, detect_rendered_chat_format, find_encoding_issues, is_placeholder_answer
 
 SAMPLES = 3
@@ -50,14 +50,16 @@ class RowBatchStats:
     thinking: list[int]  # turns that think, as `messages.count_thinking_turns_by_use` counts them
 
 
-class TokenizedRowBatchValidator:
+class TokenizedRowBatchMeasurer:
     """Validates batches of rows for a tokenizer; it is sent to other processes.
 
     `common_trigrams` (see `near_duplicates`) are those of the first batch, if they are not set before it.
     """
 
-    def __init__(self, tokenizer: Any, max_seq_len: int, documents: bool = False, sample_rows: int = SAMPLES) -> None:
-        self.max_seq_len, self.documents, self.sample_rows = max_seq_len, documents, sample_rows
+    def __init__(
+        self, tokenizer: Any, max_seq_len: int, documents: bool = False, shown_row_count: int = SAMPLES
+    ) -> None:
+        self.max_seq_len, self.documents, self.shown_row_count = max_seq_len, documents, shown_row_count
         self.control_tokens = compile_alternatives_pattern(_control_tokens(tokenizer))
         self.special_tokens = compile_alternatives_pattern(t for t in _special_tokens(tokenizer) if t.strip())
         self.template_thinks = "think>" in str(tokenizer.chat_template)
@@ -97,8 +99,8 @@ class TokenizedRowBatchValidator:
             signatures[rows["comparable"]],
             issues,
             find_shared_prefix(ids) if ids else None,
-            [sample_tokens(row, tokens) for row, tokens in valid[: self.sample_rows]],
-            [sides for row, _ in found if (sides := hash_sides(row)) is not None],
+            [list_text_lines_names_and_tokens(row, tokens) for row, tokens in valid[: self.shown_row_count]],
+            [sides for row, _ in found if (sides := hash_prompt_and_answer_features(row)) is not None],
             [sum(counts) for counts in zip(*(tokens.thinking_turn_counts for _, tokens in found), strict=True)]
             or [0, 0, 0],
         )

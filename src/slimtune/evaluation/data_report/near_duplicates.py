@@ -69,26 +69,33 @@ def _hash_trigrams(rows: list[list[int]]) -> tuple[Array, Array]:
     return (mixed[inside[:-2]] >> np.uint64(32)).astype(np.uint32), np.concatenate([[0], np.cumsum(counts)])
 
 
-def find_common_trigram_hashes(rows: list[list[int]]) -> Array:
+def find_common_trigram_hashes(token_ids_by_row: list[list[int]]) -> Array:
     """Return the hashes, sorted, of the trigrams that more than `COMMON_SHARE` of these rows have."""
-    hashes, starts = _hash_trigrams(rows)
-    owners = np.repeat(np.arange(len(rows), dtype=np.uint64), np.diff(starts))
+    hashes, starts = _hash_trigrams(token_ids_by_row)
+    owners = np.repeat(np.arange(len(token_ids_by_row), dtype=np.uint64), np.diff(starts))
     once_per_row = np.unique(owners << np.uint64(32) | hashes).astype(np.uint32)  # the lower half is the hash
     values, counts = np.unique(once_per_row, return_counts=True)
-    return values[counts > (max(COMMON_SHARE * len(rows), 8) if len(rows) >= 8 else max(len(rows) - 1, 1))]
+    return values[
+        counts
+        > (
+            max(COMMON_SHARE * len(token_ids_by_row), 8)
+            if len(token_ids_by_row) >= 8
+            else max(len(token_ids_by_row) - 1, 1)
+        )
+    ]
 
 
 def compute_minhash_and_comparable_mask(
-    rows: list[list[int]], supervised: list[list[bool]], common_trigram_hashes: Array
+    token_ids_by_row: list[list[int]], supervised: list[list[bool]], common_trigram_hashes: Array
 ) -> tuple[Array, Array]:
     """Return the MinHash signatures of token ids, uint8 [N, 128], and which rows can be compared, bool [N].
 
     `common_trigram_hashes` are the sorted hashes of trigrams that do not count.
     """
-    signatures = np.zeros((len(rows), 2 * HASHES), dtype=np.uint8)
-    hashes, starts = _hash_trigrams(rows)
+    signatures = np.zeros((len(token_ids_by_row), 2 * HASHES), dtype=np.uint8)
+    hashes, starts = _hash_trigrams(token_ids_by_row)
     if not len(hashes):
-        return signatures, np.zeros(len(rows), dtype=bool)
+        return signatures, np.zeros(len(token_ids_by_row), dtype=bool)
     counted = np.ones(len(hashes), dtype=bool)
     if len(common_trigram_hashes):
         counted = (

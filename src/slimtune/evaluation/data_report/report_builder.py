@@ -16,7 +16,7 @@ from ...errors import suggest
 from ...extras.row_files import RowFileReader, open_rows
 from ...extras.row_formats.classification import sort_class_names
 from ...extras.row_formats.documents import count_windows_and_first_window_token_range
-from .batch_stats import SAMPLES, TokenizedRowBatchValidator
+from .batch_stats import SAMPLES, TokenizedRowBatchMeasurer
 from .data_report import (
     DataIssue,
     DataReport,
@@ -33,8 +33,8 @@ from .data_report import (
 from .near_duplicates import Array
 from .row_checks import count_pairs_by_longer_answer, find_data_issues
 from .row_facts import AffectedRows, RowFacts, RowFactsCollector
-from .row_samples import SAMPLE_CHARACTERS, decode_with_special_tokens, show_row, show_tokens
-from .swapped_texts import hash_sides
+from .row_samples import SAMPLE_CHARACTERS, decode_with_special_tokens, make_row_samples, make_token_sample
+from .swapped_texts import hash_prompt_and_answer_features
 
 HISTOGRAM_BARS = 16
 
@@ -55,7 +55,7 @@ def make_data_report(
     rows_per_step: int = 8,
     validation: str | Path | None = None,
     processes: int | None = None,
-    sample_rows: int | None = None,
+    shown_row_count: int | None = None,
 ) -> DataReport:
     """Return the report on a data set.
 
@@ -66,16 +66,16 @@ def make_data_report(
         rows_per_step: rows of an optimizer step, from 1; they are packed together.
         validation: validation rows, which must not be among these.
         processes: how many tokenize at once; None: as many as there are cores.
-        sample_rows: how many of the first rows are shown; None: three, or none without a tokenizer.
+        shown_row_count: how many of the first rows are shown; None: three, or none without a tokenizer.
     """
 
     def read(rows: RowFileReader, like: DataReportBuilder | None = None) -> DataReportBuilder:
-        shown = (SAMPLES if tokenizer is not None else 0) if sample_rows is None else sample_rows
+        shown = (SAMPLES if tokenizer is not None else 0) if shown_row_count is None else shown_row_count
         builder = DataReportBuilder(tokenizer, rows, max_seq_len, on_overlong, rows_per_step, like, shown)
         if tokenizer is None:
             builder.count_rows()
             return builder
-        documents = rows.cut_windows is not None
+        documents = rows.window_cutter is not None
         function = BatchTokenizer(tokenizer, max_seq_len, on_overlong, train_on, builder.measure_batch, documents)
         for batch in parallel_map(function, batch_rows(rows), processes or count_usable_cpus()):
             builder.on_batch(batch)
@@ -104,19 +104,19 @@ class DataReportBuilder:
         on_overlong: str = "drop",
         rows_per_step: int = 8,
         compared_with: "DataReportBuilder | None" = None,
-        sample_rows: int = SAMPLES,
+        shown_row_count: int = SAMPLES,
     ) -> None:
-        self._sample_rows, self._read_samples = sample_rows, list[SampleRow]()
+        self._sample_rows, self._read_samples = shown_row_count, list[SampleRow]()
         self._start = time.perf_counter()
         self.tokenizer, self.source = tokenizer, source
         documents = source.format == "document"
         self.measure_batch = (
-            None if tokenizer is None else TokenizedRowBatchValidator(tokenizer, max_seq_len, documents, sample_rows)
+            None if tokenizer is None else TokenizedRowBatchMeasurer(tokenizer, max_seq_len, documents, shown_row_count)
         )
         if self.measure_batch is not None and compared_with is not None and compared_with.measure_batch is not None:
             self.measure_batch.common_trigrams = compared_with.measure_batch.common_trigrams
         special_tokens = 1 + (tokenizer is not None and adds_bos(tokenizer)) if documents else None
-        self.facts = RowFactsCollector(source, max_seq_len, on_overlong, rows_per_step, special_tokens, sample_rows)
+        self.facts = RowFactsCollector(source, max_seq_len, on_overlong, rows_per_step, special_tokens, shown_row_count)
 
     def on_batch(self, batch: TokenizedBatch) -> None:
         """Add the next batch."""
@@ -130,11 +130,14 @@ class DataReportBuilder:
                 self.facts.add_labels([row.line], [row.label_names])
             for code, example in row.findings if isinstance(row, Row) else ():
                 self.facts.add_group(code, [row.line], example)
-            if isinstance(row, Row) and (sides := hash_sides(split_preference_into_rows(row)[0])) is not None:
+            if (
+                isinstance(row, Row)
+                and (sides := hash_prompt_and_answer_features(split_preference_into_rows(row)[0])) is not None
+            ):
                 self.facts.sides.append(sides)
             if isinstance(row, Row) and self._sample_rows > 0:
                 self._sample_rows -= 1
-                self._read_samples += show_row(row)
+                self._read_samples += make_row_samples(row)
             self.facts.add_invalid([row] if isinstance(row, InvalidRow) else [])
 
     def kept_hashes(self) -> Array:
@@ -158,7 +161,7 @@ class DataReportBuilder:
             rows=stats.rows,
             columns=source.columns,
             unused_columns=[
-                UnusedColumnCount(c.name, c.rows, bool(c.effect_of_missing)) for c in source.unused_columns
+                UnusedColumnCount(c.name, c.row_count, bool(c.effect_of_missing)) for c in source.unused_columns
             ],
             ignored_columns=[c for c in source.ignored_columns if c not in source.missing_ignored_columns],
             notes=describe_row_treatment(facts, None if self.tokenizer is None else self.tokenizer.eos_token),
@@ -183,7 +186,7 @@ class DataReportBuilder:
             issues=issues,
             samples=[
                 *self._read_samples,
-                *(show_tokens(self.tokenizer, *text) for r in self.facts.samples for text in r),
+                *(make_token_sample(self.tokenizer, *text) for r in self.facts.samples for text in r),
             ],
             verdict=self._give_verdict(issues),
             seconds=round(time.perf_counter() - self._start, 3),

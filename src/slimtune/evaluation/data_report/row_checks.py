@@ -14,7 +14,11 @@ from ...core.data.tokenize import PARAGRAPH_HINT
 from ...core.foundation.formatting import format_count
 from ...errors import format_names
 from ...extras.row_files import describe_effect_of_ignoring_columns, make_unused_column_hint
-from ...extras.row_formats.classification import describe_lookalike, normalize_label, sort_class_names
+from ...extras.row_formats.classification import (
+    describe_lookalike_label,
+    normalize_label_case_and_unicode,
+    sort_class_names,
+)
 from .data_report import DataIssue, PairLengthCounts
 from .near_duplicates import (
     SHORT_ANSWER,
@@ -25,7 +29,7 @@ from .near_duplicates import (
     match_minhash_signatures,
 )
 from .row_facts import PAIR_FORMATS, SHOWN_LINES, AffectedRows, RowFacts
-from .swapped_texts import find_swapped_lines
+from .swapped_texts import find_lines_with_swapped_sides
 
 SAME_ANSWER_ROWS = 10
 """Fewest rows with the same answer that are an issue."""
@@ -43,12 +47,12 @@ IMBALANCE = 10
 class FindingType:
     """Which rows have something, and what to do about it.
 
-    `error_from` is the share of the file's rows from which it is an error (0: a single row); None: always a warning.
+    `error_from_share` is the share of all rows from which it is an error (0: a single row); None: always a warning.
     """
 
     description: str
     hint: str
-    error_from: float | None = None
+    error_from_share: float | None = None
 
 
 FINDING_TYPES = {
@@ -172,7 +176,7 @@ def make_data_issue(finding: RowFinding, file_row_count: int, on_overlong: str =
     """Return a finding with its severity, by its share of the file's rows."""
     (code, group), kind = finding, FINDING_TYPES.get(finding.code, INVALID_ROW)
     refused = code == "too-long" and on_overlong == "error"
-    is_error = refused or (kind.error_from is not None and group.count >= kind.error_from * file_row_count)
+    is_error = refused or (kind.error_from_share is not None and group.count >= kind.error_from_share * file_row_count)
     example = f" ({group.example})" if kind.description and group.example else ""
     what = f"{kind.description}{example}" or group.example
     severity: Literal["error", "warning"] = "error" if is_error else "warning"
@@ -201,11 +205,14 @@ def _make_pair_finding(
 def _check_columns(facts: RowFacts) -> Iterator[RowFinding]:
     """Rows mean something else without a column that is not used."""
     if columns := facts.source.lossy_columns:
-        first = max(columns, key=lambda c: c.rows)
+        first = max(columns, key=lambda c: c.row_count)
         yield RowFinding(
             "unused-column",
             AffectedRows(
-                first.rows, [first.line], describe_effect_of_ignoring_columns(columns), make_unused_column_hint(columns)
+                first.row_count,
+                [first.line],
+                describe_effect_of_ignoring_columns(columns),
+                make_unused_column_hint(columns),
             ),
         )
 
@@ -237,7 +244,7 @@ def _check_duplicates(facts: RowFacts) -> Iterator[RowFinding]:
 
 def _check_swapped_texts(facts: RowFacts) -> Iterator[RowFinding]:
     """Question and answer of some rows are perhaps swapped."""
-    yield from _make_finding("swapped-texts", np.array(find_swapped_lines(facts.sides), np.int64))
+    yield from _make_finding("swapped-texts", np.array(find_lines_with_swapped_sides(facts.sides), np.int64))
 
 
 def _check_contradictions(facts: RowFacts) -> Iterator[RowFinding]:
@@ -369,7 +376,7 @@ def _find_similar_labels(labels: Mapping[str, AffectedRows]) -> Iterator[RowFind
     """Yield the finding for labels that look alike, with the one that most rows have as the way to write them."""
     spellings: dict[str, list[str]] = {}
     for name in sort_class_names(labels):
-        spellings.setdefault(normalize_label(name), []).append(name)
+        spellings.setdefault(normalize_label_case_and_unicode(name), []).append(name)
     groups = [sorted(names, key=lambda n: -labels[n].count) for names in spellings.values() if len(names) > 1]
     if not groups:
         return
@@ -399,7 +406,7 @@ def _check_validation_rows(facts: RowFacts) -> Iterator[RowFinding]:
     found = AffectedRows()
     if columns := other.source.lossy_columns:
         line, loss = columns[0].line, describe_effect_of_ignoring_columns(columns)
-        found = AffectedRows(columns[0].rows, [line], f"{path}, line {line}: {loss}")
+        found = AffectedRows(columns[0].row_count, [line], f"{path}, line {line}: {loss}")
     if other.invalid_count:
         first = other.invalid[0]
         found.add([row.line for row in other.invalid], f"{path}, line {first.line}: {first.cause}")
@@ -407,7 +414,7 @@ def _check_validation_rows(facts: RowFacts) -> Iterator[RowFinding]:
     if found.count:
         yield RowFinding("validation-invalid", found)
     if unseen := {name: rows for name, rows in other.labels.items() if name not in facts.labels}:
-        likes = filter(None, (describe_lookalike(name, facts.labels) for name in unseen))
+        likes = filter(None, (describe_lookalike_label(name, facts.labels) for name in unseen))
         example = "; ".join([f"{path}: {format_names(unseen, 6)}", *list(likes)[:SHOWN_GROUPS]])
         yield _make_class_finding("unseen-label", [*unseen.values()], example)
 

@@ -71,7 +71,7 @@ class RowFactsCollector:
         max_seq_len, on_overlong: as for `tokenize_dataset`.
         rows_per_step: rows of an optimizer step, which are packed together.
         special_tokens_per_document: tokens beside its text; None: the rows are no documents.
-        sample_rows: how many of the first rows are kept as samples.
+        shown_row_count: how many of the first rows are kept as samples.
     """
 
     def __init__(
@@ -81,9 +81,9 @@ class RowFactsCollector:
         on_overlong: str,
         rows_per_step: int,
         special_tokens_per_document: int | None,
-        sample_rows: int = SAMPLES,
+        shown_row_count: int = SAMPLES,
     ) -> None:
-        self.sample_rows = sample_rows
+        self.shown_row_count = shown_row_count
         self.source, self.on_overlong, self.rows_per_step = source, on_overlong, rows_per_step
         self.special_tokens_per_document = special_tokens_per_document
         self.stats = TokenizationStats(max_seq_len)
@@ -101,7 +101,7 @@ class RowFactsCollector:
     def add_batch(self, batch: TokenizedBatch) -> None:
         """Add the next batch."""
         found: RowBatchStats = batch.stats
-        self.stats.add(batch.report)
+        self.stats.add(batch.counts)
         self.add_invalid(batch.invalid)
         if batch.labels is not None:
             self.add_labels(batch.lines.tolist(), batch.labels)
@@ -118,7 +118,7 @@ class RowFactsCollector:
             self.prefix = found.prefix if self.prefix is None else find_shared_prefix([self.prefix, found.prefix])
         self.sides += found.sides
         self.thinking = [a + b for a, b in zip(self.thinking, found.thinking, strict=True)]
-        self.samples += found.samples[: self.sample_rows - len(self.samples)]
+        self.samples += found.samples[: self.shown_row_count - len(self.samples)]
         self._rows += found.row_stats.tobytes()
         self._signatures += found.minhash_signatures.tobytes()
 

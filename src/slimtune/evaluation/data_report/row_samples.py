@@ -15,7 +15,7 @@ PROMPT_CHARACTERS = 400
 """Characters of a part that is not learned, in a row with more than `SAMPLE_CHARACTERS`: what is learned must show."""
 
 
-def name_answers(row: Row) -> list[str]:
+def list_answer_names(row: Row) -> list[str]:
     """Return what each text of a row is called: chosen and rejected, the place of an answer, or its label."""
     if row.chosen is not None:
         return ["chosen answer", "rejected answer"]
@@ -30,15 +30,17 @@ def name_answers(row: Row) -> list[str]:
     return [""]
 
 
-def sample_tokens(row: Row, tokens: TokenizedRow) -> list[tuple[int, str, TokenizedRow]]:
+def list_text_lines_names_and_tokens(row: Row, tokenized_row: TokenizedRow) -> list[tuple[int, str, TokenizedRow]]:
     """Return line, name and tokens of each text of a row."""
-    parts = [TokenizedRow(part.input_ids[:SAMPLE_TOKENS], part.supervised[:SAMPLE_TOKENS]) for part in tokens.split()]
-    return [(row.line, name, part) for name, part in zip(name_answers(row), parts, strict=True)]
+    parts = [
+        TokenizedRow(part.input_ids[:SAMPLE_TOKENS], part.supervised[:SAMPLE_TOKENS]) for part in tokenized_row.split()
+    ]
+    return [(row.line, name, part) for name, part in zip(list_answer_names(row), parts, strict=True)]
 
 
-def show_tokens(tokenizer: Any, line: int, name: str, tokens: TokenizedRow) -> SampleRow:
+def make_token_sample(tokenizer: Any, line: int, name: str, tokenized_row: TokenizedRow) -> SampleRow:
     """Return a text of a row by its tokens."""
-    ids, supervised, begin = tokens.input_ids, tokens.supervised, 0
+    ids, supervised, begin = tokenized_row.input_ids, tokenized_row.supervised, 0
     pieces: list[tuple[str, bool]] = []
     for end in range(1, len(ids) + 1):
         if end == len(ids) or supervised[end] != supervised[begin]:
@@ -55,12 +57,12 @@ def decode_with_special_tokens(tokenizer: Any, ids: list[int]) -> str:
     return text
 
 
-def show_row(row: Row) -> list[SampleRow]:
+def make_row_samples(row: Row) -> list[SampleRow]:
     """Return the texts of a row as they are read from the file, for which no base is needed."""
     parts = split_preference_into_rows(row)
     return [
         _make_sample(row.line, name, _split_into_pieces(part))
-        for name, part in zip(name_answers(row), parts, strict=True)
+        for name, part in zip(list_answer_names(row), parts, strict=True)
     ]
 
 

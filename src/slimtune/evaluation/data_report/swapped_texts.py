@@ -34,7 +34,7 @@ Sides = tuple[int, frozenset[int], frozenset[int]]
 """Line, and hashes of what the prompt and the answer have."""
 
 
-def hash_sides(row: Row) -> Sides | None:
+def hash_prompt_and_answer_features(row: Row) -> Sides | None:
     """Return the sides of a row with one question and one answer; None for another row."""
     if row.labels is not None or row.tools or row.line > MAX_LINE:
         return None
@@ -48,21 +48,23 @@ def hash_sides(row: Row) -> Sides | None:
     return (row.line, _hash_features(prompt), _hash_features(answer)) if prompt.strip() and answer.strip() else None
 
 
-def find_swapped_lines(rows: Sequence[Sides]) -> list[int]:
+def find_lines_with_swapped_sides(sides_of_rows: Sequence[Sides]) -> list[int]:
     """Return the lines of the rows that are perhaps swapped; none if the file's sides are not clearly apart."""
-    rows = list({(prompt, answer): (line, prompt, answer) for line, prompt, answer in reversed(rows)}.values())[::-1]
-    if len(rows) < FEWEST_ROWS:
+    sides_of_rows = list(
+        {(prompt, answer): (line, prompt, answer) for line, prompt, answer in reversed(sides_of_rows)}.values()
+    )[::-1]
+    if len(sides_of_rows) < FEWEST_ROWS:
         return []
-    prompts = Counter(feature for _, prompt, _ in rows for feature in prompt)
-    answers = Counter(feature for _, _, answer in rows for feature in answer)
+    prompts = Counter(feature for _, prompt, _ in sides_of_rows for feature in prompt)
+    answers = Counter(feature for _, _, answer in sides_of_rows for feature in answer)
     scores = [
         sum(math.log(prompts[f] / (answers[f] + 1)) for f in prompt - answer)
         + sum(math.log(answers[f] / (prompts[f] + 1)) for f in answer - prompt)
-        for _, prompt, answer in rows
+        for _, prompt, answer in sides_of_rows
     ]
-    swapped = [row[0] for row, score in zip(rows, scores, strict=True) if score < -CLEAR_SCORE]
+    swapped = [row[0] for row, score in zip(sides_of_rows, scores, strict=True) if score < -CLEAR_SCORE]
     unclear = sum(abs(score) <= CLEAR_SCORE for score in scores)
-    if len(swapped) > MOST_SWAPPED * len(rows) or unclear > MOST_UNCLEAR * len(rows):
+    if len(swapped) > MOST_SWAPPED * len(sides_of_rows) or unclear > MOST_UNCLEAR * len(sides_of_rows):
         return []
     return sorted(swapped)
 

@@ -95,13 +95,13 @@ def make_bool_or_additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
 
 
-def gated_prefix_attention(query: Tensor, prefix: AttentionPrefix, rows: RowMask, scaling: float | None) -> Tensor:
+def gated_prefix_attention(query: Tensor, prefix: AttentionPrefix, row_mask: RowMask, scaling: float | None) -> Tensor:
     """Return `g · softmax(q Kpᵀ · scale) Vp` as `(batch, q, heads, size)`."""
     assert prefix.gate is not None
     keys, values = (_expand_to_batch(t, query) for t in (prefix.keys, prefix.values))
     out = F.scaled_dot_product_attention(query, keys, values, scale=scaling, enable_gqa=True)
     out = out.transpose(1, 2) * prefix.gate.to(device=query.device, dtype=query.dtype)
-    return out if rows is None else out * rows[:, None, None, None]
+    return out if row_mask is None else out * row_mask[:, None, None, None]
 
 
 def _attend(

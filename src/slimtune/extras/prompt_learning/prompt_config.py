@@ -43,9 +43,9 @@ class PromptLearningConfig(PeftConfig):
             yield self.error("num_virtual_tokens", "an integer, at least 1")
 
     def fill_from_model(self, model: Any) -> None:
-        from .prompt_modules import find_backbone_names, get_embedding_width
+        from .prompt_modules import get_embedding_width, require_backbone_names
 
-        found = find_backbone_names(model)
+        found = require_backbone_names(model)
         text = get_text_config(model)
         seq2seq = self.task_type == "SEQ_2_SEQ_LM"
         self.num_transformer_submodules = self.num_transformer_submodules or (2 if seq2seq else 1)
@@ -57,9 +57,9 @@ class PromptLearningConfig(PeftConfig):
 
     def extra_targets(self, model: Any) -> dict[str, SiteKind]:
         """Return the module that reads the embeddings, and the decoder that attends to its output."""
-        from .prompt_modules import find_backbone_names
+        from .prompt_modules import require_backbone_names
 
-        found = find_backbone_names(model)
+        found = require_backbone_names(model)
         return dict.fromkeys([found.reader, *([] if found.decoder is None else [found.decoder])], "model")
 
     def require_reached(self, modules: Mapping[str, AdapterModule]) -> None:

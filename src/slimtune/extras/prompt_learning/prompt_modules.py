@@ -1,7 +1,7 @@
 """Base classes of prompt learning: virtual tokens before the sequence, learned keys and values in the attention.
 
-    prompt tuning, P-tuning          [v_1 … v_n, x_1 … x_T] → backbone → hidden states of x_1 … x_T `VirtualTokenModule`
-    prefix tuning, LLaMA-Adapter     n learned keys and values in the attention of every layer `PrefixAttentionModule`
+    prompt tuning, P-tuning         [v_1 … v_n, x_1 … x_T] → backbone → hidden of x_1 … x_T `BackboneVirtualTokenModule`
+    prefix tuning, LLaMA-Adapter    n learned keys and values in the attention of every layer `PrefixAttentionModule`
 
 Virtual tokens enter with the backbone's input and are removed from its output: everything above it (logits, labels,
 losses, `generate`) has T positions, as without them. `virtual_tokens.py` changes positions, masks and cache:
@@ -64,7 +64,7 @@ class BackboneAdapterModule(AdapterModule):
         return call
 
 
-class VirtualTokenModule(BackboneAdapterModule):
+class BackboneVirtualTokenModule(BackboneAdapterModule):
     """Adapter module at the backbone that adds virtual tokens; a method defines `virtual_embeddings`.
 
     Args:
@@ -74,7 +74,7 @@ class VirtualTokenModule(BackboneAdapterModule):
 
     def __init__(self, site: AdapterSite, task_type: str | None) -> None:
         super().__init__(task_type)
-        found = find_backbone_names(site.model)
+        found = require_backbone_names(site.model)
         self.causal = found.causal
         pooled = not found.causal and _pools_first_position(site.model, task_type)
         self.keeps_positions = found.decoder is not None or pooled
@@ -173,13 +173,15 @@ class LearnedPromptEmbeddingsMixin(AdapterModule):
 
     Args:
         site: the site.
-        start: initial embeddings `(n, width)`, or the prompt encoder: a module that returns them when it is called.
+        start_or_encoder: initial embeddings `(n, width)`, or the prompt encoder, which returns them when called.
         more: arguments of the class after it.
     """
 
-    def __init__(self, site: AdapterSite, start: Tensor | nn.Module, *more: Any) -> None:
+    def __init__(self, site: AdapterSite, start_or_encoder: Tensor | nn.Module, *more: Any) -> None:
         super().__init__(*more)
-        encoder = start if isinstance(start, nn.Module) else PromptEmbeddingTable(start)
+        encoder = (
+            start_or_encoder if isinstance(start_or_encoder, nn.Module) else PromptEmbeddingTable(start_or_encoder)
+        )
         self.prompt_encoder = encoder.to(site.device, site.dtype)
 
     def get_embeddings(self) -> Tensor:
@@ -234,7 +236,7 @@ class _Backbones(NamedTuple):
     causal: bool
 
 
-def find_backbone_names(model: Any) -> _Backbones:
+def require_backbone_names(model: Any) -> _Backbones:
     """Return the modules that map token embeddings to hidden states: the innermost that take ids, them and a mask.
 
     A head may call a part of its backbone: `OPTForCausalLM` calls `model.decoder`, past `model`. Since each module

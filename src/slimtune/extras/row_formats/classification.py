@@ -43,15 +43,22 @@ def sort_class_names(names: Iterable[str]) -> list[str]:
     return sorted(unique, key=lambda name: (int(name) if numbers else 0, name))
 
 
-def normalize_label(name: str) -> str:
+def normalize_label_case_and_unicode(name: str) -> str:
     """Return a label as a reader sees it: without case, invisible characters, and forms of letters (NFKC)."""
     visible = INVISIBLE.sub("", unicodedata.normalize("NFKC", name))
     return " ".join(unicodedata.normalize("NFKC", visible.casefold()).split())
 
 
-def describe_lookalike(name: str, known: Iterable[str]) -> str:
+def describe_lookalike_label(name: str, known: Iterable[str]) -> str:
     """Return which known label looks like another one, both with escapes; empty: none does."""
-    like = next((other for other in known if other != name and normalize_label(other) == normalize_label(name)), None)
+    like = next(
+        (
+            other
+            for other in known
+            if other != name and normalize_label_case_and_unicode(other) == normalize_label_case_and_unicode(name)
+        ),
+        None,
+    )
     return "" if like is None else f"{name!a} looks like {like!a}"
 
 
@@ -72,5 +79,5 @@ def format_cell_for_error(value: Any) -> str:
 
 
 CLASSIFICATION = RowFormat(
-    ("label",), ("text", "messages", "tools"), _read_classification, either=("text", "messages"), by_name_only=True
+    ("label",), ("text", "messages", "tools"), _read_classification, one_of=("text", "messages"), by_name_only=True
 )

@@ -138,4 +138,4 @@ def _read_document(record: Record) -> Fields:
     return {**parse_text_record(record), "special_tokens_as_text": True}
 
 
-DOCUMENT = RowFormat(("text",), (), _read_document, by_name_only=True, cut_windows=make_document_windows)
+DOCUMENT = RowFormat(("text",), (), _read_document, by_name_only=True, window_cutter=make_document_windows)

@@ -69,7 +69,7 @@ def remove_repeated_prompt(prompt: Messages, chat: Messages, name: str) -> Messa
     return own
 
 
-def repeats_text(prompt: str, answer: str) -> bool:
+def answer_begins_with_prompt(prompt: str, answer: str) -> bool:
     """Return whether an answer begins with the words of its prompt."""
     words, answer = prompt.strip(), answer.lstrip()
     following = answer[len(words) : len(words) + 1]
@@ -81,7 +81,7 @@ def _split_texts(prompt: str | None, texts: list[str], names: Sequence[str]) -> 
         size = _count_shared_characters(texts)
         findings = () if size else (("no-prompt", ""),)
         return PromptWithAnswers([], texts[0][:size], [text[size:] for text in texts], findings)
-    repeated = [repeats_text(prompt, text) for text in texts]
+    repeated = [answer_begins_with_prompt(prompt, text) for text in texts]
     if not any(repeated):
         return PromptWithAnswers([], prompt, [*texts])
     example = repr(prompt[:SHOWN_CHARACTERS])
@@ -127,7 +127,7 @@ def _split_given_messages(
     if len(texts) < len(answers):
         return found
     question = prompt[-1].get("content") or ""
-    repeated = [name for name, text in zip(names, texts, strict=True) if repeats_text(question, text)]
+    repeated = [name for name, text in zip(names, texts, strict=True) if answer_begins_with_prompt(question, text)]
     quoted = [("prompt-in-answer", f"{repeated[0]}: {question[:SHOWN_CHARACTERS]!r}")] if repeated else []
     return found._replace(answers=[*texts], findings=(*found.findings, *quoted))
 

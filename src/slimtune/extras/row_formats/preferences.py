@@ -9,7 +9,7 @@ from ...core.data.messages import Messages, RowError
 from ...core.data.rows import Fields, Record, RowFormat
 from ...errors import format_names
 from ..message_parsing import parse_list_or_json_array, parse_messages_and_train_mask, require_text
-from ..ratings import RATING_HINT, parse_rating, suggest_rating
+from ..ratings import RATING_HINT, parse_rating_or_none, suggest_rating
 from .chats import parse_tools
 from .classification import format_cell_for_error
 from .pair_prompts import IGNORE_PROMPT_HINT, PromptWithAnswers, split_prompt_off_answers
@@ -68,7 +68,7 @@ def _read_ranked_preference(record: Record) -> Fields:
 
 def _read_unpaired_preference(record: Record) -> Fields:
     label = record["label"]
-    if (is_good := parse_rating(label)) is None:
+    if (is_good := parse_rating_or_none(label)) is None:
         cause = f"'label' is {format_cell_for_error(label)}{suggest_rating(label)}"
         raise RowError(cause, "bad-label", RATING_HINT)
     if not record["prompt"] or (isinstance(record["prompt"], str) and not record["prompt"].strip()):
@@ -133,7 +133,7 @@ RANKED_PREFERENCE = RowFormat(
     ("prompt",),
     ("completions", "responses", "scores", "rankings", "tools"),
     _read_ranked_preference,
-    either=("completions", "responses"),
+    one_of=("completions", "responses"),
 )
 UNPAIRED_PREFERENCE = RowFormat(
     ("prompt", "completion", "label"), ("tools",), _read_unpaired_preference, by_name_only=True

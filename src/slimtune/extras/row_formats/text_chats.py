@@ -18,7 +18,7 @@ def is_prompt_with_answer_texts(row: Row, record: Record) -> bool:
     return has_answers and not row.messages and isinstance(record.get("prompt"), str)
 
 
-def read_texts_as_chat(row: Row) -> Row:
+def convert_text_row_to_chat(row: Row) -> Row:
     """Return a row of texts as one of messages; the space that plain text has before an answer is left out."""
     prompt = [{"role": "user", "content": row.prompt or ""}]
     if row.completion is not None:

@@ -4,7 +4,7 @@ from ...core.data.messages import RowError
 from ...core.data.rows import Fields, Record, RowFormat
 from ..message_parsing import parse_messages_and_train_mask, require_text
 from .chats import make_chat_row_fields
-from .pair_prompts import SHOWN_CHARACTERS, remove_repeated_prompt, repeats_text
+from .pair_prompts import SHOWN_CHARACTERS, answer_begins_with_prompt, remove_repeated_prompt
 
 
 def parse_prompt_completion_fields(record: Record) -> Fields:
@@ -13,7 +13,7 @@ def parse_prompt_completion_fields(record: Record) -> Fields:
     if isinstance(prompt, str) and isinstance(completion, str):
         completion = require_text(completion, "'completion'")
         prompt = require_text(prompt, "'prompt'", allow_empty=True)
-        is_repeated = repeats_text(prompt, completion)
+        is_repeated = answer_begins_with_prompt(prompt, completion)
         findings = (("prompt-in-completion", repr(prompt[:SHOWN_CHARACTERS])),) if is_repeated else ()
         return {"messages": [], "prompt": prompt, "completion": completion, "findings": findings}
     if isinstance(prompt, str) or isinstance(completion, str):

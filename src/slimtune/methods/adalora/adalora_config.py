@@ -11,7 +11,7 @@ from ...core.adapters.architectures import DEFAULT_TARGETS
 from ...core.adapters.config_fields import FieldError
 from ...core.adapters.peft_config import BIAS_HELP, FAN_IN_FAN_OUT_HELP, TargetedConfig, config_field
 from ...errors import ConfigError, PeftWarning
-from ...extras.rank_limits import require_rank_of_layer_size
+from ...extras.rank_limits import require_rank_fitting_layer_size
 from ..lora.lora_config import LoraConfig
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class AdaLoraConfig(TargetedConfig):
         kept = (self.rank_pattern or {}).get(f"{site.name}.lora_E") if site.skip_init else None
         if site.kind == "conv":
             site.require_ungrouped("AdaLoRA")
-        rank = require_rank_of_layer_size(site, self.init_r, "init_r")
+        rank = require_rank_fitting_layer_size(site, self.init_r, "init_r")
         return LinearAdaLora(site, self, rank if kept is None else sum(kept))
 
     def max_added_bytes(self, adapter_modules: Mapping[str, AdapterModule]) -> int:

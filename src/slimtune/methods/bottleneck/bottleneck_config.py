@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from ...core.adapters.config_fields import FieldError
 from ...core.adapters.peft_config import TargetedConfig, config_field
 from ...errors import ConfigError, TargetError, format_names
-from ...extras.rank_limits import require_rank_of_layer_size
+from ...extras.rank_limits import require_rank_fitting_layer_size
 
 if TYPE_CHECKING:
     from torch import nn
@@ -144,12 +144,12 @@ class BottleneckConfig(TargetedConfig):
     def build(self, site: AdapterSite) -> AdapterModule:
         """Return the adapter at `site`, with its layer's own size."""
         from ...core.adapters.targets import get_layer_index
-        from ...core.kernels.linear_layers import get_base_layer_type, get_layer_sizes
+        from ...core.kernels.linear_layers import get_base_layer_type, get_in_and_out_features
         from .bottleneck_modules import Bottleneck
 
         module = site.module
         sizes = (
-            get_layer_sizes(module)
+            get_in_and_out_features(module)
             if get_base_layer_type(module) == "linear"
             else (site.in_features, site.out_features)
         )
@@ -162,5 +162,5 @@ class BottleneckConfig(TargetedConfig):
             message = f"reduction_factor has no value for layer {layer}"
             raise ConfigError(message, "a value for each layer, or a 'default'")
         size = self.bottleneck_size or max(1, int(sizes[1] // factor))  # type: ignore[operator]
-        require_rank_of_layer_size(site, size, "bottleneck_size")
+        require_rank_fitting_layer_size(site, size, "bottleneck_size")
         return Bottleneck(site, sizes[0] if self.is_parallel else sizes[1], size, sizes[1], self)

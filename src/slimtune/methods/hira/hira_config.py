@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ...core.adapters.name_patterns import get_value_by_pattern
 from ...core.adapters.peft_config import FAN_IN_FAN_OUT_HELP, TargetedConfig, config_field
-from ...extras.rank_limits import require_rank_of_layer_size
+from ...extras.rank_limits import require_rank_fitting_layer_size
 
 if TYPE_CHECKING:
     from ...core.adapters.adapter_module import AdapterModule, AdapterSite
@@ -45,7 +45,7 @@ class HiraConfig(TargetedConfig):
 
         from .hira_modules import ConvHira, EmbeddingHira, LinearHira
 
-        r = require_rank_of_layer_size(site, get_value_by_pattern(self.rank_pattern, site.name, self.r))
+        r = require_rank_fitting_layer_size(site, get_value_by_pattern(self.rank_pattern, site.name, self.r))
         # Random numbers are drawn in PEFT's order: one seed gives the same adapter in both libraries.
         kernel = site.require_ungrouped("HiRA") if site.kind == "conv" else ()
         A = torch.randn(r, site.in_features // math.prod(kernel), *kernel, device=site.init_device)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ...core.adapters.peft_config import RankPatternConfig, config_field
 from ...errors import ConfigError
-from ...extras.rank_limits import require_rank_of_layer_size
+from ...extras.rank_limits import require_rank_fitting_layer_size
 
 if TYPE_CHECKING:
     from ...core.adapters.adapter_module import AdapterModule, AdapterSite
@@ -59,5 +59,5 @@ class LoHaConfig(LycorisConfig):
     def build(self, site: AdapterSite) -> AdapterModule:
         from .loha_modules import ConvLoHa, LinearLoHa
 
-        require_rank_of_layer_size(site, self.get_rank(site.name))
+        require_rank_fitting_layer_size(site, self.get_rank(site.name))
         return (ConvLoHa if site.kind == "conv" else LinearLoHa)(site, self)

@@ -15,7 +15,7 @@ from .loha_config import LoHaConfig, LycorisConfig
 _FACTORS, _KERNELS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"), ("hada_t1", "hada_t2")
 
 
-class LycorisModule(AdapterModule):
+class LycorisModuleBase(AdapterModule):
     """The rank, scale and dropout that LoHa and LoKr share."""
 
     def __init__(self, site: AdapterSite, config: LycorisConfig, *, rescale: bool) -> None:
@@ -57,7 +57,7 @@ class LycorisModule(AdapterModule):
         return weight + self.compute_change(weight.dtype), bias
 
 
-class ConvLycorisMixin(LycorisModule):
+class ConvLycorisMixin(LycorisModuleBase):
     """Mixed into the class for linear layers: the update is a convolution with the matrix of the update."""
 
     def forward_with_base(self, base: BaseForward, x: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ class ConvLycorisMixin(LycorisModule):
         return y + base.convolve(x, self.drop_outputs(self.compute_change(x.dtype).t()).t())
 
 
-class LinearLoHa(LycorisModule):
+class LinearLoHa(LycorisModuleBase):
     """`y + s · ((W1a W1b) ⊙ (W2a W2b)) x` for a linear layer."""
 
     no_op_values: ClassVar = {"hada_w2_b": 0.0}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ...core.adapters.config_fields import FieldError
 from ...core.adapters.peft_config import config_field
-from ...extras.rank_limits import require_rank_of_layer_size
+from ...extras.rank_limits import require_rank_fitting_layer_size
 from ..loha.loha_config import LycorisConfig
 
 if TYPE_CHECKING:
@@ -40,5 +40,5 @@ class LoKrConfig(LycorisConfig):
     def build(self, site: AdapterSite) -> AdapterModule:
         from .lokr_modules import ConvLoKr, LinearLoKr
 
-        require_rank_of_layer_size(site, self.get_rank(site.name))
+        require_rank_fitting_layer_size(site, self.get_rank(site.name))
         return (ConvLoKr if site.kind == "conv" else LinearLoKr)(site, self)

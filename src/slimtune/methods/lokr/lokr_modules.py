@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from ...core.adapters.adapter_module import AdapterSite
-from ..loha.loha_modules import ConvLycorisMixin, LycorisModule, compute_flat_conv_kernel
+from ..loha.loha_modules import ConvLycorisMixin, LycorisModuleBase, compute_flat_conv_kernel
 from .lokr_config import LoKrConfig
 
 
-class LinearLoKr(LycorisModule):
+class LinearLoKr(LycorisModuleBase):
     """`y + s · (W1 ⊗ W2) x` for a linear layer."""
 
     def __init__(self, site: AdapterSite, config: LoKrConfig) -> None:

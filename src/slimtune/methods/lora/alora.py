@@ -54,7 +54,7 @@ class LinearALora(LinearLora):
         raise MergeUnsupported("an activated LoRA changes only the tokens after its invocation: it cannot be merged")
 
 
-def find_last_invocation_per_token(ids: Tensor, invocation: Sequence[int], token_rows: Tensor) -> Tensor:
+def find_last_invocation_or_never_per_token(ids: Tensor, invocation: Sequence[int], token_rows: Tensor) -> Tensor:
     """Return for each token of `ids (tokens)` the index where its row's last invocation starts, `NEVER` without one.
 
     `token_rows (tokens)` gives each token's row; a row's tokens are neighbours.
@@ -81,7 +81,11 @@ def calculate_alora_offsets(
     offsets: list[int | None] = []
     for row, name in zip(input_ids, adapter_names or [active_adapter] * len(input_ids), strict=True):
         invocation = getattr(peft_config.get(name), "alora_invocation_tokens", None)
-        start = int(find_last_invocation_per_token(row, invocation, torch.zeros_like(row))[0]) if invocation else NEVER
+        start = (
+            int(find_last_invocation_or_never_per_token(row, invocation, torch.zeros_like(row))[0])
+            if invocation
+            else NEVER
+        )
         offsets.append(None if start == NEVER else len(row) - start)
     return offsets
 

@@ -25,7 +25,7 @@ from ...core.attention.packed_layout import PackedLayout
 from ...core.foundation.device import is_device_simulated
 from ...errors import UsageError
 from ...extras.mixed_batch import make_checkpointing_keep_row_adapters
-from .alora import NEVER, find_last_invocation_per_token
+from .alora import NEVER, find_last_invocation_or_never_per_token
 
 Offsets = Sequence[int | None]
 """For each row the distance from the first changed token to the end of the row, as in PEFT; None: nothing changes."""
@@ -165,7 +165,7 @@ def _find_tokens(
     starts, masks = {}, {}
     for name, invocation in invocations.items():
         if packed_rows is not None:
-            by_token = find_last_invocation_per_token(ids[0], invocation, packed_rows)
+            by_token = find_last_invocation_or_never_per_token(ids[0], invocation, packed_rows)
             starts[name], masks[name] = by_token[-1:], (positions >= by_token)[None]
             continue
         if active.invocation_starts is not None:
@@ -207,7 +207,7 @@ def _row_starts(ids: Tensor, invocation: Sequence[int], offsets: Offsets | None)
             raise UsageError(f"alora_offsets has {len(offsets)} entries for {batch} rows", "one for each row")
         return torch.tensor([NEVER if o is None else max(length - o, 0) for o in offsets], device=ids.device)
     rows = torch.arange(batch, device=ids.device)[:, None].expand(batch, length).reshape(-1)
-    starts = find_last_invocation_per_token(ids.reshape(-1), invocation, rows).view(batch, length)[:, 0]
+    starts = find_last_invocation_or_never_per_token(ids.reshape(-1), invocation, rows).view(batch, length)[:, 0]
     return torch.where(starts < NEVER, starts % length, starts)
 
 

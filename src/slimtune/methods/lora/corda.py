@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from ...core.adapters.adapter_module import AdapterSite
-from ...core.adapters.targets import find_target_modules
+from ...core.adapters.targets import map_target_modules_by_name
 from ...core.kernels.linear_layers import get_base_layer_type, get_dequantized_weight
 from ...errors import ConfigError
-from ...extras.layer_inputs import load_cached_statistics, record_layer_inputs, save_cached_statistics
+from ...extras.layer_inputs import load_cached_statistics, recording_layer_inputs, save_cached_statistics
 from .init_configs import CordaConfig as CordaConfig
 
 _DAMPING, _LARGEST_ERROR = 0.01, 0.05
@@ -102,7 +102,7 @@ def _sum_covariances(
         sums[name] = sums.get(name, 0) + x.t() @ x
         counts[name] += 1
 
-    with record_layer_inputs(layers, receive):
+    with recording_layer_inputs(layers, receive):
         run_model()
     if missing := [n for n in layers if n not in sums]:
         raise ConfigError(f"run_model did not run the layer {missing[0]}", "a call of the model that runs every target")
@@ -141,4 +141,4 @@ def pop_corda_a_and_b(site: AdapterSite, expected_rank: int, scale: float) -> tu
 
 def find_linear_targets(model: nn.Module, config: Any) -> dict[str, Any]:
     """Return the linear layers among the targets of a config by name; targets of other kinds are left out."""
-    return {n: m for n, m in find_target_modules(model, config).items() if get_base_layer_type(m) == "linear"}
+    return {n: m for n, m in map_target_modules_by_name(model, config).items() if get_base_layer_type(m) == "linear"}

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UsageError
-from ...extras.layer_inputs import record_layer_inputs
+from ...extras.layer_inputs import recording_layer_inputs
 from ...extras.prompt_learning.prompt_modules import disable_adapter_in_eval_no_grad
 from .incremental_pca import IncrementalPca
 from .init_configs import EvaConfig as EvaConfig
@@ -110,7 +110,7 @@ def get_eva_state_dict(
         def receive(name: str, x: Tensor) -> None:
             inputs[name] = (x[mask] if mask is not None else x.reshape(-1, x.shape[-1])).float()
 
-        with record_layer_inputs({n: layers[n] for n in names}, receive):
+        with recording_layer_inputs({n: layers[n] for n in names}, receive):
             forward_fn(model, batch) if forward_fn else model(**batch)
         return inputs
 

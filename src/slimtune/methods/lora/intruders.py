@@ -16,7 +16,7 @@ import torch
 
 from ...core.kernels.linear_layers import get_dequantized_weight
 from ...errors import ConfigError
-from ...extras.low_rank_approximation import nearest_low_rank
+from ...extras.low_rank_approximation import make_low_rank_approximation
 from .lora_modules import EmbeddingLora, LinearLora
 
 
@@ -65,7 +65,7 @@ def reduce_intruder_dimension(
         if not len(intruders):
             continue
         change += (mitigation_lambda - 1) * (U[:, intruders] * S[intruders]) @ Vh[intruders]
-        near = nearest_low_rank((change.t() if is_embedding else change) / scale, old.r)
+        near = make_low_rank_approximation((change.t() if is_embedding else change) / scale, old.r)
         root = near.B.norm(dim=0).sqrt()  # A and B share the singular values
         new = {"A": near.A * root[:, None], "B": near.B / root.clamp_min(torch.finfo(root.dtype).tiny)}
         for parameter_name, parameter in copy.named_parameters():

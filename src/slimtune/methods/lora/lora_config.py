@@ -19,7 +19,7 @@ from ...core.adapters.peft_config import (
     config_field,
 )
 from ...errors import ConfigError, PeftWarning, UsageError, format_names, suggest
-from ...extras.rank_limits import require_rank_of_layer_size
+from ...extras.rank_limits import require_rank_fitting_layer_size
 from ..trainable_tokens.trainable_tokens_config import are_valid_unique_token_ids
 from .init_configs import NAMED_INITS, CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, is_valid_lora_init
 
@@ -328,7 +328,7 @@ class LoraConfig(RankPatternConfig):
             return ParameterLora(site, self, names)
         weight = f"{site.name}.weight"
         name = weight if matches_regex_or_names(self.target_parameters or [], weight) else site.name
-        r, alpha = require_rank_of_layer_size(site, self.get_rank(name)), self.get_alpha(name)
+        r, alpha = require_rank_fitting_layer_size(site, self.get_rank(name)), self.get_alpha(name)
         scale = alpha / math.sqrt(r) if self.use_rslora else alpha / r
         if self.lora_bias and site.kind in ("linear", "conv") and site.bias() is None and not site.skip_init:
             what = f"lora_bias is True, and {site.name}, a {type(site.module).__name__}, has no bias"

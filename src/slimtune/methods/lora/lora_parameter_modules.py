@@ -21,7 +21,7 @@ from transformers import conversion_mapping
 from ...core.adapters.adapter_module import AdapterSite, BaseForward
 from ...core.adapters.architectures import get_model_type
 from ...core.adapters.name_patterns import find_matching_pattern
-from ...core.adapters.targets import find_target_modules, strip_layer_prefixes_if_unambiguous
+from ...core.adapters.targets import map_target_modules_by_name, strip_layer_prefixes_if_unambiguous
 from ...errors import ConfigError, MixedBatchError, TargetError, UsageError, format_names
 from .lora_init import initialize_lora_factors
 from .lora_modules import LoraModuleBase
@@ -172,7 +172,7 @@ def find_linears_peft_mistakes_for_experts(model: nn.Module) -> set[str]:
 def move_expert_like_targets_to_parameters(config: Any, model: nn.Module) -> None:
     """Move the targets of a LoraConfig that PEFT takes for experts from target_modules to target_parameters."""
     misread = find_linears_peft_mistakes_for_experts(model)
-    targets = find_target_modules(model, config) if misread else {}
+    targets = map_target_modules_by_name(model, config) if misread else {}
     if not (moved := [name for name in targets if name in misread]):
         return
     names = strip_layer_prefixes_if_unambiguous([f"{name}.weight" for name in moved], model)

@@ -58,10 +58,10 @@ class PrefixTuningConfig(PromptLearningConfig):
     def fill_from_model(self, model: Any) -> None:
         """Fill in the sizes from the model's config; heads and head size are those of the keys."""
         from ...extras.prompt_learning import prompt_modules as prompt
-        from .prefix_tuning_modules import find_key_value_shape
+        from .prefix_tuning_modules import find_layer_count_heads_and_head_size
 
-        found = prompt.find_backbone_names(model)
-        layers, heads, size = find_key_value_shape(model, found.decoder or found.reader)
+        found = prompt.require_backbone_names(model)
+        layers, heads, size = find_layer_count_heads_and_head_size(model, found.decoder or found.reader)
         self.num_layers = self.num_layers or max(
             layers, get_text_config(model).num_hidden_layers if found.decoder else 0
         )
@@ -85,7 +85,7 @@ class PrefixTuningConfig(PromptLearningConfig):
         from ...extras.prompt_learning import prompt_modules as prompt
         from ...extras.prompt_learning.learned_prefix import find_attention_module_names
 
-        found = prompt.find_backbone_names(model)
+        found = prompt.require_backbone_names(model)
         name = found.decoder or found.reader
         backbone = model.get_submodule(name)
         parameters = inspect.signature(type(backbone).forward).parameters

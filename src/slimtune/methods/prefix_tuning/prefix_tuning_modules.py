@@ -21,8 +21,8 @@ from ...extras.prompt_learning.learned_prefix import AttentionPrefix
 class AllLayersPrefix(prompt.LearnedPromptEmbeddingsMixin, prompt.PrefixPositionShift):
     """The keys and values of all layers, stored at the backbone; the tokens' own positions start after them."""
 
-    def __init__(self, site: AdapterSite, start: Tensor | nn.Module, config: Any) -> None:
-        super().__init__(site, start, config.task_type)
+    def __init__(self, site: AdapterSite, start_or_encoder: Tensor | nn.Module, config: Any) -> None:
+        super().__init__(site, start_or_encoder, config.task_type)
         self.heads, self.layer_width = config.num_attention_heads, 2 * config.token_dim
         self.layers = config.num_layers
         self.stride = config.num_transformer_submodules
@@ -56,11 +56,11 @@ class AllLayersPrefix(prompt.LearnedPromptEmbeddingsMixin, prompt.PrefixPosition
 class PastKeyValuesPrefix(AllLayersPrefix):
     """A prefix that the backbone reads from its cache, as PEFT does, where its attention cannot take one."""
 
-    def __init__(self, site: AdapterSite, start: Tensor | nn.Module, config: Any) -> None:
-        super().__init__(site, start, config)
-        found = prompt.find_backbone_names(site.model)
+    def __init__(self, site: AdapterSite, start_or_encoder: Tensor | nn.Module, config: Any) -> None:
+        super().__init__(site, start_or_encoder, config)
+        found = prompt.require_backbone_names(site.model)
         self.causal = found.causal or found.decoder is not None
-        self.decoder_layers = find_key_value_shape(site.model, site.name)[0]
+        self.decoder_layers = find_layer_count_heads_and_head_size(site.model, site.name)[0]
 
     def forward_with_base(self, base: BaseForward, *args: Any, rows: RowMask = None, **kwargs: Any) -> Any:
         if rows is not None:
@@ -104,7 +104,7 @@ class PrefixProjection(nn.Module):
         return F.linear(self.transform[:2](self.embedding.weight), last.weight[kv_slice], last.bias[kv_slice])
 
 
-def find_key_value_shape(model: Any, backbone_name: str) -> tuple[int, int, int]:
+def find_layer_count_heads_and_head_size(model: Any, backbone_name: str) -> tuple[int, int, int]:
     """Return the layers of a backbone, and the heads and the head size of its keys, by the model's config."""
     config = get_text_config(model)
     decodes = "decoder" in backbone_name.split(".")

@@ -11,14 +11,14 @@ from ...core.adapters.adapter_module import AdapterModule, AdapterSite
 from ...extras.prompt_learning import prompt_modules as prompt
 
 
-class SoftPrompt(prompt.LearnedPromptEmbeddingsMixin, prompt.VirtualTokenModule):
+class SoftPrompt(prompt.LearnedPromptEmbeddingsMixin, prompt.BackboneVirtualTokenModule):
     """Learned embeddings, or those that a small network computes, in front of the sequence.
 
     PEFT's adapter of an encoder-decoder (`num_transformer_submodules` 2) has twice as many and uses the first half.
     """
 
-    def __init__(self, site: AdapterSite, start: Tensor | nn.Module, config: Any) -> None:
-        super().__init__(site, start, site, config.task_type)
+    def __init__(self, site: AdapterSite, start_or_encoder: Tensor | nn.Module, config: Any) -> None:
+        super().__init__(site, start_or_encoder, site, config.task_type)
         self.n = config.num_virtual_tokens
 
     def virtual_embeddings(self) -> Tensor:

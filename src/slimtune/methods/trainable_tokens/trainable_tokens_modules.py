@@ -82,7 +82,7 @@ def build_trainable_row_modules(
     built: dict[str, AdapterModule] = {}
     for site in sorted(sites, key=lambda s: row_specs_by_name[s.name].tied_to is not None):
         cls, owner = (
-            TrainableTokenEmbedding if site.kind == "embedding" else TrainedTokenLogitsHead,
+            TrainableTokenEmbedding if site.kind == "embedding" else TrainableTokenLinear,
             row_specs_by_name[site.name].tied_to,
         )
         held = () if owner is None else (built[owner],)
@@ -166,7 +166,7 @@ class TrainableTokenEmbedding(_TokenRows):
         return weight.index_copy(1, self.owner.ids, self.rows.to(weight.dtype).t()), bias
 
 
-class TrainedTokenLogitsHead(_TokenRows):
+class TrainableTokenLinear(_TokenRows):
     """Trained rows of a linear layer: maps `x (..., d)` to logits `(..., rows)`."""
 
     def forward_with_base(self, base: BaseForward, x: Tensor) -> Tensor:

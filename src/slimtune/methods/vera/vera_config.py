@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from ...core.adapters.architectures import DEFAULT_TARGETS
 from ...core.adapters.peft_config import BIAS_HELP, FAN_IN_FAN_OUT_HELP, TargetedConfig, config_field
 from ...errors import TargetError
-from ...extras.rank_limits import require_rank_of_layer_size
+from ...extras.rank_limits import require_rank_fitting_layer_size
 
 if TYPE_CHECKING:
     from ...core.adapters.adapter_module import AdapterModule, AdapterSite, SiteKind
@@ -57,7 +57,7 @@ class VeraConfig(TargetedConfig):
         if not layers:
             raise TargetError(f"target_modules={self.target_modules!r} matches no module", "linear layers")
         for site in layers:
-            require_rank_of_layer_size(site, self.r)
+            require_rank_fitting_layer_size(site, self.r)
         widest = max(s.in_features for s in layers), max(s.out_features for s in layers)
         shared = next(SharedRandomProjections(s, self, *widest) for s in sites if s.kind == "model")
         return [shared if s.kind == "model" else LinearVera(s, self, shared) for s in sites]

@@ -121,7 +121,10 @@ class ShimModule(types.ModuleType):
         if (self.__name__, name) == ("peft.config", "__version__"):
             sys.modules["slimtune.core.adapters.peft_config"].FORMAT_VERSION = value
         elif not name.startswith("__") and not isinstance(value, types.ModuleType):
-            homes = {find_slimtune_module(self.__name__), sys.modules.get(f"slimtune.{peft_names.find_home(name)}")}
+            homes = {
+                find_slimtune_module(self.__name__),
+                sys.modules.get(f"slimtune.{peft_names.find_module_of_peft_name(name)}"),
+            }
             for home in homes - {None}:
                 setattr(home, name, value)
         super().__setattr__(name, value)

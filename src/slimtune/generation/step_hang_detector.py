@@ -12,7 +12,7 @@ ASSUMED_SECONDS_PER_TOKEN = 0.1
 """Of a prompt, until a step has been measured."""
 
 
-class StepWatchdog:
+class StepHangDetector:
     """Measures the steps of a thread, so that another thread can ask whether the present one hangs.
 
     A step of n tokens should take as long as the slowest short step, and n times the time of a token in the step with
