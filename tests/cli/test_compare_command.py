@@ -57,7 +57,7 @@ def test_flags_and_screen(recipe, calls, slimtune, tmp_path):
     assert grid.candidates[1].settings == {"r": 2, "use_dora": True}
     assert (grid.seeds, grid.tokens, grid.trials_per_candidate, grid.output_dir) == ((7, 8), 500, 0, Path("x"))
     assert grid.build_recipe(grid.candidates[0], 7, Path("x")).train.batch_size == 3
-    assert (plot, grid.at_once, place.runs) == (tmp_path / "p.svg", 2, 3)
+    assert (plot, grid.at_once, place.max_parallel_runs) == (tmp_path / "p.svg", 2, 3)
     assert "0.01" in done.stderr, "the recipe's learning rate is not used"
     rate = "Learning rates: the method's default (lora)."
     for part in ("lora", "0.0002", "0.500 ± 0.100", "size", rate, "Take lora."):

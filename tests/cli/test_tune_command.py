@@ -45,7 +45,7 @@ def test_flags_and_screen(recipe, calls, slimtune, tmp_path):
     assert (searched.path, str(searched), str(folder)) == ("method.rank", "8, 16, 32", "o-tune")
     assert tree["train"] == {"batch_size": 3}
     rest = {"allow_faulty_rows": False, "plot": None, "at_once": 3}
-    assert (how.pop("executor_spec").runs, how) == (2, {"trials": None, "minutes": 5.0, **rest})
+    assert (how.pop("executor_spec").max_parallel_runs, how) == (2, {"trials": None, "minutes": 5.0, **rest})
     lines = done.stdout.splitlines()
     assert [line.split() for line in lines[2:5]] == [
         ["2", "16", "4.2500", "(best)", "2.0", "s"], ["1", "8", "4.5000", "2.0", "s"],
