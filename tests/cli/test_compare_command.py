@@ -66,7 +66,7 @@ def test_flags_and_screen(recipe, calls, slimtune, tmp_path):
 
 def test_json_default_folder_and_search(recipe, calls, slimtune_json, tmp_path):
     assert slimtune_json("compare", recipe, "--methods", "lora", "--tune", "--trials", 3) == to_json_dict(RESULT)
-    assert (calls[0][0].trials, calls[0][0].output_dir) == (3, tmp_path / "o-compare")
+    assert (calls[0][0].trials_per_candidate, calls[0][0].output_dir) == (3, tmp_path / "o-compare")
 
 
 def test_failed_run_is_exit_code_1(recipe, slimtune, monkeypatch):
