@@ -10,13 +10,13 @@ train.forgetting_budget measures it. With that setting `train` prints it for eac
 import argparse
 from typing import Any
 
-from slimtune.core.adapters.adapter_strength import AdapterTensorInterpolator
 from slimtune.core.training.datasets import tokenize_recipe_datasets
 from slimtune.core.training.forgetting_budget import group_row_numbers_by_kind, max_loss_increase
 from slimtune.core.training.loss import build_run_collator
 from slimtune.core.training.trained_model import load_run
 from slimtune.evaluation.general_text import load_general_text
 from slimtune.evaluation.row_scores import score_supervised_rows
+from slimtune.extras.adapter_strength import AdapterTensorInterpolator
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 0.875, 1.0)
 
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("run")
     trained = load_run(parser.parse_args().run)
     validation = tokenize_recipe_datasets(trained.recipe, trained.base.tokenizer).validation
-    general = load_general_text(None).choose_rows(trained.base.tokenizer, trained.model)
+    general = load_general_text(None).choose_rows(trained.recipe, trained.base.tokenizer, trained.model, print)
     kinds = group_row_numbers_by_kind(general)
     collator = build_run_collator(trained.recipe.train, trained.model, trained.base.tokenizer, 512)
     strength, base = AdapterTensorInterpolator(trained.model, "default"), dict[str, float]()

@@ -70,6 +70,9 @@ PARTS: dict[str, dict[str, str]] = {
     "slimtune.config_checks": {"damage": "slimtune.extras.damaged_config"},
     "slimtune.template_renderers": {"jinja": "slimtune.extras.template_sandbox:render_sandboxed_template"},
     "slimtune.fingerprint_checks": {"files": "slimtune.extras.training_fingerprint"},
+    "slimtune.strength_searches": {
+        "interpolation": "slimtune.extras.adapter_strength:search_and_set_strength_within_budget"
+    },
     "slimtune.chat_template_setters": {"files": "slimtune.extras.chat_templates:set_chat_template"},
     "slimtune.tool_hints": {"bases": "slimtune.extras.known_models:make_tools_hint"},
     "slimtune.chat_templates": {

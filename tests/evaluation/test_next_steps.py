@@ -35,7 +35,7 @@ def test_a_result_that_passes_needs_no_step():
 @pytest.mark.parametrize(
     ("measures", "fields", "flags"),
     [
-        (BETTER, {"forgetting": FORGOT}, ["--forgetting-budget 0.05", "--lr 0.0003"]),
+        (BETTER, {"forgetting": FORGOT}, ["--forgetting-budget 0.02", "--lr 0.0003"]),
         (WORSE, {}, ["--lr 0.0002"]),
         (UNCLEAR, {}, ["--epochs 6"]),
     ],

@@ -13,9 +13,9 @@ from reference import compute_in_float64, slope_along
 import slimtune
 from slimtune import PeftModel, get_peft_model
 from slimtune.core.adapters.adapter_module import MergeUnsupported
-from slimtune.core.adapters.adapter_strength import AdapterTensorInterpolator
 from slimtune.core.adapters.method_registry import get_method_config_class, list_methods
 from slimtune.errors import ModelError, UsageError
+from slimtune.extras.adapter_strength import AdapterTensorInterpolator
 from slimtune.planning.memory_trace import trace_training_step
 from slimtune.planning.plan_request import MicroBatchWorkload
 

@@ -18,6 +18,7 @@ from typing import Any, Self, TypeVar
 import numpy as np
 
 from ..core.config import DataSettings, Recipe, TaskSettings, TrainSettings
+from ..core.config.recipe import DEFAULT_FORGETTING_BUDGET
 from ..core.data.collator import Example
 from ..core.data.rows import Row, split_preference_into_rows
 from ..core.data.tokenize import TokenizationStats
@@ -44,7 +45,7 @@ from ..objectives.reward import Reward
 from ..objectives.sft import SFT
 from .classification_comparison import ClassifierEvaluator, RewardModelEvaluator
 from .eval_result import EvalResult, EvalVerdict, TextEvalResult
-from .forgetting import DEFAULT_BUDGET, measure_forgetting
+from .forgetting import measure_forgetting
 from .general_text import build_general_text_examples, read_general_text_pieces
 from .generated_answers import (
     EvalPrompt,
@@ -90,7 +91,7 @@ class EvalSettings:
     seed: int = 0  # of the draws and of the shuffled prompts
     skip_prompt_test: bool = False  # do not test whether answers depend on their prompts
     general_text: Path | None = None  # that the adapter never saw, .txt or JSONL (`general_text.BUILT_IN_TEXT`)
-    forgetting_budget: float = DEFAULT_BUDGET  # nats per token that may be lost on it, 0 or more
+    forgetting_budget: float = DEFAULT_FORGETTING_BUDGET  # nats per token that may be lost on it, 0 or more
     generate: int = 0  # held-out prompts that base and tuned model answer, 0 or more
     max_new_tokens: int = 128  # longest answer in tokens, 1 or more
     checks: Sequence[str] = ()  # of the answers, by the names in `generated_answers.py`

@@ -13,8 +13,6 @@ from .eval_result import ForgettingMeasures, LossChange
 from .row_scores import RowScore
 from .statistics import paired_bootstrap
 
-DEFAULT_BUDGET = 0.1
-
 
 def measure_forgetting(
     text_name: str,

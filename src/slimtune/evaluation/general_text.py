@@ -4,12 +4,12 @@ The text is the built-in one (general/text.jsonl: prose, questions and answers, 
 of the user's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..core.adapters.adapter_strength import pair_tensors_with_no_op_values
+from ..core.config import Recipe
 from ..core.data.chat_template import encode_chat_with_train_mask
 from ..core.data.collator import IGNORE_INDEX, Example
 from ..core.data.rows import ROW_READERS, InvalidRow, RowErrorCollector
@@ -18,6 +18,7 @@ from ..core.models.base_config import get_max_positions
 from ..core.training.forgetting_budget import group_row_numbers_by_kind
 from ..core.training.loss import count_supervised_targets
 from ..errors import DataError, UsageError, suggest
+from ..extras.adapter_strength import pair_tensors_with_no_op_values
 
 BUILT_IN_TEXT = Path(__file__).parent / "general" / "text.jsonl"
 WINDOW = 256
@@ -121,18 +122,29 @@ class GeneralTextFile:
     file: Path
     pieces: Sequence[GeneralTextPiece]
 
-    def choose_rows(self, tokenizer: Any, model: Any) -> list[Example]:
+    def choose_rows(self, recipe: Recipe, tokenizer: Any, model: Any, say: Callable[[str], None]) -> list[Example]:
         """Return rows of the text, taken evenly from each kind of it, that predict about `GENERAL_TOKENS` tokens.
 
         Args:
+            recipe: the run's; if it names neither a budget nor a text, `say` gets the errors, and there are no rows.
             tokenizer: the base's.
             model: the adapted model; a row of general text has half of its positions at most.
+            say: shows a sentence.
 
         Raises:
             DataError: the chat template rejects messages, or there is nothing to predict.
             UsageError: the strength of the model's method cannot be reduced.
         """
-        pair_tensors_with_no_op_values(model, "default")
+        try:
+            pair_tensors_with_no_op_values(model, "default")
+            return self._choose_rows(tokenizer, model)
+        except (DataError, UsageError) as error:
+            if recipe.train.forgetting_budget != "auto" or recipe.data.general_text is not None:
+                raise
+            say(f"nothing limits what the run forgets of general text: {error.message}")
+            return []
+
+    def _choose_rows(self, tokenizer: Any, model: Any) -> list[Example]:
         rows = build_general_text_examples(self.pieces, self.file, tokenizer, get_max_positions(model.config))
         kinds = group_row_numbers_by_kind(rows)
         wanted = max(GENERAL_TOKENS // len(kinds), TOKENS_OF_A_KIND)

@@ -280,8 +280,8 @@ def render_training_charts(results: RunResults, recipe: Recipe) -> list[Markup]:
     lines = [
         render_line_chart(title, what, [series(title.lower(), key, unit=unit)]) for title, what, key, unit in others
     ]
-    if (budget := recipe.train.forgetting_budget) is not None:
-        curve = series("forgetting", "forgetting", "two", markers=True)
+    curve = series("forgetting", "forgetting", "two", markers=True)
+    if curve.points and (budget := recipe.forgetting_budget) is not None:
         curve = dataclasses.replace(curve, points=[(0, 0.0), *curve.points])
         unit = "nats per token of general text; above 0 is forgetting"
         lines.append(

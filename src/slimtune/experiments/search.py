@@ -294,7 +294,7 @@ class TrialMonitor:
             loss = metrics["validation_loss"]
             if loss is None or not math.isfinite(loss):
                 return True
-            inside = budget is None or metrics.get("forgetting", math.inf) <= budget
+            inside = budget in (None, "auto") or metrics.get("forgetting", math.inf) <= budget
             self.trial.report(loss if inside else OUTSIDE_BUDGET, self.evaluations_seen)
             if self.trial.should_prune():
                 return True

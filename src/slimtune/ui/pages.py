@@ -24,9 +24,7 @@ from ..extras.column_preview import ColumnPreview
 from ..extras.known_models import load_known_models_by_alias
 from .chat_session import CHAT_WORKER, MAX_TEXT, ChatSession
 from .column_choices import COLUMN, FORMAT, TASK, ColumnFormBuilder, run_preview_process
-from .command_arguments import make_args_except_base_and_rows
 from .command_jobs import SLIMTUNE, LatestCommandJobs, StartedCommand
-from .field_names import name_page_fields
 from .form_fields import (
     BASE,
     MORE,
@@ -34,7 +32,9 @@ from .form_fields import (
     ROWS_FIELDS,
     RUN_FIELDS,
     find_value_error,
+    make_args_except_base_and_rows,
     make_form_fields,
+    name_page_fields,
 )
 from .run_pages import (
     ChosenRun,

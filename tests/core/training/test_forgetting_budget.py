@@ -142,7 +142,7 @@ def test_preference_run_without_validation_rows(budgeted, tmp_path):
         ({"task": {"name": "classification"}}, "no loss on text"),
         ({"train": {"forgetting_budget": 0.1, "fsdp": True}}, "train.fsdp is true"),
         ({"train": {"forgetting_budget": 0}}, "train.forgetting_budget"),
-        ({"train": {}}, "general_text"),
+        ({"train": {"forgetting_budget": None}}, "general_text"),
     ],
 )
 def test_refused_recipes(budgeted, changes, message):
@@ -156,9 +156,9 @@ def test_method_without_a_strength_is_refused(budgeted):
     assert not Path(budgeted["output_dir"]).exists()
 
 
-def test_built_in_rows_are_few_and_of_every_kind(tiny_llama, tiny_tokenizer):
+def test_built_in_rows_are_few_and_of_every_kind(settings, tiny_llama, tiny_tokenizer):
     model = get_peft_model(tiny_llama(max_position_embeddings=4096), LoraConfig())
-    rows = load_general_text(None).choose_rows(tiny_tokenizer(), model)
+    rows = load_general_text(None).choose_rows(recipe_of(settings), tiny_tokenizer(), model, print)
     tokens = Counter()
     for row in rows:
         tokens[row["kind"]] += count_supervised_targets(row)

@@ -258,7 +258,7 @@ def test_best_checkpoint_vanishes(settings, monkeypatch, capfd):
     monkeypatch.setattr("slimtune.objectives.sft.SFT.summarize", lambda *_: {"loss": next(losses)})
     folder = Path(settings["output_dir"])
     do_at(monkeypatch, 7, lambda: shutil.rmtree(folder / "checkpoints" / "checkpoint-3"))
-    result = train(recipe_of(settings, eval_steps=1, save_total_limit=5))
+    result = train(recipe_of(settings, eval_steps=1, save_total_limit=5, forgetting_budget=None))
     assert (result.best_step, result.validation_loss) == (4, 3.5)
     assert re.search(r"adapter .*step 3, ", capfd.readouterr().err)
 

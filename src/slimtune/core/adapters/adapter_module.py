@@ -250,7 +250,7 @@ class AdapterModule(nn.Module):
     def get_no_op_values(self, site: AdapterSite) -> Mapping[str, Tensor | float] | None:
         """Return tensors by name, and their values at which the module changes nothing; None if it has none such.
 
-        Moved toward them in a straight line, together, they make the change smaller: see `adapter_strength.py`.
+        Moved toward them in a straight line, together, they make the change smaller: see `extras/adapter_strength.py`.
         """
         return self.no_op_values
 

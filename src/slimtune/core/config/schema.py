@@ -208,8 +208,12 @@ class TrainSettings(RecipeSection):
     early_stopping_patience: int | None = config_field(
         None, "evaluations without improvement before the run stops", when_null="never", ge=1, le=10**9
     )
-    forgetting_budget: Number | None = config_field(
-        None, "most that the loss on general text may rise above the base's, in nats per token", when_null="any", gt=0
+    forgetting_budget: Literal["auto"] | Number | None = config_field(
+        "auto",
+        "most that the loss on general text may rise above the base's, in nats per token; auto: 0.1 for a language "
+        "model whose method's change can be made smaller",
+        when_null="any",
+        gt=0,
     )
     logging_steps: int = config_field(1, "optimizer steps between lines of metrics", ge=1, le=10**9)
     report_to: list[Literal["clearml", "comet_ml", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]] = (

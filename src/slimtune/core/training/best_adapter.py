@@ -6,9 +6,8 @@ The main process chooses it alone, after the last step.
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..adapters.adapter_strength import AdapterTensorInterpolator
 from . import checkpoint
-from .forgetting_budget import search_and_set_strength_within_budget
+from .forgetting_budget import STRENGTH_SEARCHES
 from .loss import count_supervised_targets
 from .resuming import load_checkpoint_adapter_weights
 from .train_result import ForgettingResult
@@ -38,9 +37,8 @@ def load_best_adapter_within_forgetting_budget(loop: TrainingLoop) -> _KeptAdapt
     before = forgetting = known[step] if step in known else loop.measure_forgetting(alone=True)
     strength, tried = 1.0, list[tuple[float, float]]()
     if not before <= budget:  # NaN is outside
-        strength, tried = search_and_set_strength_within_budget(
-            AdapterTensorInterpolator(loop.model, "default"), lambda: loop.measure_forgetting(alone=True), budget
-        )
+        search = STRENGTH_SEARCHES.load("interpolation")
+        strength, tried = search(loop.model, lambda: loop.measure_forgetting(alone=True), before, budget)
         forgetting = max((change for s, change in tried if s == strength), default=0.0)
         loss = loop.measure(loop.validation, loop.objective, alone=True)[1]["loss"] if loop.validation else None
         loop.logger.say(

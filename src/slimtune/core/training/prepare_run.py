@@ -81,8 +81,8 @@ def prepare_run(
         # Packages, data and plan, before a weight is loaded.
         require_installed_trackers(recipe.train.report_to)
         data = load_training_datasets(recipe, allow_faulty_rows)
-        has_budget = recipe.train.forgetting_budget is not None
-        general_text = GENERAL_TEXTS.load("files")(recipe.data.general_text) if has_budget else None
+        has_budget = recipe.forgetting_budget is not None
+        text = GENERAL_TEXTS.load("files")(recipe.data.general_text) if has_budget else None
         lengths = data.lengths()
         plan = distributed.runs_on_main_and_broadcasts(planner)(recipe, lengths, data.train.content)
 
@@ -117,7 +117,7 @@ def prepare_run(
                 objective=recipe.objective(),
                 collator=collator,
                 plan=plan,
-                general_rows=general_text.choose_rows(base.tokenizer, model) if general_text is not None else [],
+                general_rows=[] if text is None else text.choose_rows(recipe, base.tokenizer, model, logger.say),
                 loading_peak=loading_peak,
                 init_adapter=init_adapter,
                 has_default_learning_rate=has_default_learning_rate,

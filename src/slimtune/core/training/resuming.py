@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import random
+import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,8 @@ def initialize_or_resume_run_in_place(prepared: PreparedRun, resume: bool) -> No
     """
     settings, run = prepared.settings, prepared.run
     max_steps = settings.count_steps(len(prepared.data.train))
-    prepared.state = TrainingState(max_steps, forgetting_budget=settings.forgetting_budget)
+    budget = prepared.recipe.forgetting_budget if prepared.general_rows else None
+    prepared.state = TrainingState(max_steps, forgetting_budget=budget)
     prepared.recovery.save_before_exit = lambda: checkpoint.describe_newest_checkpoint(run)
     random.seed(settings.seed)
     np.random.seed(settings.seed)
@@ -127,12 +129,17 @@ def initialize_or_resume_run_in_place(prepared: PreparedRun, resume: bool) -> No
     prepared.optimizer = build_optimizer(
         prepared.model, settings.optimizer, lr=float(settings.learning_rate), weight_decay=settings.weight_decay
     )
+    # The first rate of a schedule that warms up is 0: the run begins with the second.
+    warmup_steps = math.ceil(settings.warmup_ratio * max_steps)
     prepared.scheduler = get_scheduler(
         "constant_with_warmup" if settings.lr_scheduler == "constant" else settings.lr_scheduler,
         prepared.optimizer,
-        num_warmup_steps=math.ceil(settings.warmup_ratio * max_steps),
-        num_training_steps=max_steps,
+        num_warmup_steps=warmup_steps,
+        num_training_steps=max_steps + bool(warmup_steps),
     )
+    if warmup_steps:
+        with warnings.catch_warnings(action="ignore"):  # torch expects a step of the optimizer first
+            prepared.scheduler.step()
     if newest is not None:
         _restore_state(prepared, newest)
         if distributed.is_main_process():  # a kill after the last checkpoint was written left the old ones

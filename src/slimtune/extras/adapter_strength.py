@@ -7,13 +7,21 @@ B, one for the factors of (IA)³, the base's own rows and weights where copies o
 what it was. The tensors themselves change, so a file and a merge contain the weaker adapter without knowing of it.
 """
 
+import math
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import UsageError
-from .adapted_layer import read_adapter_site
+from ..core.adapters.adapted_layer import read_adapter_site
+from ..errors import UsageError
+
+MOST_STRENGTHS = 6
+"""Strengths that are tried."""
+CLOSE_TO_BUDGET = 0.9
+"""A strength that forgets this share of the budget is as good as the largest one inside it."""
 
 
 class AdapterTensorInterpolator:
@@ -58,3 +66,36 @@ def pair_tensors_with_no_op_values(model: Any, adapter_name: str) -> list[tuple[
                 for n, copy in adapted.trained_copies[adapter_name].named_parameters():
                     found[id(copy)] = copy, adapted._parameters[n]
     return list(found.values())
+
+
+def search_and_set_strength_within_budget(
+    model: Any,
+    measure_forgetting: Callable[[], float],
+    forgetting: float,
+    budget: float,
+) -> tuple[float, list[tuple[float, float]]]:
+    """Give a model's adapter the largest strength that keeps a budget; return it and all that were tried.
+
+    `measure_forgetting` returns the forgetting at the current strength; `forgetting` is that at strength 1. Strength 0
+    forgets nothing and is not measured.
+    """
+    adapter_strength = AdapterTensorInterpolator(model, "default")
+    # Forgetting grows like the square of the strength at first, so its root is interpolated linearly.
+    inside, outside, tried = (0.0, 0.0), (1.0, _root(forgetting)), list[tuple[float, float]]()
+    for _ in range(MOST_STRENGTHS):
+        share = (_root(budget) - inside[1]) / (outside[1] - inside[1])
+        strength = inside[0] + (outside[0] - inside[0]) * float(np.clip(np.nan_to_num(share, nan=0.5), 0.1, 0.9))
+        adapter_strength.set(strength)
+        tried.append((strength, change := measure_forgetting()))
+        if change <= budget:
+            inside = strength, _root(change)
+            if change >= CLOSE_TO_BUDGET * budget:
+                break
+        else:
+            outside = strength, _root(change)
+    adapter_strength.set(inside[0])
+    return inside[0], tried
+
+
+def _root(forgetting: float) -> float:
+    return math.sqrt(max(forgetting, 0.0))
