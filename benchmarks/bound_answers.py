@@ -177,12 +177,13 @@ def main() -> int:
 
         warm = [*enumerate(itertools.islice(make_cases(args.seed + 1), 2 * args.clients))]
         measure(ask_bound, warm)
-        while len(done) < args.answers:
-            cases = [*enumerate(itertools.islice(source, min(args.round, args.answers - len(done))), len(done))]
-            done += [case for _, case in cases]
-            rounds.append((measure(ask_bound, cases), measure(ask_free, cases)))
-            bound, free = rounds[-1]
-            print(f"{len(done)} answers: {bound:.1f} tokens/s bound, {free:.1f} free", file=sys.stderr, flush=True)
+        with contextlib.suppress(KeyboardInterrupt):  # what was measured until then counts
+            while len(done) < args.answers:
+                cases = [*enumerate(itertools.islice(source, min(args.round, args.answers - len(done))), len(done))]
+                rounds.append((measure(ask_bound, cases), measure(ask_free, cases)))
+                done += [case for _, case in cases]
+                bound, free = rounds[-1]
+                print(f"{len(done)} answers: {bound:.1f} tokens/s bound, {free:.1f} free", file=sys.stderr, flush=True)
     cut = [case for case in done if case.finish_reason != "stop"]
     wrong = [case for case in done if case.finish_reason == "stop" and not is_valid(case)]
     for case in [*cut, *wrong][:10]:
