@@ -20,7 +20,7 @@ ADDRESS = "http://127.0.0.1:8000"
 @pytest.fixture(scope="module")
 def address(tmp_path_factory, tiny_llama, tiny_tokenizer):
     folder = tmp_path_factory.mktemp("page")
-    base = folder / "SmolLM2-135M-Instruct"
+    base = folder / "smollm2-135m"
     tiny_llama().save_pretrained(base)
     tiny_tokenizer().save_pretrained(base)
     server = ModelServer([str(make_run(folder / name, base)) for name in ("sailor", "pirate")], ServeSettings(port=0))
@@ -53,7 +53,10 @@ def test_curl(address):
 
 
 def test_python(address):
-    (code,) = [text for language, text in BLOCKS if language == "python"]
-    done = subprocess.run([sys.executable, "-c", code.replace(ADDRESS, address)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert len(re.findall(r" -\d+\.\d+ \[", done.stdout)) == 5
+    printed = []
+    for code in [text for language, text in BLOCKS if language == "python"]:
+        done = subprocess.run([sys.executable, "-c", code.replace(ADDRESS, address)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        printed.append(done.stdout)
+    assert len(re.findall(r" -\d+\.\d+ \[", printed[0])) == 5
+    assert re.fullmatch(r"\{'name': .*, 'age': \d+\}\n\d{4}-\d{2}-\d{2}\n", printed[1])

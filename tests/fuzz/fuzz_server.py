@@ -4,7 +4,8 @@ A server in a process of its own gets damaged requests, broken HTTP, connections
 With the torch engine, errors are also raised in its thread, in passes that an attacker's answer takes part in. Beside
 them honest clients ask what was asked before, of each model alone. What must hold:
 
-    wrong     no honest answer has another text, or log-probabilities that differ by more than the batch explains
+    wrong     no honest answer has another text, or log-probabilities that differ by more than the batch explains;
+              none that a grammar binds is invalid
     lost      every honest request is answered, none with an error
     hang      every request, the attackers' too, ends within a minute
     health    `/health` says "ok" at each moment, and in the end that nothing runs or waits
@@ -19,6 +20,7 @@ import contextlib
 import http.client
 import json
 import random
+import re
 import signal
 import socket
 import struct
@@ -39,6 +41,35 @@ LIMIT_S = 60
 MARKED = range(0xBAD << 40, (0xBAD << 40) + 2**31)
 """Seeds of attackers: errors are raised only in passes with such a row."""
 HEADERS = {"Content-Type": "application/json"}
+SCHEMA = {
+    "type": "object",
+    "properties": {"ok": {"type": "boolean"}, "n": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["ok", "n"],
+    "additionalProperties": False,
+}
+BOUND: list[tuple[dict[str, Any], str]] = [
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}},
+        r'\{\s*"ok"\s*:\s*(true|false)\s*,\s*"n"\s*:\s*\d\d?\s*\}',
+    ),
+    ({"structured_outputs": {"regex": "[ab]{3,9}(c|dd)"}}, "[ab]{3,9}(c|dd)"),
+    ({"structured_outputs": {"choice": ["yes", "no", "é"]}}, "yes|no|é"),
+]
+"""Fields that bind an answer, and what it matches then."""
+CHAIN = {"$ref": "#/$defs/0", "$defs": {f"{i}": {"$ref": f"#/$defs/{i + 1}"} for i in range(3000)}}
+HOSTILE: list[dict[str, Any]] = [
+    *({"structured_outputs": {"regex": regex}} for regex in (
+        "((a{1000}){1000}){1000}", "x*(a|b)*a(a|b){500}", "(?:a?){5000}a{5000}", "(" * 9000, r"(a)\1", "[", r"[^\s\S]",
+        "a" * 190_000, r"\p{L}{1,3000}", "(.*a.*){20}(.*b.*){20}", "\ud800", "",
+    )),
+    *({"structured_outputs": {"json": schema}} for schema in (
+        CHAIN, {"$ref": "#"}, {"$ref": "http://127.0.0.1:9/x"}, {"not": {}}, {"foo": 1}, {"enum": []},
+        {"type": "string", "pattern": "(.*a.{30}b|.*c.{40}d)"}, {"type": "array", "items": {"$ref": "#"}},
+        {"enum": [f"value {i}" for i in range(9000)]}, {"type": "string", "minLength": 100_000_000},
+        {"allOf": [{"anyOf": [{"required": [f"a{i}"]}, {"required": [f"b{i}"]}]} for i in range(24)]}, {},
+    )),
+    {"response_format": {"type": "json_object"}},
+]  # fmt: skip
 PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 
 
@@ -108,6 +139,7 @@ def raise_errors(queue: Any, seed: int, share: float) -> None:
     patch(queue.runner, "prefill", lambda row, *_: [row])
     patch(queue, "_add_tokens", lambda batch, _: batch.rows)
     patch(queue, "_keep", lambda batch, _: batch.rows)
+    patch(queue, "_mask_by_grammars", lambda batch, _: batch.rows)
     make_piece = queue._make_piece
 
     def make_or_fail(answer: Any, *args: Any) -> Any:
@@ -230,6 +262,9 @@ def be_honest(fuzz: Fuzz, number: int) -> None:
     """Ask for known answers until the attack is over."""
     rng = random.Random(f"{fuzz.seed}/honest/{number}")
     while not fuzz.is_over.is_set():
+        if rng.random() < 0.25:
+            ask_bound(fuzz, rng)
+            continue
         path, body, (text, values) = rng.choice(fuzz.references)
         streams = rng.random() < 0.5
         try:
@@ -243,6 +278,25 @@ def be_honest(fuzz: Fuzz, number: int) -> None:
             off = max((abs(a - b) for a, b in zip(values, found_values, strict=False)), default=0)
             is_right = found_text == text and len(values) == len(found_values) and off <= fuzz.tolerance
             fuzz.add("right" if is_right else "wrong", "" if is_right else f"{found_text!r}, not {text!r}; {off}")
+
+
+def ask_bound(fuzz: Fuzz, rng: random.Random) -> None:
+    """Ask for an answer that a grammar binds, and check it."""
+    path, body, _ = rng.choice(fuzz.references)
+    fields, expected = rng.choice(BOUND if path == PATHS["completions"] else BOUND[1:])
+    count = 190 if "response_format" in fields else 20  # a chat's prompt leaves no room for white space in JSON
+    body = {**body, **fields, "max_tokens": count, "stream": rng.random() < 0.5, "seed": rng.getrandbits(20)}
+    body["temperature"] = rng.choice([0, 0.7, 1.5])
+    body = {name: value for name, value in body.items() if "logprobs" not in name}
+    try:
+        text, _ = read_answer(*fuzz.request("POST", path, json.dumps(body).encode()), body["stream"])
+    except TimeoutError:
+        fuzz.add("hang", f"bound {body}")
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        fuzz.add("lost", f"{type(error).__name__}: {error}")
+    else:
+        is_right = re.fullmatch(expected, text) is not None
+        fuzz.add("bound right" if is_right else "wrong", "" if is_right else f"{text!r} does not match {expected}")
 
 
 def watch_health(fuzz: Fuzz) -> None:
@@ -265,6 +319,9 @@ def make_request(fuzz: Fuzz, rng: random.Random) -> tuple[str, dict[str, Any]]:
     body = {**body, "max_tokens": rng.randint(1, 60), "seed": MARKED[rng.getrandbits(30)]}
     body |= {"temperature": rng.choice([0, 0.7, 1.9, 1e-40, 5e-324, 1e-5]), "top_p": rng.choice([1, 0.3, 1e-9])}
     body |= {"n": rng.choice([1, 1, 2, 4]), "stream": rng.random() < 0.5, "stop": rng.choice([None, "a", ["e", "zz"]])}
+    if rng.random() < 0.4:
+        fields = rng.choice([rng.choice(BOUND)[0], rng.choice(HOSTILE)])
+        body |= {**fields, "max_tokens": rng.randint(1, 150)}
     return path, body
 
 

@@ -1,5 +1,6 @@
 """The endpoints, as OpenAI's own client sees them."""
 
+import logging
 import threading
 import time
 
@@ -159,6 +160,20 @@ def test_wrong_requests(server, field, value, message):
     assert message in answer["error"]["message"]
     assert answer["error"]["type"] == "invalid_request_error"
     assert answer["error"]["param"] == field
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_a_prompt_that_is_too_long_leaves_no_line_in_the_log(server, monkeypatch, caplog, path):
+    log = logging.getLogger("transformers.tokenization_utils_base")
+    monkeypatch.setattr(log, "handlers", [caplog.handler])
+    monkeypatch.setattr(log, "level", logging.WARNING)
+    monkeypatch.setattr(server.models[1].tokenizer, "model_max_length", 100)
+    monkeypatch.setattr(server.models[1].tokenizer, "deprecation_warnings", {})
+    text = "long " * 2000
+    given = {"prompt": text} if path == "/v1/completions" else {"messages": [{"role": "user", "content": text}]}
+    status, answer = send(server, "POST", path, {"model": "sailor", **given})
+    assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+    assert caplog.records == []
 
 
 def test_client_raises_openais_errors(ask):

@@ -89,7 +89,7 @@ def tokenize_chat_prompt(tokenizer: Any, messages: Sequence[Message], tools: Too
             "roles that the template supports, in its order",
             "leave the system message out" if messages[0]["role"] == "system" else "",
         ) from e
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if not ids:
         raise UsageError("the chat template writes nothing for these messages", "a template that writes them")
     return ids

@@ -462,7 +462,7 @@ def _tokenize_text(model: ServedModel, prompt: str | list[int]) -> Sequence[int]
             raise ApiError(400, message, "prompt", "invalid_value")
         return prompt
     try:
-        ids = model.tokenizer(require_text(prompt, "prompt", allow_empty=True))["input_ids"]
+        ids = model.tokenizer(require_text(prompt, "prompt", allow_empty=True), verbose=False)["input_ids"]
     except RowError as error:
         raise ApiError(400, str(error), "prompt", "invalid_value") from error
     if not ids:
