@@ -11,7 +11,10 @@ from slimtune.ui.web_app import build_web_app
 from slimtune.ui.workspace import WorkspaceFolder
 
 TOKEN, ORIGIN = "a-token-of-the-tests", "http://127.0.0.1:7860"
-PATHS = ["/", "/plan", "/live/data", "/static/ui.css", "/no-such-page"]
+PATHS = ["/", "/plan", "/live/data", "/static/ui.css", "/no-such-page", "/columns", "/check/train.epochs", "/machines",
+         "/help"]  # fmt: skip
+FORMS = ["/rows", "/upload", "/plan", "/train", "/train/stop", "/evaluate", "/chat/rate", "/chat/learn", "/machines",
+         "/machines/bench", "/help", "/export/verify"]  # fmt: skip
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -87,9 +90,13 @@ def test_a_form_of_another_site_is_refused(browser, folder, origin):
     assert not (folder / ".slimtune-ui.json").exists()
 
 
-def test_a_form_without_an_origin_is_refused(browser):
+@pytest.mark.parametrize("path", FORMS)
+def test_a_form_without_an_origin_or_a_token_is_refused(browser, stranger, pages, path):
     del browser.headers["origin"]
-    assert browser.post("/rows", data={}).status_code == 403
+    assert browser.post(path, data={}).status_code == 403
+    stranger.cookies.clear()
+    assert stranger.post(path, data={}, headers={"origin": ORIGIN}).status_code == 403
+    assert not any(map(pages.jobs.get, ("data", "plan", "train", "bench", "explain", "verify")))
 
 
 def test_every_answer_forbids_foreign_scripts_and_frames(browser):

@@ -14,7 +14,8 @@ from waiting import wait_until
 
 from slimtune.core.foundation.files import write_json
 from slimtune.errors import UsageError
-from slimtune.ui.run_pages import read_last_log_lines, read_run_status
+from slimtune.extras.row_files import read_rows
+from slimtune.ui.run_pages import estimate_seconds_left, read_last_log_lines, read_run_status
 
 BAD = '<script>alert("x")</script>'
 FORM = {"model.name": "smollm2-135m", "data.train": "rows.jsonl"}
@@ -81,6 +82,17 @@ def test_a_running_training_is_shown_whoever_started_it(browser, run):
     assert "killed" in text
     assert 'id="resume-run"' in text
     assert "hx-get" not in text
+
+
+@pytest.mark.parametrize(
+    ("metrics", "done", "total", "left"),
+    [({"trained_tokens": 100, "tokens_per_second": 10}, 5, 20, 30.0), ({"trained_tokens": 100}, 5, 20, None),
+     ({"trained_tokens": 100, "tokens_per_second": 0}, 5, 20, None), ({}, 0, 0, None),
+     ({"trained_tokens": "x", "tokens_per_second": 10}, 5, 20, None),
+     ({"trained_tokens": 100, "tokens_per_second": 10}, 20, 20, None)],
+)  # fmt: skip
+def test_the_time_for_the_rest_follows_the_speed_so_far(metrics, done, total, left):
+    assert estimate_seconds_left(metrics, done, total) == left
 
 
 def test_a_process_that_is_no_training_is_never_stopped(browser, run):
@@ -239,6 +251,21 @@ def test_an_export_shows_its_gate(browser, run, commands, finish, passed, shown)
         assert browser.post("/export", data={**form, **wrong}).status_code == 400
 
 
+def test_an_export_is_checked_again(browser, run, folder, commands, finish):
+    (folder / "exports/x").mkdir(parents=True)
+    (folder / "exports/x/export_manifest.json").write_text("{}")
+    assert "<option>exports/x</option>" in browser.get("/export").text
+    check = {"engine": "<b>llama.cpp</b>", "passed": False, "reason": BAD, "mean_difference": 0.5}
+    commands({"path": "exports/x", "run": "runs/first", "passed": False, "checks": [check]}, code=1)
+    browser.post("/export/verify", data={"export": "exports/x"})
+    assert finish("verify").args == ["verify", "exports/x"]
+    text = browser.get("/export").text
+    assert "&lt;b&gt;llama.cpp" in text
+    assert "<script>alert" not in text
+    for wrong in ("../x", "/etc", "", "gone"):
+        assert browser.post("/export/verify", data={"export": wrong}).status_code == 400
+
+
 def test_a_run_that_was_not_evaluated_is_not_proven(browser, run):
     run.evaluation_file("test").unlink()
     assert "was not evaluated on held-out rows" in browser.get("/export", params={"run": "runs/first"}).text
@@ -281,6 +308,47 @@ def test_an_answer_is_stopped_and_bounded(browser, run, pages):
     browser.post("/chat/stop")
     wait_until(lambda: pages.conversation.state == "ready")
     assert pages.conversation.turns[-1]["problem"] == "stopped"
+
+
+def test_a_rated_answer_is_a_row_that_kto_reads(browser, run, pages, folder):
+    browser.post("/chat/load", data={"run": "runs/first"})
+    wait_until(lambda: pages.conversation.state == "ready")
+    browser.post("/chat/new", data={"system": "Be brief."})
+    for text in ("one", f"two {BAD}"):
+        browser.post("/chat/say", data={"text": text})
+        wait_until(lambda: pages.conversation.state == "ready")
+    first, second = (turn["number"] for turn in pages.conversation.turns)
+    for number, model, thumb in ((first, "tuned", "down"), (second, "base", "up"), (first, "tuned", "up")):
+        answer = browser.post("/chat/rate", data={"number": number, "model": model, "thumb": thumb})
+        assert answer.status_code == 303
+    rows = read_rows(folder / "ratings/runs-first.jsonl", format="unpaired-preference")
+    assert [(len(row.messages), row.is_good) for row in rows] == [(5, True), (3, True)]  # rated anew: at the end
+    text = browser.get("/chat").text
+    assert text.count('aria-pressed="true"') == 2
+    assert "<script>alert" not in text
+    assert browser.post("/chat/learn").headers["location"] == "/#columns"
+    assert pages.choices.items() >= {"data.train": "ratings/runs-first.jsonl", "task.name": "kto"}.items()
+
+
+def test_only_complete_answers_are_rated_and_inside_the_folder(browser, run, pages, folder):
+    form = {"number": "1", "model": "tuned", "thumb": "up"}
+    assert browser.post("/chat/rate", data=form).status_code == 400
+    browser.post("/chat/load", data={"run": "runs/first"})
+    wait_until(lambda: pages.conversation.state == "ready")
+    browser.post("/chat/say", data={"text": "slowly"})
+    wait_until(lambda: pages.conversation.turns[-1]["base"])
+    assert browser.post("/chat/rate", data={**form, "model": "base"}).status_code == 400
+    browser.post("/chat/stop")
+    wait_until(lambda: pages.conversation.state == "ready")
+    for wrong in ({}, {"number": "7"}, {"model": "user"}, {"model": "__class__"}, {"thumb": "left"}):
+        assert browser.post("/chat/rate", data={**form, **wrong}).status_code == 400
+    browser.post("/chat/new", data={})
+    browser.post("/chat/say", data={"text": "quick"})
+    wait_until(lambda: pages.conversation.state == "ready")
+    (folder / "ratings").symlink_to(folder.parent)
+    number = pages.conversation.turns[-1]["number"]
+    assert browser.post("/chat/rate", data={**form, "number": number}).status_code == 400
+    assert not [*folder.parent.glob("*.jsonl")]
 
 
 @pytest.mark.parametrize("state", ["loading", "ready"])

@@ -38,6 +38,8 @@ class ChatSession:
         self.description = ""
         self.error: Mapping[str, str] = {}
         self.turns: deque[dict[str, str]] = deque(maxlen=MAX_TURNS)
+        self.system = ""
+        self._asked = 0
         self.messages: deque[str] = deque(maxlen=20)
         self._lock = threading.Lock()
         self.process = subprocess.Popen(
@@ -97,7 +99,8 @@ class ChatSession:
                 hint = {"loading": "wait until the model is loaded", "answering": "wait for the answer, or stop it"}
                 raise UsageError(f"the model is not ready: {self.state}", hint=hint.get(self.state, "load it again"))
             self.state = "answering"
-            self.turns.append({"user": text, **dict.fromkeys(models, "")})
+            self._asked += 1
+            self.turns.append({"number": str(self._asked), "user": text, **dict.fromkeys(models, "")})
         self._send({"text": text, "models": list(models), "settings": dict(settings)})
 
     def begin(self, system: str) -> None:
@@ -106,7 +109,31 @@ class ChatSession:
             raise UsageError("the model is answering", hint="wait for the answer, or stop it")
         with self._lock:
             self.turns.clear()
-        self._send({"system": system.strip() or None})
+            self.system = system.strip()
+        self._send({"system": self.system or None})
+
+    def make_rated_row(self, number: str, model: str, is_good: bool) -> dict[str, Any]:
+        """Return an answer with the conversation before it as a row of ratings, which KTO learns from.
+
+        Args:
+            number: of the turn.
+            model: "base" or "tuned".
+            is_good: thumbs up.
+
+        Raises:
+            UsageError: there is no such answer, or it is not complete.
+        """
+        turns = [dict(turn) for turn in self.turns]
+        place = next((i for i, turn in enumerate(turns) if turn["number"] == number), None)
+        asked = turns[: place + 1] if place is not None and model in ("base", "tuned") else []
+        if not asked or not all(turn.get(model, "").strip() and "problem" not in turn for turn in asked):
+            raise UsageError("this answer cannot be rated", "an answer that is complete and still shown")
+        if self.state == "answering" and asked[-1] == turns[-1]:
+            raise UsageError("this answer is not complete", hint="wait for it, or stop it")
+        prompt = [{"role": "system", "content": self.system}] if self.system else []
+        for turn in asked:
+            prompt += [{"role": "user", "content": turn["user"]}, {"role": "assistant", "content": turn[model]}]
+        return {"prompt": prompt[:-1], "completion": prompt[-1:], "label": is_good}
 
     def _send(self, request: Mapping[str, Any]) -> None:
         assert self.process.stdin is not None

@@ -151,7 +151,7 @@ def _make_role_fields(format: str, preview: ColumnPreview, choices: Mapping[str,
     return fields
 
 
-def make_column_flags_and_doubt(choices: Mapping[str, str]) -> list[str]:
+def make_column_arguments(choices: Mapping[str, str]) -> list[str]:
     """Return the chosen columns as flags of a command; a column that has the role's own name needs none."""
     roles = {name.removeprefix(COLUMN): column for name, column in choices.items() if name.startswith(COLUMN)}
     return [f"--column={role}={column}" for role, column in roles.items() if column and column != role]

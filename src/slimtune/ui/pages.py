@@ -6,6 +6,7 @@ every tab and every reload shows the same.
 
 import contextlib
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,9 @@ from ..extras.column_preview import ColumnPreview
 from ..extras.known_models import load_known_models_by_alias
 from .chat_session import CHAT_WORKER, MAX_TEXT, ChatSession
 from .column_choices import COLUMN, FORMAT, TASK, ColumnFormBuilder, run_preview_process
+from .command_arguments import make_args_except_base_and_rows
 from .command_jobs import SLIMTUNE, LatestCommandJobs, StartedCommand
+from .field_names import name_page_fields
 from .form_fields import (
     BASE,
     MORE,
@@ -32,10 +35,9 @@ from .form_fields import (
     ROWS_FIELDS,
     RUN_FIELDS,
     find_value_error,
-    make_args_except_base_and_rows,
     make_form_fields,
-    name_page_fields,
 )
+from .markdown import render_markdown
 from .run_pages import (
     ChosenRun,
     JobPageData,
@@ -57,9 +59,23 @@ PAGES = {
     "chat": ("/chat", "Chat"),
     "runs": ("/runs", "Runs"),
     "export": ("/export", "Export"),
+    "machines": ("/machines", "Machines"),
+    "help": ("/help", "Help"),
 }
-"""Path and title of each page, in the order in which a person needs them."""
-PAGE_OF_JOB = {"data": "rows", "plan": "plan", "eval": "evaluate", "predict": "chat", "export": "export"}
+"""Path and title of each page, in the order in which a person needs them; the last two are beside that order."""
+PAGE_OF_JOB = {
+    "data": "rows",
+    "plan": "plan",
+    "eval": "evaluate",
+    "predict": "chat",
+    "export": "export",
+    "verify": "export",
+    "bench": "machines",
+    "choose": "machines",
+    "gpus": "machines",
+    "explain": "help",
+}
+MACHINE_KINDS = ("desktop", "laptop", "workstation", "mac", "mini", "rent")
 TARGETS = {
     "gguf": ("llama.cpp, adapter beside the base", "gguf"),
     "gguf --merged": ("llama.cpp, one model", "merged"),
@@ -76,7 +92,8 @@ FIELDS_WITH_ERRORS = {
     "train": (RUN,),
     "evaluate": ("held_out",),
     "chat": ("text",),
-    "export": (OUT,),
+    "export": (OUT, "export"),
+    "machines": ("base",),
 }
 """Names of the fields of each page that show themselves why their form was refused."""
 Form = Mapping[str, str]
@@ -117,10 +134,11 @@ class UiPages:
         self.chat_program, self.gpus = chat_program, gpus
         self.column_forms = ColumnFormBuilder(workspace, read_preview)
         self.conversation: ChatSession | None = None
+        self.rating_lock = threading.Lock()
         self.choices = workspace.load_choices()
         self.notice = ""  # what could not be kept, shown until it can
         self.templates = make_jinja_environment("ui/templates")
-        self.templates.filters["fields"] = name_page_fields
+        self.templates.filters |= {"fields": name_page_fields, "markdown": render_markdown}
         self.templates.globals.update(make_report_template_functions(), version=__version__, pages=PAGES)
         self.templates.globals["fields_with_errors"] = FIELDS_WITH_ERRORS
 
@@ -359,12 +377,19 @@ class UiPages:
         predicts = is_classifier_or_reward_model(chosen.results) and (bool(run) or self.conversation is None)
         job = self.job_view("predict")
         return self.render(
-            "chat.html.j2", page="chat", chat=self.conversation, predicts=predicts, job=job, **vars(chosen), **values
+            "chat.html.j2",
+            page="chat",
+            chat=self.conversation,
+            predicts=predicts,
+            job=job,
+            ratings=self.find_ratings(),
+            **vars(chosen),
+            **values,
         )
 
     def live_chat(self) -> Response:
         """Return the part of the page that shows the conversation."""
-        return self.render("turns.html.j2", page="chat", chat=self.conversation)
+        return self.render("turns.html.j2", page="chat", chat=self.conversation, ratings=self.find_ratings())
 
     def load_chat(self, form: Form) -> str:
         """Load a run to talk to, in place of the one before."""
@@ -409,6 +434,39 @@ class UiPages:
         )
         return "/chat"
 
+    def rate(self, form: Form) -> str:
+        """Write an answer that got a thumb into the working folder, as a row that KTO learns from."""
+        chat, number, model = self.require_chat(), form.get("number", ""), form.get("model", "")
+        if (thumb := form.get("thumb", "")) not in ("up", "down"):
+            raise UsageError(f"{thumb[:40]!r} is no rating", "up or down")
+        with self.rating_lock:
+            is_good, row = thumb == "up", chat.make_rated_row(number, model, thumb == "up")
+            turn = next(turn for turn in chat.turns if turn["number"] == number)
+            before = turn.get(f"{model}_thumb")
+            if before != thumb:
+                replaced = None if before is None else {**row, "label": not is_good}
+                self.workspace.write_rating(chat.run, row, replaced)
+                turn[f"{model}_thumb"] = thumb
+        return f"/chat#turn-{number}"
+
+    def learn_ratings(self, form: Form) -> str:
+        """Choose the rated answers of the loaded run as rows to learn by KTO."""
+        chat = self.require_chat()
+        rows = self.workspace.relative(self.workspace.find_ratings_file(chat.run))
+        self.choose_columns({})
+        self.choose({ROWS: rows, TASK: "kto"}, (ROWS, TASK, FORMAT))
+        return "/#columns"
+
+    def find_ratings(self) -> str:
+        """Return the file with the rated answers of the loaded run; empty: there is none."""
+        if self.conversation is None:
+            return ""
+        try:
+            path = self.workspace.find_ratings_file(self.conversation.run)
+        except UsageError:  # a link to the outside
+            return ""
+        return self.workspace.relative(path) if path.is_file() else ""
+
     def new_chat(self, form: Form) -> str:
         """Begin a new conversation."""
         self.choose(form, ("system",))
@@ -441,8 +499,65 @@ class UiPages:
         """Show what a run can be exported to, and the last export with its check."""
         chosen = self.chosen(run)
         targets = {"merge": TARGETS["merge"]} if is_classifier_or_reward_model(chosen.results) else TARGETS
-        job = self.job_view("export")
-        return self.render("export.html.j2", page="export", job=job, targets=targets, **vars(chosen), **values)
+        exports = self.workspace.list_exports()
+        return self.render(
+            "export.html.j2",
+            page="export",
+            job=self.latest_job_view("export"),
+            targets=targets,
+            exports=exports,
+            **vars(chosen),
+            **values,
+        )
+
+    def verify_export(self, form: Form) -> str:
+        """Start the comparison of an export with its run."""
+        with blame_field("export"):
+            export = self.workspace.relative(self.workspace.resolve(form.get("export", "")))
+        self.jobs.start("verify", ["verify", export], subject=export)
+        return "/export#job"
+
+    # --- machines ---
+
+    def machines(self, **values: Any) -> Response:
+        """Show how fast machines are: this one as it was measured, others by their figures."""
+        job = self.latest_job_view("machines")
+        return self.render("machines.html.j2", page="machines", job=job, kinds=MACHINE_KINDS, gpus=self.gpus, **values)
+
+    def measure_machine(self, form: Form) -> str:
+        """Start the benchmark of this machine."""
+        self.jobs.start("bench", ["bench"])
+        return "/machines#job"
+
+    def choose_machine(self, form: Form) -> str:
+        """Start the ranking of machines for the chosen run, or compare those that are named."""
+        names = ("compared", "budget", "hours", *MACHINE_KINDS)
+        self.choose(form, names)
+        with blame_field("base"):
+            base = self.workspace.resolve_base(self.choices.get(BASE, ""))
+        if self.choices["compared"]:
+            compared = [name.strip() for name in self.choices["compared"].split(",") if name.strip(" -")]
+            self.jobs.start("gpus", ["gpus", f"--for={base}", "--", *compared[:8]])
+            return "/machines#job"
+        limits = [f"--{name}={value}" for name in ("budget", "hours") if (value := self.choices[name])]
+        kinds = ",".join(kind for kind in MACHINE_KINDS if self.choices[kind])
+        rows = [f"--data={self.workspace.resolve_rows(rows)}"] if (rows := self.choices.get(ROWS, "")) else []
+        settings = make_args_except_base_and_rows(self.workspace, self.choices, "plan")
+        limits += [f"--kind={kinds}"] if kinds else []
+        self.jobs.start("choose", ["choose", base, *rows, *limits, *settings])
+        return "/machines#job"
+
+    # --- help ---
+
+    def help(self, **values: Any) -> Response:
+        """Show what an error or a question is about."""
+        return self.render("help.html.j2", page="help", job=self.job_view("explain"), **values)
+
+    def explain(self, form: Form) -> str:
+        """Look a text up in the help."""
+        text = form.get("q", "").strip()[:MAX_TEXT].replace("\0", "")
+        self.jobs.start("explain", ["explain", *(["--", text] if text else [])], subject=text).wait(3)
+        return "/help#job"
 
     def start_export(self, form: Form) -> str:
         """Start an export."""
@@ -475,6 +590,11 @@ class UiPages:
             named = [{**i, "hint": name_page_fields(str(i.get("hint") or ""))} for i in issues if isinstance(i, dict)]
             result = {**result, "issues": named}
         return JobPageData(kind, job.state, job, job.error, result, charts)
+
+    def latest_job_view(self, page: str) -> JobPageData | None:
+        """Return what the templates show of the command of a page that was started last."""
+        jobs = [job for kind in PAGE_OF_JOB if PAGE_OF_JOB[kind] == page and (job := self.jobs.get(kind)) is not None]
+        return self.job_view(max(jobs, key=lambda job: job.started).kind) if jobs else None
 
     def live(self, kind: str) -> Response:
         """Return the part of a page that shows a job."""

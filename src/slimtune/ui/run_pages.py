@@ -155,6 +155,8 @@ class RunPageData:
     """Steps or epochs of the whole run; 0: not known."""
     unit: str = ""
     """"steps" or "epochs"."""
+    seconds_left: float | None = None
+    """Time for the rest at the speed so far, evaluations not counted; None: not known."""
     charts: Sequence[Markup] = ()
     """Losses and other curves."""
     log: Sequence[str] = ()
@@ -264,11 +266,20 @@ def make_run_page_data(workspace: WorkspaceFolder, name: str, last_job: StartedC
         },
         done=done,
         total=total,
+        seconds_left=estimate_seconds_left(last, done, total),
         unit="steps" if train.max_steps is not None else "epochs",
         charts=render_training_charts(results, results.recipe),
         log=read_last_log_lines(run)[-10:],
         events=[m for m in results.metrics if m.get("event")][-3:],
     )
+
+
+def estimate_seconds_left(metrics: Mapping[str, Any], done: float, total: float) -> float | None:
+    """Return the time for the rest of a run at its speed so far, by its last metrics; None: not known."""
+    tokens, speed = metrics.get("trained_tokens"), metrics.get("tokens_per_second")
+    if not (is_finite_number(tokens) and is_finite_number(speed)) or min(done, total - done, speed or 0) <= 0:
+        return None
+    return float(tokens) / float(speed) * (total - done) / done
 
 
 def is_classifier_or_reward_model(results: RunResults) -> bool:

@@ -7,7 +7,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..core.foundation.files import parse_hub_dataset_id_or_none, read_json_object, translate_os_errors, write_json
+from ..core.foundation.files import (
+    parse_hub_dataset_id_or_none,
+    read_json_object,
+    to_json,
+    translate_os_errors,
+    write_atomic,
+    write_json,
+)
 from ..core.training.run_dir import RunDir
 from ..errors import RunError, UsageError, suggest
 from ..extras.known_models import load_known_models_by_alias
@@ -17,6 +24,9 @@ MAX_LISTED = 500
 """Most files, and most runs, that are looked for and shown."""
 MAX_DEPTH = 3
 """Folders below the working folder in which files and runs are looked for."""
+EXPORT_MANIFEST = "export_manifest.json"
+RATINGS = "ratings"
+"""The folder of answers that were rated in the chat, a file for each run."""
 STATE_FILE = ".slimtune-ui.json"
 SKIPPED = {"node_modules", "site-packages", "checkpoints", "adapter"}
 
@@ -96,6 +106,11 @@ class WorkspaceFolder:
         found = [f.parent for f in self._walk() if f.name == "recipe.yaml" and f.parent != self.root]
         return [str(f.relative_to(self.root)) for f in sorted(found, key=_age)[:MAX_LISTED]]
 
+    def list_exports(self) -> list[str]:
+        """Return the folders with an export, the newest first."""
+        found = [f.parent for f in self._walk() if f.name == EXPORT_MANIFEST and f.parent != self.root]
+        return [str(f.relative_to(self.root)) for f in sorted(found, key=_age)[:MAX_LISTED]]
+
     def save_upload(self, name: str, content: BinaryIO) -> str:
         """Write an uploaded file into `uploads`, under another name if there is one of that name; return its path."""
         stem, suffix = os.path.splitext(name.replace("\\", "/").rsplit("/", 1)[-1])
@@ -120,6 +135,23 @@ class WorkspaceFolder:
                     raise
             return self.relative(path)
         raise RunError(f"uploads has a thousand files called {stem}{suffix}", hint="delete some of them")
+
+    def find_ratings_file(self, run: str) -> Path:
+        """Return the file of the rated answers of a run; it need not exist."""
+        path = self.root / RATINGS / (re.sub(r"[^\w.-]+", "-", run).strip(".-") + ".jsonl")
+        self._require_inside(path.resolve(), str(path.relative_to(self.root)))
+        return path
+
+    def write_rating(self, run: str, row: Mapping[str, Any], replaced: Mapping[str, Any] | None) -> str:
+        """Add a rated answer to the file of a run, in place of an earlier rating of it; return the file."""
+        path = self.find_ratings_file(run)
+        with translate_os_errors(path):
+            lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+            if replaced is not None and (old := to_json(replaced)) in lines:
+                lines.remove(old)
+            path.parent.mkdir(exist_ok=True)
+            write_atomic(path, "".join(f"{line}\n" for line in [*lines, to_json(row)]))
+        return self.relative(path)
 
     def load_choices(self) -> dict[str, str]:
         """Return what was chosen last, by the names of the forms' fields."""

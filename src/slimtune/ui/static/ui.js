@@ -3,6 +3,8 @@ document.addEventListener("htmx:afterSwap", () => {
   const status = document.getElementById("status"), said = document.querySelector("[data-status]");
   if (said && status.textContent !== said.dataset.status) status.textContent = said.dataset.status;
   document.getElementById("offline").hidden = true;
+  for (const found of document.querySelectorAll("[data-default-of]"))  // what the plan found out for an empty field
+    document.getElementById(found.dataset.defaultOf)?.setAttribute("placeholder", found.dataset.default);
 });
 for (const failed of ["htmx:sendError", "htmx:responseError"])
   document.addEventListener(failed, () => { document.getElementById("offline").hidden = false; });
