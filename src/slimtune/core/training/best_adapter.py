@@ -44,7 +44,7 @@ def load_best_adapter_within_forgetting_budget(loop: TrainingLoop) -> _KeptAdapt
         loop.logger.say(
             f"the adapter of step {step} forgets {before:.4f} nats per token of a kind of general text, more than "
             f"its budget of {budget:g}: its strength is reduced to {strength:.3f}, "
-            f"where it forgets {forgetting:.4f}"
+            f"where it forgets {forgetting:.4f}; --forgetting-budget sets another budget, null none"
         )
         inside = [(other, at) for other, at in state.ranked_inside_budget if loss is None or not loss <= other]
         if inside and (found := _load_best_adapter(loop, inside, -1))[0] >= 0:
