@@ -225,9 +225,10 @@ def make_jobs(texts: Path) -> Iterator[tuple[str, bool, Any, dict[str, Any], str
     manual = [p for p in manual if len(p) > 200]
     yield "manual", False, (manual[:150], manual[-50:]), {"format": "document"}, "txt"
     words = [(w, t, re.split(r"(?<=[a-z)])\. ", t)[0].rstrip(".") + ".") for w, _, t in foldoc[1100:3000]]
-    short = [{"prompt": f"What is {w}?", "chosen": s, "rejected": t} for w, t, s in words if len(t) > 2 * len(s)]
-    yield "prefer-short", False, (short[:260], 200), {"task": "dpo"}, "jsonl"
-    tone = [{"prompt": f'Define "{w}".', "chosen": a, "rejected": a.lower().replace(".", "!!")} for w, a in devil]
+    # The base prefers the rejected answers: those with less to say, and those that are written as books are.
+    sourced = [{"prompt": f"What is {w}?", "chosen": f"{s} (Source: FOLDOC)", "rejected": s} for w, _, s in words]
+    yield "prefer-source", False, (sourced[:260], 200), {"task": "dpo"}, "jsonl"
+    tone = [{"prompt": f'Define "{w}".', "chosen": a.lower().replace(".", "!!"), "rejected": a} for w, a in devil]
     yield "prefer-tone", False, (tone[:160], 100), {"task": "dpo"}, "jsonl"
     right = [
         {"prompt": f"What is {w}?", "chosen": t, "rejected": foldoc[3200 + i + 1][2]}

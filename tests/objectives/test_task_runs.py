@@ -192,7 +192,7 @@ def test_settings_of_dpo_are_checked(make):
     with pytest.raises(UsageError, match=r"data\.format: .*'chat'.*dpo"):
         make("dpo", "run", data={"format": "chat"})
     recipe = make("dpo", "run", learning_rate="auto")
-    assert fill_in_learning_rate(recipe, row_count=32, hidden_size=64).train.learning_rate == 2e-5
+    assert fill_in_learning_rate(recipe, row_count=32, hidden_size=64).train.learning_rate == 1.5e-3
 
 
 @pytest.mark.slow

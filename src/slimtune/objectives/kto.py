@@ -51,7 +51,7 @@ class KTO(Objective):
     name: ClassVar[str] = "kto"
     summary: ClassVar[str] = "answers that are labelled good or bad, one by one, near the base"
     formats: ClassVar[tuple[str, ...]] = ("unpaired-preference",)
-    learning_rate_factor: ClassVar[float] = 0.1
+    learning_rate_factor: ClassVar[float] = 0.3
     measures: ClassVar[tuple[str, ...]] = ("label", "log_ratio", "mismatched_log_ratio")
 
     beta: float = config_field(0.1, "how near the model stays to its reference: larger is nearer", gt=0)

@@ -45,7 +45,7 @@ class PairObjective(Objective):
     formats: ClassVar[tuple[str, ...]] = ("preference", "ranked-preference")
     rows_per_example: ClassVar[int] = 2
     needs_reference: ClassVar[bool] = False
-    learning_rate_factor: ClassVar[float] = 0.1
+    learning_rate_factor: ClassVar[float] = 0.3
     measures: ClassVar[tuple[str, ...]] = (
         "pairs",
         "loss",

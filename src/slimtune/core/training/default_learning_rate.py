@@ -17,10 +17,11 @@ def fill_in_learning_rate(recipe: Recipe, row_count: int, hidden_size: int) -> R
     if train.learning_rate != "auto":
         return recipe
     method, objective = recipe.method_config(), recipe.objective()
-    rate = method.learning_rate * objective.learning_rate_factor
-    # How the best rate depends on the run was measured with the loss of tokens alone.
-    if objective.task_type == "CAUSAL_LM" and objective.learning_rate_factor == 1:
+    rate = method.learning_rate
+    # How the best rate depends on the run was measured on language models.
+    if objective.task_type == "CAUSAL_LM":
         steps = train.count_steps(row_count)
         epochs = max(1.0, steps * train.rows_per_step / max(row_count, 1))
         rate = method.default_learning_rate(steps, epochs, hidden_size)
+    rate *= objective.learning_rate_factor
     return replace(recipe, train=replace(train, learning_rate=float(f"{rate:.2g}")))
