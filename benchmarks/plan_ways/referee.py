@@ -69,7 +69,7 @@ def _train(job: MicroBatchWorkload) -> int:
         return torch.randint(vocabulary, (count,)).tolist()
 
     def step(number: int) -> None:
-        examples = [[draw(length) for length in job.lengths] for _ in range(job.micro_batches)]
+        examples = [[draw(length) for length in job.lengths] for _ in range(job.micro_batches_per_step)]
         packs = [collator(some) for some in examples]
         items = objective.count_items([e for some in examples for e in some])
         forward_backward(model, packs, objective=objective, num_items=items)

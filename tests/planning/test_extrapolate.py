@@ -29,7 +29,13 @@ def make_job(name="llama", depth=6, **settings):
     if getattr(text, "layer_types", None):
         kinds = ["sliding_attention", "full_attention"] if name.startswith("gemma") else ["full_attention"]
         text.layer_types = [kinds[i % len(kinds)] for i in range(depth)]
-    defaults = {"method": LORA, "dtype": torch.bfloat16, "lengths": (TOKENS,), "micro_batches": 2, "device": "cuda"}
+    defaults = {
+        "method": LORA,
+        "dtype": torch.bfloat16,
+        "lengths": (TOKENS,),
+        "micro_batches_per_step": 2,
+        "device": "cuda",
+    }
     return MicroBatchWorkload(base_config=base, **{**defaults, **settings})
 
 

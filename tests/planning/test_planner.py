@@ -151,7 +151,7 @@ def test_request_of_a_recipe(tmp_path):
     request = build_plan_request(recipe, ROOMY, [10, 300, 20, 40, 50, 60, 70, 80, 90, 100])
     job = request.job()
     assert job.lengths == (300, 100, 90, 80)  # the longest rows that can come together
-    assert (job.micro_batches, job.gradient_checkpointing, job.method.r, job.device) == (2, True, 8, "cuda")
+    assert (job.micro_batches_per_step, job.gradient_checkpointing, job.method.r, job.device) == (2, True, 8, "cuda")
     plan = estimate_resources(request)
     assert (plan.max_tokens_per_micro_batch, plan.micro_batches) == (570, 2)
 

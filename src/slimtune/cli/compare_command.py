@@ -69,7 +69,7 @@ def compare_methods(
     from ..evaluation.charts import require_figure_path
     from ..experiments.candidates import (
         build_candidates,
-        expand_candidate_names,
+        expand_candidate_labels,
         split_settings_by_recipe_section,
     )
 
@@ -78,7 +78,7 @@ def compare_methods(
         plot = require_figure_path(plot)
     names = [name.strip() for name in (tasks or methods or METHODS).split(",") if name.strip()]
     recipe_settings, method_settings = split_settings_by_recipe_section(settings.items())
-    expand_candidate_names(names, method_settings, names_are_tasks=tasks is not None)
+    expand_candidate_labels(names, method_settings, names_are_tasks=tasks is not None)
     tree = _load_checked_tree(recipe, recipe_settings)
     if tasks is None:
         _require_valid_first_rows(tree)

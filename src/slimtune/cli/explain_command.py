@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 from typer import Argument
 
-from ..diagnostics.knowledge import MOST_TEXT, ErrorPage, FoundAndNearPages, find_answers, load_error_pages
+from ..diagnostics.knowledge import MOST_TEXT, AnswerAndNearPages, ErrorPage, find_answers, load_error_pages
 from ..diagnostics.knowledge.guides import QuestionGuide
 from ..errors import UsageError
 from .common import Json, NegativeVerdictResult, make_console, make_table
@@ -106,7 +106,7 @@ def _list_titles(pages: list[ErrorPage]) -> list[PageTitle]:
     return [PageTitle(page.code, page.title) for page in pages]
 
 
-def _print_answers(answers: FoundAndNearPages) -> None:
+def _print_answers(answers: AnswerAndNearPages) -> None:
     screen, found = make_console(), answers.found
     if found is None:
         nearest = ". Perhaps:" if answers.near else "; `slimtune explain` lists them."

@@ -54,7 +54,7 @@ def build_candidates(
         names_are_tasks: the names are those of objectives, which learn preference pairs with the recipe's method.
     """
     names, candidates = list(names), []
-    for label in expand_candidate_names(names, overrides, names_are_tasks=names_are_tasks):
+    for label in expand_candidate_labels(names, overrides, names_are_tasks=names_are_tasks):
         own = {path.partition(".")[2]: value for path, value in overrides.items() if path.partition(".")[0] == label}
         rate = own.pop("learning_rate", None)
         candidate = (_build_task_candidate if names_are_tasks else _build_method_candidate)(label, recipe_tree, own)
@@ -64,7 +64,7 @@ def build_candidates(
     return candidates
 
 
-def expand_candidate_names(
+def expand_candidate_labels(
     names: Iterable[str], overrides: Mapping[str, Any], *, names_are_tasks: bool = False
 ) -> list[str]:
     """Return the labels that the names stand for, "all" written out; arguments as for `build_candidates`.

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig
 
 from ..core.foundation.dtype_names import dtype_name
-from ..core.models.quantization import LoadOptions, require_bitsandbytes
+from ..core.models.quantization import LoadOptions, require_bitsandbytes_installed
 from ..errors import UsageError, format_names
 
 _COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -27,7 +27,7 @@ def make_load_options(
     if dtype not in _COMPUTE_DTYPES:
         names = format_names(dtype_name(d) for d in _COMPUTE_DTYPES)
         raise UsageError(f"a base in {quantization} cannot compute in {dtype_name(dtype)}", names)
-    require_bitsandbytes(f"a base in {quantization}")
+    require_bitsandbytes_installed(f"a base in {quantization}")
     options: LoadOptions = {"device_map": {"": device}}
     if not is_stored and quantization == "int8":
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)

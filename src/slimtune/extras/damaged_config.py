@@ -36,7 +36,7 @@ _RANGES: tuple[tuple[re.Pattern[str], str, Callable[[float], bool]], ...] = (
 compute NaN."""
 
 
-def read_config_fields(location: str, **options: Any) -> JsonObject:
+def read_base_config_fields(location: str, **options: Any) -> JsonObject:
     """Return the fields of a config.
 
     Raises:

@@ -110,7 +110,9 @@ def trace_training_step(job: MicroBatchWorkload, model: Any = None, *, stop_afte
         replace_meta_with_fake_cpu_tensors(model)
         model.train()
         pack = make_collator(model, 0, packing=job.packing)(make_dummy_examples(job.lengths, job.supervised))
-        other_packs = [torch.empty_like(t) for _ in range(job.micro_batches - 1) for t in iterate_nested_tensors(pack)]
+        other_packs = [
+            torch.empty_like(t) for _ in range(job.micro_batches_per_step - 1) for t in iterate_nested_tensors(pack)
+        ]
         optimizer = build_optimizer(model, job.optimizer)
         trained = [p for p in model.parameters() if p.requires_grad]
         for config in getattr(model, "peft_config", {}).values():
@@ -134,7 +136,7 @@ def trace_training_step(job: MicroBatchWorkload, model: Any = None, *, stop_afte
             tracker.assign((*iterate_nested_tensors(pack), *other_packs), "activations")
             for parameter in trained:
                 parameter.register_post_accumulate_grad_hook(lambda p: tracker.assign([p.grad], "gradients"))
-            if job.micro_batches > 1:  # every micro-batch but the first adds to the gradients of those before
+            if job.micro_batches_per_step > 1:  # every micro-batch but the first adds to the gradients of those before
                 _fill_gradients(trained)
                 tracker.assign((p.grad for p in trained), "gradients")
             tracker.start_phase("forward")

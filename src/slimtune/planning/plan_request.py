@@ -42,7 +42,7 @@ class MicroBatchWorkload:
     method: PeftConfig
     dtype: torch.dtype  # of the base's weights
     lengths: tuple[ExampleLength, ...]  # of the examples of a micro-batch
-    micro_batches: int = 1  # in an optimizer step
+    micro_batches_per_step: int = 1  # in an optimizer step
     device: Literal["cpu", "cuda", "mps"] = "cpu"  # decides which kernels run
     gradient_checkpointing: bool = False
     offload_activations: bool = False  # keep checkpointed activations in CPU memory
@@ -139,7 +139,7 @@ class PlanRequest:
             lengths=tuple(
                 sorted(self.lengths or (example,) * self.batch_size, key=count_tokens_with_shared_prompt, reverse=True)
             ),
-            micro_batches=self.gradient_accumulation_steps,
+            micro_batches_per_step=self.gradient_accumulation_steps,
             device=self.gpu.device,
             gradient_checkpointing=self.gradient_checkpointing,
             offload_activations=self.offload_activations,

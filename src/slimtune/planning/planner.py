@@ -142,7 +142,7 @@ def _estimate_resources(request: PlanRequest, advise: bool) -> ResourceEstimate:
         usual_trace.attention_flops_by_dtype,
         tokens_per_micro_batch=sum(usual.row_tokens),
         optimizer_step_bytes=2 * optimizer_bytes + 3 * adapters,
-        micro_batches_per_step=usual.micro_batches,
+        micro_batches_per_step=usual.micro_batches_per_step,
     )
     estimate = ResourceEstimate(
         model=request.model.name,
@@ -152,7 +152,7 @@ def _estimate_resources(request: PlanRequest, advise: bool) -> ResourceEstimate:
         batch=len(job.row_tokens),
         seq_len=longest_row,
         max_tokens_per_micro_batch=job.micro_batch_tokens,
-        micro_batches=job.micro_batches,
+        micro_batches=job.micro_batches_per_step,
         trainable_params=trainable_params,
         total_params=total_params,
         adapter_bytes=adapter_bytes,
@@ -202,7 +202,7 @@ def split_batch_to_fit_if_possible(
 
     count = max(1, find_largest_fitting(fits, len(job.lengths)))
     micro_batches = -(-len(job.lengths) // count) * request.gradient_accumulation_steps
-    return replace(job, lengths=job.lengths[:count], micro_batches=micro_batches)
+    return replace(job, lengths=job.lengths[:count], micro_batches_per_step=micro_batches)
 
 
 def put_typical_micro_batches_in_job(request: PlanRequest, job: MicroBatchWorkload) -> MicroBatchWorkload:
@@ -218,7 +218,7 @@ def put_typical_micro_batches_in_job(request: PlanRequest, job: MicroBatchWorklo
     if prefix and count > 1:  # packing stores what all rows begin with once
         lengths = ((prefix, *(max(1, n - prefix) for length in lengths for n in count_tokens_per_row(length))),)
         supervised = min(1.0, supervised * mean / max(1, mean - prefix))
-    return replace(job, lengths=lengths, supervised=supervised, micro_batches=micro_batches)
+    return replace(job, lengths=lengths, supervised=supervised, micro_batches_per_step=micro_batches)
 
 
 def estimate_peak_allocated_and_reserved(job: MicroBatchWorkload, trace: StepTrace) -> tuple[int, Interval]:
@@ -318,7 +318,7 @@ def _possible_changes(job: MicroBatchWorkload, gpu: GpuSpec) -> list[tuple[str, 
     if job.mlp_tile_size is None and job.micro_batch_tokens >= 2 * ADVISED_TILE_SIZE:
         changes.append((f"--mlp-tile-size {ADVISED_TILE_SIZE}", partial(replace, mlp_tile_size=ADVISED_TILE_SIZE)))
     if len(job.lengths) > 1:
-        one_example = partial(replace, lengths=job.lengths[:1], micro_batches=2)
+        one_example = partial(replace, lengths=job.lengths[:1], micro_batches_per_step=2)
         changes.append(("--batch-size 1, and --gradient-accumulation-steps as many", one_example))
     if job.method.trains_every_weight:  # which leaves nothing to quantize
         return changes

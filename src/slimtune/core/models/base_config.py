@@ -27,7 +27,7 @@ _LIMITS = dict(
 """Most of each; a config with more is damaged, and the model of its size could not be built even without weights."""
 
 CONFIG_CHECKS: Registry[Any] = Registry("slimtune.config_checks", "check of a config")
-"""Modules with `read_config_fields` and `make_damaged_field_error_or_none` (extras/damaged_config.py)."""
+"""Modules with `read_base_config_fields` and `make_damaged_field_error_or_none` (extras/damaged_config.py)."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def load_config_and_convert_base(
     hub_options = {"revision": revision} if revision else {}
     options = {"trust_remote_code": trust_remote_code, **hub_options}  # without it transformers asks on the terminal
     with silence_and_translate_load_errors(spec):
-        raw = CONFIG_CHECKS.load("damage").read_config_fields(location, **hub_options)
+        raw = CONFIG_CHECKS.load("damage").read_base_config_fields(location, **hub_options)
         if "auto_map" in raw and raw.get("model_type") not in CONFIG_MAPPING and not trust_remote_code:
             raise make_remote_code_error(spec)
         config = _make_valid_config(raw, spec, location, **options)
@@ -135,7 +135,7 @@ def read_config_file(path: Path, trust_remote_code: bool = False) -> PreTrainedC
     """Return the config in a file; raise ModelError if it is damaged or lacks what decides the model's size."""
     location = str(path.parent if path.name == "config.json" else path)
     with silence_and_translate_load_errors(str(path), "config"):
-        raw = CONFIG_CHECKS.load("damage").read_config_fields(location)
+        raw = CONFIG_CHECKS.load("damage").read_base_config_fields(location)
         kind = str(raw.get("model_type") or "")
         if kind in CONFIG_MAPPING and (missing := _missing_fields(raw, CONFIG_MAPPING[kind])):
             problem = f"{path} lacks {format_names(missing)}"

@@ -20,7 +20,7 @@ LoadOptions = dict[str, Any]
 """Arguments of transformers' `from_pretrained`, which takes any that a quantization library has."""
 
 
-class QuantizationLibrary(Protocol):
+class QuantizedBaseLoader(Protocol):
     """How the library that quantizes a base loads it."""
 
     def make_load_options(
@@ -36,10 +36,10 @@ class QuantizationLibrary(Protocol):
         """Keep the library from repacking weights on a CPU where that would be wrong or fail."""
 
 
-BASE_QUANTIZATIONS: Registry[QuantizationLibrary] = Registry("slimtune.base_quantizations", "quantization of bases")
+BASE_QUANTIZATIONS: Registry[QuantizedBaseLoader] = Registry("slimtune.base_quantizations", "quantization of bases")
 
 
-def require_bitsandbytes(feature: str) -> None:
+def require_bitsandbytes_installed(feature: str) -> None:
     """Raise ModelError if bitsandbytes, which `feature` needs, is not installed."""
     if importlib.util.find_spec("bitsandbytes") is None:
         message = f"{feature} needs the package bitsandbytes, which is not installed"

@@ -27,7 +27,7 @@ from .memory_savings import apply_memory_savings, shard_base_with_fsdp
 from .run_dir import find_adapter_folder
 
 
-def load_base_and_attach_adapter(
+def load_base_and_adapted_model(
     recipe: Recipe, data: RunDatasets, init_adapter: Path | None, load_base: LoadBase, force: bool
 ) -> tuple[LoadedBase, PeftModel]:
     """Load the recipe's base on the device of this process, and attach its adapter; return both.

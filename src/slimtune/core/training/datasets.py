@@ -19,7 +19,7 @@ from ..data.tokenize import TokenizationStats, tokenize_dataset
 from ..data.tokenized_dataset import RankedAnswerSelection, TokenizedDataset
 from ..foundation import distributed
 from ..foundation.cpu import count_usable_cpus
-from ..models.quantization import require_bitsandbytes
+from ..models.quantization import require_bitsandbytes_installed
 from .base_model import load_base_tokenizer
 from .objective import Objective, open_rows_for_objective
 
@@ -62,9 +62,9 @@ def load_training_datasets(recipe: Recipe, force: bool) -> RunDatasets:
         DataError: there is no row, or the data report found errors, unless `force`.
     """
     if recipe.model.quantization is not None:
-        require_bitsandbytes(f"model.quantization {recipe.model.quantization}")
+        require_bitsandbytes_installed(f"model.quantization {recipe.model.quantization}")
     if recipe.train.optimizer == "adamw-8bit":
-        require_bitsandbytes("train.optimizer adamw-8bit")
+        require_bitsandbytes_installed("train.optimizer adamw-8bit")
     data = tokenize_recipe_datasets(recipe, load_base_tokenizer(recipe.model, recipe.data.chat_template))
     for report in data.data_reports.values():
         if report is not None and not force:

@@ -19,7 +19,7 @@ from ..data.example_lengths import DatasetRowComposition, ExampleLength, count_t
 from ..foundation import distributed
 from ..foundation.device import count_peak_memory
 from ..foundation.registry import Registry
-from .adapted_model import load_base_and_attach_adapter
+from .adapted_model import load_base_and_adapted_model
 from .base_model import LoadBase, load_base_model
 from .datasets import load_training_datasets
 from .default_learning_rate import fill_in_learning_rate
@@ -86,7 +86,7 @@ def prepare_run(
         lengths = data.lengths()
         plan = distributed.runs_on_main_and_broadcasts(planner)(recipe, lengths, data.train.content)
 
-        base, model = load_base_and_attach_adapter(recipe, data, init_adapter, load_base, allow_faulty_rows)
+        base, model = load_base_and_adapted_model(recipe, data, init_adapter, load_base, allow_faulty_rows)
         loading_peak = count_peak_memory(base.device)
         has_default_learning_rate = recipe.train.learning_rate == "auto"
         recipe = fill_in_learning_rate(recipe, len(data.train), base.hidden_size)

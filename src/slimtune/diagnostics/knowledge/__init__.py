@@ -65,7 +65,7 @@ def infer_error_code(text: str, default: str) -> str:
 
 
 @dataclass(frozen=True)
-class FoundAndNearPages:
+class AnswerAndNearPages:
     """What answers a text, if anything does, and what may be meant beside it."""
 
     found: ErrorPage | QuestionGuide | None
@@ -74,15 +74,15 @@ class FoundAndNearPages:
     """Related answers, the nearest first; if none was found, those that are perhaps meant."""
 
 
-def find_answers(text: str, max_near: int = 2) -> FoundAndNearPages:
+def find_answers(text: str, max_near: int = 2) -> AnswerAndNearPages:
     """Find what answers a text: a code, a heading of the docs, a question, an error, or a whole traceback."""
     pages = load_error_pages()
     if (code := text.strip().lower().replace(" ", "-")) in pages:
-        return FoundAndNearPages(pages[code], ())
+        return AnswerAndNearPages(pages[code], ())
     scores = _score_questions(text)
     ranked = sorted(scores, key=lambda name: scores[name], reverse=True)
     if len(text) <= _MOST_QUESTION and (headed := find_section_by_exact_heading(text)):
-        return FoundAndNearPages(headed, ())
+        return AnswerAndNearPages(headed, ())
     fits = {
         code: (_score_patterns(text, page.patterns), _score_patterns(text, page.hints)) for code, page in pages.items()
     }
@@ -96,7 +96,7 @@ def find_answers(text: str, max_near: int = 2) -> FoundAndNearPages:
     else:
         first, others = "", [*by_pattern, *(name for name in ranked if scores[name] >= _LEAST_NEAR)]
     near = list(dict.fromkeys(name for name in others if name != first))[:max_near]
-    return FoundAndNearPages(_get_answers([first])[0] if first else None, _get_answers(near))
+    return AnswerAndNearPages(_get_answers([first])[0] if first else None, _get_answers(near))
 
 
 def _get_answers(names: list[str]) -> tuple[ErrorPage | QuestionGuide, ...]:

@@ -105,13 +105,13 @@ class PrefixTuningConfig(PromptLearningConfig):
         """Return the prefix at the backbone, and each layer's part of it."""
         from .prefix_tuning_modules import (
             AllLayersPrefix,
+            BackbonePastKeyValuesPrefix,
             LayerPrefix,
-            PastKeyValuesPrefix,
             make_initial_prefix_or_encoder,
         )
 
         start = make_initial_prefix_or_encoder(self, sites[0])
         if len(sites) == 1:
-            return [PastKeyValuesPrefix(sites[0], start, self)]
+            return [BackbonePastKeyValuesPrefix(sites[0], start, self)]
         stored = AllLayersPrefix(sites[0], start, self)
         return [stored, *(LayerPrefix(stored, layer) for layer in range(len(sites) - 1))]

@@ -53,7 +53,7 @@ class AllLayersPrefix(prompt.LearnedPromptEmbeddingsMixin, prompt.PrefixPosition
         return cache if self.stride == 1 else EncoderDecoderCache(cache, DynamicCache())
 
 
-class PastKeyValuesPrefix(AllLayersPrefix):
+class BackbonePastKeyValuesPrefix(AllLayersPrefix):
     """A prefix that the backbone reads from its cache, as PEFT does, where its attention cannot take one."""
 
     def __init__(self, site: AdapterSite, start_or_encoder: Tensor | nn.Module, config: Any) -> None:
