@@ -1,4 +1,4 @@
-"""The README's quick start, run as it stands, on the real base."""
+"""The example of the page about PEFT, run as it stands, on the real base."""
 
 import os
 import re
@@ -10,12 +10,12 @@ import pytest
 from safetensors import safe_open
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
+PAGE = (ROOT / "docs/peft.md").read_text()
 
 
 @pytest.mark.real
 def test_the_quick_start_runs_as_written(smollm2_folder, tmp_path):
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     # The Hub id is a folder of that name here: from_pretrained takes it first.
     (tmp_path / "HuggingFaceTB").mkdir()
     (tmp_path / "HuggingFaceTB" / "SmolLM2-135M-Instruct").symlink_to(smollm2_folder)
@@ -33,4 +33,4 @@ def test_the_quick_start_runs_as_written(smollm2_folder, tmp_path):
 
 
 def test_no_number_is_left_to_fill_in():
-    assert "@@" not in README
+    assert "@@" not in PAGE
