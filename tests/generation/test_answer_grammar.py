@@ -128,6 +128,40 @@ def test_json_on_one_line_is_json_without_other_spaces(compiler):
         assert matches == texts
 
 
+def test_generate_binds_the_answers_of_both_models(slimtune, shared_run, tmp_path):
+    (file := tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
+    ask = ["generate", shared_run, "hi", "--json", "--side-by-side", "--max-new-tokens", 300, "--temperature", 1]
+    bound, matched = (
+        json.loads(slimtune(*ask, *flag).stdout) for flag in (["--json-schema", file], ["--regex", r"(ab|\d){3}"])
+    )
+    for name in ("base", "tuned"):
+        jsonschema.validate(json.loads(bound[name]), SCHEMA)
+        assert re.fullmatch(r"(ab|\d){3}", matched[name])
+
+
+def test_generate_says_that_a_bound_answer_is_cut_off(slimtune, shared_run):
+    done = slimtune("generate", shared_run, "hi", "--regex", "a{9}", "--max-new-tokens", 3)
+    assert (done.exit_code, done.stdout, "--max-new-tokens" in done.stderr) == (0, "aaa\n", True)
+
+
+@pytest.mark.parametrize(
+    ("content", "flags"),
+    [
+        ("{}", ["--regex", "a"]),
+        ("[1]", []),
+        ("{", []),
+        ('{"type": "strin"}', []),
+        ('{"foo": 1}', []),
+        (None, []),
+    ],
+)
+def test_generate_refuses_a_wrong_grammar(slimtune, shared_run, tmp_path, content, flags):
+    file = tmp_path / "schema.json"
+    if content is not None:
+        file.write_text(content)
+    assert slimtune("generate", shared_run, "hi", "--json-schema", file, *flags).exit_code == 2
+
+
 @pytest.mark.slow
 @pytest.mark.real
 @pytest.mark.parametrize("name", ["smollm2", "gemma"])

@@ -16,6 +16,7 @@ from rich.cells import cell_len
 from rich.text import Text
 from typer import Argument, Option
 
+from ..core.foundation.files import parse_json, read_regular_file
 from ..core.foundation.formatting import escape_control_characters
 from ..core.foundation.json_results import INLINE, OMIT_NONE
 from ..errors import DataError, UsageError, suggest
@@ -95,12 +96,18 @@ def generate_answer(
     side_by_side: SideBySide = False,
     system: System = None,
     seed: Seed = 0,
+    json_schema: Annotated[
+        Path | None, Option(help="File with a JSON Schema that the answer satisfies.", show_default=False)
+    ] = None,
+    regex: Annotated[
+        str | None, Option(help="Regular expression that the whole answer matches.", show_default=False)
+    ] = None,
     device: Device = None,
     as_json: Json = False,
 ) -> GenerateResult:
     """Answer one prompt."""
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    (turn,) = _converse(run, prompt, system, side_by_side, sampling, device, as_json)
+    (turn,) = _converse(run, prompt, system, side_by_side, sampling, device, as_json, json_schema, regex)
     return GenerateResult(prompt, system, temperature, seed, turn.answers)
 
 
@@ -203,10 +210,14 @@ def _converse(
     sampling: dict[str, Any],
     device: str | None,
     as_json: bool,
+    json_schema: Path | None = None,
+    regex: str | None = None,
 ) -> list[ChatTurn]:
     """Answer a prompt, or the lines of a chat, printing the text as it comes; return them with the answers."""
     require_run_and_base_exist(run)
+    lark = _make_grammar(json_schema, regex)
     from ..core.training.trained_model import load_run
+    from ..generation.answer_grammar import GrammarCompiler
     from ..generation.answer_queue import SamplingParams
     from ..generation.conversation import Conversation
     from ..generation.generation_models import describe_trained_model, make_base_and_tuned_models
@@ -216,12 +227,17 @@ def _converse(
     require_causal_lm_run(run)
     trained = load_run(run, device=device)
     models, generator = make_base_and_tuned_models(trained), TextGenerator(trained.model)
+    grammar = None
+    if lark is not None:
+        size = trained.model.config.get_text_config().vocab_size
+        compiler, model = GrammarCompiler(), models["tuned"]
+        grammar = compiler.compile_for_tokens(lark, model.tokenizer, model.end_tokens, size)
 
     def begin() -> dict[str, Conversation]:
         names = ("base", "tuned") if side_by_side else ("tuned",)
         return {name: Conversation(generator, models[name], system) for name in names}
 
-    screen, params = make_console(stderr=as_json), SamplingParams(**sampling)
+    screen, params = make_console(stderr=as_json), SamplingParams(**sampling, grammar=grammar)
     turns: list[ChatTurn] = []
     conversations = begin()
     if prompt is None:
@@ -250,12 +266,35 @@ def _converse(
             screen.print()
             if problem:
                 _print_note(problem)
+            elif grammar is not None and conversation.finish_reason == "length":
+                _print_note("(cut off before it was complete: --max-new-tokens)")
             elif not answers[name].strip():
                 _print_note("(an empty answer: the model ended its turn at once)")
             if problem:
                 break
         turns.append(ChatTurn(line, ModelAnswers(**answers)))
     return turns
+
+
+def _make_grammar(json_schema: Path | None, regex: str | None) -> str | None:
+    """Return the grammar that two flags ask for, None without them; raise UsageError if it is wrong."""
+    if json_schema is None and regex is None:
+        return None
+    if json_schema is not None and regex is not None:
+        raise UsageError("--json-schema and --regex both say what the answer matches", "one of them")
+    from ..generation.answer_grammar import make_json_schema_grammar, make_regex_grammar
+
+    if regex is not None:
+        return make_regex_grammar(regex)
+    assert json_schema is not None
+    try:
+        schema = parse_json(read_regular_file(json_schema))
+    except (OSError, ValueError) as error:
+        cause = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"{json_schema} cannot be read: {cause}", "a file with a JSON Schema") from error
+    if not isinstance(schema, dict):
+        raise UsageError(f"{json_schema} contains no JSON object", "a file with a JSON Schema")
+    return make_json_schema_grammar(schema)
 
 
 def _read_lines() -> Iterator[str | None]:

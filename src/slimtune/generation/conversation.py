@@ -19,6 +19,7 @@ class Conversation:
 
     def __init__(self, generator: TextGenerator, model: GenerationModel, system: str | None = None) -> None:
         self.generator, self.model = generator, model
+        self.finish_reason: str | None = None  # of the last answer; None: it was stopped
         self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
 
     def ask(self, text: str, params: SamplingParams) -> GeneratedAnswer:
@@ -38,4 +39,5 @@ class Conversation:
             for _, piece in self.generator.stream([answer]):
                 yield piece.text
         finally:
+            self.finish_reason = answer.finish_reason
             self.remember(text, answer)
