@@ -1,8 +1,10 @@
 """`slimtune gpus A B`, `choose`, `cost` and `models`. The planner is replaced: an 8B that needs 19 GiB."""
 
+import json
 import re
 
 import pytest
+from hand_plan import SIZES, hand_plan
 
 from slimtune.extras.known_models import load_known_models_by_alias
 
@@ -21,6 +23,11 @@ def test_side_by_side(slimtune, slimtune_json, requests):
     assert [(m["card"], m["verdict"]) for m in machines] == [("rtx-3090", "fits"), ("m4-max-128gb", "fits")]
     assert machines[0]["cost"]["power"]["high"] > 0
     assert max(map(len, slimtune("gpus", "RTX 3090", "m4-max-128gb", *job).stdout.splitlines())) <= 84
+
+
+def test_side_by_side_says_which_cannot_train(slimtune):
+    lines = slimtune("gpus", "rtx 4070 super", "arc b580").stdout.splitlines()
+    assert [line for line in lines if line.endswith(": arc-b580")]
 
 
 def test_choose_ranks_by_price(slimtune, slimtune_json, requests):
@@ -42,6 +49,30 @@ def test_choose_marks_machines_on_which_a_quantized_base_is_not_proven(slimtune)
     assert not any(name.startswith("rtx") for name in marked)
     assert re.search(r"^\* .*bitsandbytes", shown, re.MULTILINE)
     assert "*" not in slimtune(*args).stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "limits"),
+    [
+        (["--budget", 10], ["budget"]),
+        (["--hours", 0.001], ["hours"]),
+        (["--budget", 10, "--hours", 0.001], ["budget", "hours"]),
+        ([], []),
+    ],
+)
+def test_the_limit_that_leaves_no_machine_is_named(slimtune, flags, limits):
+    done = slimtune("choose", "llama-3.1-8b", "--kind", "laptop", *flags, "--quantization", "nf4", "--json")
+    assert json.loads(done.stdout)["binding_limits"]["buy"] == limits
+
+
+def test_memory_is_named_where_it_leaves_no_machine(slimtune, replace_planner):
+    replace_planner(lambda request: hand_plan(request.method.name, request.gpu, sizes=(900.0, *SIZES[1:])))
+    flags = ["--kind", "laptop", "--budget", 10]
+    assert json.loads(slimtune("choose", "llama-3.1-8b", *flags, "--json").stdout)["binding_limits"]["buy"] == [
+        "memory"
+    ]
+    hint = "\n".join(slimtune("choose", "llama-3.1-8b", *flags, "--quantization", "nf4").stdout.splitlines())
+    assert re.findall(r"--[a-z-]+", hint) == ["--kind", "--gradient-checkpointing"]  # what is not given yet
 
 
 def test_choose_finds_none(slimtune):

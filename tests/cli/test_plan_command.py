@@ -19,6 +19,8 @@ from slimtune.planning import gpu_specs as gpus
 from slimtune.planning.gpu_specs import make_gpu_with_memory, require_gpu_by_name
 from slimtune.planning.interval import Interval
 from slimtune.planning.plan_request import build_plan_request
+from slimtune.planning.plan_result import MemorySaving
+from slimtune.planning.smaller_bases import has_experts
 from slimtune.planning.this_machine import detect_gpu_or_cpu_spec
 
 TALK = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "%s"}]}\n'
@@ -272,6 +274,22 @@ def test_every_verdict_is_an_answer(replace_planner, slimtune, verdict):
     assert done.stdout.count("none") == 2
     assert "million" not in done.stdout
     assert "--quantization" not in done.stdout
+
+
+def test_what_cannot_run_has_no_speed_and_no_change_that_does_not_help(replace_planner, slimtune, slimtune_json):
+    advice = [MemorySaving("--max-seq-len 512", GIB, "does not fit")]
+
+    def make(request):
+        is_asked = request.model.name == "mixtral-8x7b"
+        verdict, saving = ("does not fit", advice) if is_asked else ("fits", [])
+        return hand_plan(request.method.name, request.gpu, verdict=verdict, advice=saving)
+
+    requests, command = replace_planner(make), ("plan", "mixtral-8x7b", "--gpu", "rtx-3090")
+    labels = [line.partition(":")[0] for line in slimtune(*command).stdout.splitlines()[2:]]
+    assert labels == ["largest that fits", "smaller base"]
+    smaller = requests[-1].model.name
+    assert not has_experts(requests[-1].model.config)
+    assert slimtune_json(*command)["smaller_base"] == smaller
 
 
 def test_screen_of_several_plans(slimtune):

@@ -26,6 +26,7 @@ from slimtune.planning.planner import (
     estimate_adapter_file_and_method_state_sizes,
     estimate_resources,
     judge_memory_fit,
+    list_memory_saving_changes,
     put_typical_micro_batches_in_job,
 )
 from slimtune.planning.this_machine import detect_gpu_or_cpu_spec
@@ -104,6 +105,15 @@ def test_advice():
     assert first.change.startswith("--gradient-checkpointing")
     better = estimate_resources(replace(request, gradient_checkpointing=True), advise=False)
     assert (first.saves, first.verdict) == (plan.allocated_bytes - better.allocated_bytes, better.verdict)
+
+
+def test_quantization_is_advised_last_where_it_is_not_proven():
+    base = LoadedBaseConfig("wide", "wide", zoo.llama(layers=2, hidden_size=512, intermediate_size=2048).config, "")
+    for vendor, proven in (("apple", False), ("nvidia", True)):
+        gpu = GpuSpec("small", "mac", vendor, "", 1 << 30, 1 << 30)
+        changes = [change for change, _ in list_memory_saving_changes(PlanRequest(base, gpu, lora()).job(), gpu)]
+        assert next(change for change in changes if "quantization" in change).endswith("nf4") is proven
+        assert ("quantization" in changes[-1]) is not proven
 
 
 @pytest.mark.parametrize("method", sorted(CASES))

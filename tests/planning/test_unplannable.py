@@ -22,12 +22,12 @@ SIZES = {
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 16}
 
 
-def plan(kind, *, targets="all-linear", seq_len=64, dtype="bfloat16", packing=True, **sizes):
+def plan(kind, *, targets="all-linear", seq_len=64, dtype="bfloat16", packing=True, quantization=None, **sizes):
     config = AutoConfig.for_model(kind, **{**SIZES, **sizes})
     method = LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM")
     base = LoadedBaseConfig("tiny", "tiny", config, "")
     request = PlanRequest(base, make_gpu_with_memory("24GiB"), method, dtype=dtype, seq_len=seq_len,
-                          batch_size=2, packing=packing)  # fmt: skip
+                          batch_size=2, packing=packing, quantization=quantization)  # fmt: skip
     return estimate_resources(request, advise=False)
 
 
@@ -92,6 +92,13 @@ def test_fault_of_foreign_code_says_why(capfd):
         plan("qwen3_moe", targets=["q_proj", "v_proj"], dtype="float32", **EXPERTS)
     assert "slimtune train" in caught.value.hint
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_mixture_says_that_its_experts_are_not_quantized():
+    mixture, dense = (plan(kind, targets=["q_proj"], quantization="nf4", **sizes)
+                      for kind, sizes in (("qwen3_moe", EXPERTS), ("qwen3", {"head_dim": 16})))  # fmt: skip
+    assert len(mixture.notes) == 1 + len(dense.notes)
+    assert plan("qwen3_moe", targets=["q_proj"], **EXPERTS).notes == dense.notes  # it fits as it is
 
 
 def test_no_memory_is_not_a_fault_of_the_base(monkeypatch):

@@ -21,13 +21,14 @@ from .planned_jobs import (
 )
 
 if TYPE_CHECKING:
+    from ..core.config import Recipe
     from ..hardware.hardware_results import CostResult
     from ..hardware.machine_choice import MachineOffer
 
 KINDS = ("desktop", "laptop", "workstation", "mac", "mini", "rent")
 SHOWN = 5
-UNPROVEN_VENDORS, MARK = ("amd", "apple"), " *"
-"""Vendors of machines on which a run with a quantized base is not proven to work, and what marks them in `choose`."""
+MARK = " *"
+"""What marks a machine on which a run with a quantized base is not proven to work."""
 KWH_PRICE = 0.17
 """Dollars of a kWh where none is given: about what a household in the United States paid in 2025."""
 Tokens = Annotated[
@@ -58,7 +59,7 @@ def choose_machine(
     # Each row goes alone through the model, so that every machine runs the same.
     jobs = load_run_to_plan(job, {"train.max_tokens_per_micro_batch": 1, **settings})
     from ..hardware.hardware_results import MILLION, ChooseResult, FittingOffer
-    from ..hardware.machine_choice import make_machine_offer, rank_fitting_machines_by_price
+    from ..hardware.machine_choice import find_binding_limits, make_machine_offer, rank_fitting_machines_by_price
     from ..hardware.run_cost import format_hours_range, list_rent_prices
     from ..planning.gpu_specs import list_gpu_specs, load_this_machine_measured_gpu
 
@@ -85,11 +86,15 @@ def choose_machine(
         "buy": rank_fitting_machines_by_price(owned, budget=budget, max_hours=hours),
         "rent": rank_fitting_machines_by_price(rented, budget=budget, max_hours=hours, by_rent=True),
     }
+    limits = {
+        way: find_binding_limits(some, budget=budget, max_hours=hours, by_rent=way == "rent")
+        for way, some in (("buy", owned), ("rent", rented))
+    }
     if not as_json:
         screen = make_console()
         (recipe,) = jobs.recipes.values()
-        vendors = () if recipe.model.quantization is None else UNPROVEN_VENDORS
-        names = {g.name: g.name + (MARK if g.vendor in vendors else "") for g in gpus}
+        quantizes = recipe.model.quantization is not None
+        names = {g.name: g.name + (MARK if quantizes and not g.quantization_is_proven else "") for g in gpus}
         screen.print(
             f"{jobs.base_config.name} with {recipe.method.name}, {format_count(count)} tokens, one row at a time"
         )
@@ -98,8 +103,11 @@ def choose_machine(
             screen.print(f"here: {mine.verdict}{time} ({here.measured.evidence})")
         for way, ranked in picks.items():
             if (way == "buy" and owned) or (way == "rent" and rented):
-                screen.print(Text(f"\nto {way}: {_name_pick(ranked, way, names)}", style="bold"))
-                if ranked:
+                if not ranked:
+                    why = _explain_no_pick(limits[way], rented if way == "rent" else owned, way, recipe, kind)
+                    screen.print(Text(f"\nto {way}: none {why}", style="bold"))
+                else:
+                    screen.print(Text(f"\nto {way}: {_name_pick(ranked, way, names)}", style="bold"))
                     fastest = min(ranked, key=lambda m: m.cost.hours.high if m.cost else float("inf"))
                     screen.print(f"the fastest: {names[fastest.gpu]}, {fastest.explain_pick(way)}")
                     screen.print(_offers_table(ranked[:SHOWN], way, names))
@@ -108,7 +116,7 @@ def choose_machine(
         without = f"; of {unpriced} no price is known" if unpriced else ""
         screen.print(f"\n{fitting} of {len(offers)} machines have the memory{without}.")
         screen.print("Prices of desktop and workstation cards are without a computer around them.")
-        if vendors:
+        if quantizes:
             screen.print(f"{MARK.strip()} Whether bitsandbytes quantizes on AMD cards and Macs is not known to a plan.")
         _print_sources([*picks["buy"][:SHOWN], *picks["rent"][:SHOWN]], sources=sources)
     result = ChooseResult(
@@ -118,16 +126,41 @@ def choose_machine(
         need_bytes={estimate.gpu: estimate.need_bytes for estimate in planned.values()},
         buy=[FittingOffer(offer, offer.explain_pick("buy")) for offer in picks["buy"]],
         rent=[FittingOffer(offer, offer.explain_pick("rent")) for offer in picks["rent"]],
+        binding_limits=limits,
     )
     return result if any(picks.values()) else NegativeVerdictResult(result)
 
 
 def _name_pick(ranked: list[MachineOffer], way: str, names: Mapping[str, str]) -> str:
     """Return the best and the runner-up, and why."""
-    if not ranked:
-        return "none has the memory within the limits; --quantization nf4 and --gradient-checkpointing need less"
     text = f"{names[ranked[0].gpu]} is the cheapest that fits: {ranked[0].explain_pick(way)}"
     return text + (f"; then {names[ranked[1].gpu]}" if len(ranked) > 1 else "")
+
+
+def _explain_no_pick(
+    limits: Sequence[str], offers: Sequence[MachineOffer], way: str, recipe: Recipe, kind: str | None
+) -> str:
+    """Return which limit leaves no machine, and what would."""
+    from ..hardware.machine_choice import rank_fitting_machines_by_price
+    from ..hardware.run_cost import format_hours_range
+
+    if "memory" in limits:
+        savings = [("--quantization nf4", recipe.model.quantization is None),
+                   ("--gradient-checkpointing", not recipe.train.gradient_checkpointing)]  # fmt: skip
+        left = [flag for flag, is_left in savings if is_left]
+        text = f"{' and '.join(left)} would help" if left else "take a smaller base"
+        return f"has the memory{f' of --kind {kind}' if kind else ''}: {text}"
+    if "price" in limits:
+        return "of those that fit has a known price"
+    by_rent = way == "rent"
+    ranked = rank_fitting_machines_by_price(offers, by_rent=by_rent)
+    fastest = min(ranked, key=lambda m: m.cost.hours.high if m.cost else float("inf"))
+    texts = {
+        "budget": f"within --budget: the cheapest that fits is {ranked[0].gpu}, {ranked[0].explain_pick(way)}",
+        "hours": f"within --hours: the fastest that fits is {fastest.gpu}, "
+        f"{format_hours_range(fastest.cost.hours if fastest.cost else None)}",
+    }
+    return "; and none ".join(texts[limit] for limit in limits)
 
 
 def _offers_table(ranked: list[MachineOffer], way: str, names: Mapping[str, str]) -> Any:
@@ -247,7 +280,9 @@ def _cost_table(result: CostResult, kwh_price: float) -> Any:
     rows = [row(f"buy, electricity at {kwh_price} $/kWh", result.buy.run, format_dollar_range(result.buy.dollars))]
     rows += [row(r.name, r.run, "0 $") for r in result.rent]
     rows += [row(s.price.service, Interval(s.run, s.run), "0 $") for s in result.services]
-    return make_table("", "at first", "a run", f"{result.runs_in_a_month} runs", text_column_indices=[0], rows=rows)
+    return make_table(
+        "", "at first", "a run", f"{result.runs_in_a_month} runs a month", text_column_indices=[0], rows=rows
+    )
 
 
 def _explain_break_even(result: CostResult) -> str:
@@ -256,7 +291,10 @@ def _explain_break_even(result: CostResult) -> str:
     if (even := result.runs_to_break_even) is not None:
         months = format_interval_compact(even * (1 / result.runs_in_a_month), _format_number)
         runs = format_interval_compact(even, _format_number)
-        return f"buying is cheaper than the cheapest rent after {runs} runs, {months} months"
+        return (
+            f"buying is cheaper than the cheapest rent after {runs} runs: "
+            f"{months} months with {result.runs_in_a_month} a month (--runs)"
+        )
     if result.buy.dollars and result.rent:
         return "buying is never cheaper than the cheapest rent: electricity alone costs more"
     flag = "--price" if result.buy.dollars is None else "--rent"

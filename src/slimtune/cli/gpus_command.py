@@ -169,6 +169,8 @@ def _compare(
         made = make_table("", *(g.name for g in gpus), rows=list_machine_comparison_rows(offers, run))
         made.padding = (0, 1, 0, 0)
         screen.print(made)
+        if untrained := [g.name for g in gpus if not g.trains]:
+            screen.print(f"\nslimtune does not train on Intel GPUs: {', '.join(untrained)}")
         if any(offer.price is not None for offer in offers):
             screen.print("\nprices: paid ones where some were found, else at the launch; --sources shows each")
         if sources:

@@ -18,7 +18,14 @@ from ..errors import UsageError
 from ..evaluation.output_files import resolve_output_file
 from .common import Json, make_console, make_table, print_fields
 from .options import add_recipe_flags
-from .planned_jobs import JOB, JOB_SETTINGS, RunsToPlan, estimate_runs_collecting_errors, load_runs_to_plan
+from .planned_jobs import (
+    JOB,
+    JOB_SETTINGS,
+    RunsToPlan,
+    estimate_runs_collecting_errors,
+    find_smaller_base_of_run,
+    load_runs_to_plan,
+)
 
 if TYPE_CHECKING:
     from ..hardware.hardware_results import PlannedRun, PlannedRunCost
@@ -112,6 +119,8 @@ def plan_run(
         PlannedRun(e, _estimate_cost(e, jobs.tokens or MILLION, spec, price), jobs.find_learning_rate(e.method))
         for e in estimates
     ]
+    if len(runs) == 1 and estimates[0].verdict == "does not fit" and not estimates[0].can_be_made_to_fit:
+        runs = [replace(runs[0], smaller_base=find_smaller_base_of_run(jobs, spec, processes))]
     unfit = [UnplannedMethod(method, " ".join(error.message.split())) for method, error in errors.items()]
     if write is not None:
         (recipe,) = jobs.recipes.values()

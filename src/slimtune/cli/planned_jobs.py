@@ -192,6 +192,18 @@ def estimate_runs_collecting_errors(
     return estimates, errors
 
 
+def find_smaller_base_of_run(jobs: RunsToPlan, gpu: GpuSpec, processes: int) -> str | None:
+    """Return a dense base on which the one planned run fits, to suggest it; None if none is found."""
+    from ..planning.plan_request import build_plan_request
+    from ..planning.smaller_bases import find_smaller_base_that_fits
+
+    (recipe,) = (recipe for method, recipe in jobs.recipes.items() if method not in jobs.errors)
+    print_progress(f"looking for a smaller base that fits on {gpu.name}")
+    return find_smaller_base_that_fits(
+        build_plan_request(recipe, gpu, jobs.example_lengths, processes, jobs.row_composition)
+    )
+
+
 def _read_lengths(recipe: Recipe, model: LoadedBaseConfig) -> tuple[list[ExampleLength], DatasetRowComposition]:
     """Return the lengths and the content of the training examples.
 

@@ -129,10 +129,11 @@ def make_run_planner(allow_misfit: bool) -> "Planner":
             return None
         print_progress(f"plan: it {plan.verdict.replace('tight', 'may fit')} ({plan.reason})")
         if plan.verdict == "does not fit" and not allow_misfit:
-            advice = "; or ".join(f"{a.change} saves {format_bytes(a.saves)} ({a.verdict})" for a in plan.advice[:4])
+            useful = [a for a in plan.advice if a.verdict != "does not fit"]
+            advice = "; or ".join(f"{a.change} saves {format_bytes(a.saves)} ({a.verdict})" for a in useful[:4])
             raise RunError(
                 f"this run does not fit: {plan.reason}",
-                advice,
+                advice or "a smaller base, or a GPU with more memory: no setting is enough",
                 "change it so, or --force to try anyway",
                 code="cuda-out-of-memory",
             )

@@ -10,7 +10,7 @@ from ..planning.gpu_specs import GpuFacts
 from ..planning.interval import Interval
 from ..planning.measured_speeds import MachineMeasurement
 from ..planning.plan_result import LabelledFigure, MemoryVerdict, ResourceEstimate, ServingEstimate
-from .machine_choice import MachineOffer, TuningServicePrice
+from .machine_choice import BindingLimit, MachineOffer, TuningServicePrice
 from .run_cost import RunCost
 
 MILLION = 1_000_000
@@ -42,11 +42,15 @@ class PlannedRun:
     """Time, energy and money; null if the speed is unknown."""
     learning_rate: float | None
     """Highest learning rate, the default one as training takes it; null: it depends on rows that are not known."""
+    smaller_base: str | None = None
+    """A dense base with which the run fits; null: the run fits or a change makes it fit, or none was found."""
 
     def lines(self) -> Iterator[tuple[str, str]]:
         """Yield the answer as label and text, the notes last; "" is the label of the verdict's reason."""
         yield from self.estimate.lines()
-        if self.cost is not None:
+        if self.smaller_base is not None:
+            yield "smaller base", f"{self.smaller_base} fits, with the same settings"
+        if self.cost is not None and self.estimate.verdict != "does not fit":
             name, hours = describe_training_amount(self.cost.tokens), self.cost.run.hours
             name += "" if self.cost.tokens == MILLION else ","
             text = f"{name} in {(hours * 3600).format(format_duration)}"
@@ -56,7 +60,7 @@ class PlannedRun:
     def list_figures(self, *, unified_memory: bool) -> Iterator[LabelledFigure]:
         """Yield the sizes of the run, its time, energy and rent."""
         yield from self.estimate.list_run_figures(unified_memory=unified_memory)
-        if self.cost is None:
+        if self.cost is None or self.estimate.verdict == "does not fit":
             return
         run = self.cost.run
         yield LabelledFigure(
@@ -188,6 +192,8 @@ class ChooseResult:
     """Machines to buy, the cheapest first."""
     rent: list[FittingOffer]
     """Machines to rent, the cheapest run first."""
+    binding_limits: dict[str, list[BindingLimit]]
+    """Which limits leave none to "buy" or to "rent": memory, price (none is known), budget, hours."""
 
 
 @dataclass(frozen=True)

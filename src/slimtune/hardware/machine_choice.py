@@ -5,8 +5,8 @@ It imports no torch: estimates of the run are made elsewhere and given.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from typing import Any
+from functools import cache, partial
+from typing import Any, Literal
 
 from ..core.foundation.formatting import format_bytes
 from ..core.foundation.json_results import make_json_key_metadata
@@ -33,6 +33,10 @@ REFERENCE_BYTES = 6.0e9
 """What it needs on the device at most."""
 WHOLE_MACHINES = ("laptop", "mac", "mini")
 """Kinds whose price is of the machine; others need a computer around the GPU."""
+
+
+BindingLimit = Literal["memory", "price", "budget", "hours"]
+"""What leaves no machine to choose; "price": of those that fit no price is known."""
 
 
 @dataclass(frozen=True)
@@ -210,12 +214,38 @@ def rank_fitting_machines_by_price(
     """
     suited = []
     for offer in offers:
-        amount = (offer.cost.rent if offer.cost is not None else None) if by_rent else offer.price
-        if offer.verdict != "fits" or offer.cost is None or amount is None:
+        if offer.verdict != "fits" or offer.cost is None or (amount := _get_price_or_rent(offer, by_rent)) is None:
             continue
         if (budget is None or amount.high <= budget) and (max_hours is None or offer.cost.hours.high <= max_hours):
             suited.append((amount.high, offer.cost.hours.high, offer))
     return [offer for *_, offer in sorted(suited, key=lambda item: item[:2])]
+
+
+def find_binding_limits(
+    offers: Sequence[MachineOffer], *, budget: float | None, max_hours: float | None, by_rent: bool
+) -> list[BindingLimit]:
+    """Return which limits leave no machine, of which each alone would do so or which do so together; [] if one is left.
+
+    The arguments are those of `rank_fitting_machines_by_price`.
+    """
+    rank = partial(rank_fitting_machines_by_price, offers, by_rent=by_rent)
+    if rank(budget=budget, max_hours=max_hours):
+        return []
+    if not any(offer.verdict == "fits" for offer in offers):
+        return ["memory"]
+    if not rank():
+        return ["price"]
+    alone: list[BindingLimit] = []
+    if not rank(budget=budget):
+        alone.append("budget")
+    if not rank(max_hours=max_hours):
+        alone.append("hours")
+    return alone or ["budget", "hours"]
+
+
+def _get_price_or_rent(offer: MachineOffer, by_rent: bool) -> Interval | None:
+    """Return the dollars for the machine, or for the rent of the run."""
+    return offer.price if not by_rent else offer.cost.rent if offer.cost is not None else None
 
 
 # --- what is shown, and where it is from ------------------------------------------------------------------------------

@@ -103,6 +103,11 @@ class GpuSpec:
         """Whether slimtune trains on it."""
         return not self.vendor or self.vendor in VENDOR_DEVICES
 
+    @property
+    def quantization_is_proven(self) -> bool:
+        """Whether bitsandbytes is known to quantize on it."""
+        return self.vendor not in ("amd", "apple")
+
     def facts(self) -> GpuFacts:
         """Return what `slimtune gpus` shows of it."""
         names = (

@@ -9,6 +9,8 @@ from ..core.foundation.json_results import NOT_IN_JSON, make_json_key_metadata
 from .interval import Interval, format_three_digits
 
 MemoryVerdict = Literal["fits", "tight", "does not fit"]
+THEN_IT: dict[MemoryVerdict, str | None] = {"fits": "fits", "tight": "is tight", "does not fit": None}
+"""What a change leads to, behind "then it"; None: it is no help."""
 PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "logits", "runtime")
 """The parts of a step's memory, in the order bars are stacked."""
 
@@ -120,16 +122,24 @@ class ResourceEstimate:
         object.__setattr__(self, "trainable_fraction", self.trainable_params / self.total_params)
         object.__setattr__(self, "need_bytes", self.reserved_bytes + self.runtime_bytes)
 
+    @property
+    def can_be_made_to_fit(self) -> bool:
+        """Whether a change of `advice` is known to make it fit."""
+        return any(saving.verdict == "fits" for saving in self.advice)
+
     def lines(self) -> Iterator[tuple[str, str]]:
         """Yield the answer as label and text: how much fits, how fast it is, and notes; "" is the reason's label."""
         yield "", self.reason
         for saving in self.advice[:1]:
-            yield "change", f"{saving.change} saves {format_bytes(saving.saves)}; then it {saving.verdict}"
+            if (after := THEN_IT[saving.verdict]) is not None:
+                yield "change", f"{saving.change} saves {format_bytes(saving.saves)}; then it {after}"
         rows = "rows" if self.batch > 1 else "row"
         longest = f"{self.batch} {rows} of up to {self.max_seq_len} tokens" if self.max_seq_len else ""
         is_same = (self.max_batch_size, self.seq_len) == (self.batch, self.max_seq_len)
         most = f"{_count(self.max_batch_size, 'rows')} of {self.seq_len}" if self.max_batch_size and not is_same else ""
         yield "largest that fits", " or ".join(filter(None, (longest, most))) or "nothing"
+        if self.verdict == "does not fit":  # it has no speed
+            return
         if self.tokens_per_second is None:
             is_here = "this machine" in self.evidence.get("usable_bytes", "")
             yield "speed", f"not known{'; `slimtune bench` measures it' if is_here else ''}"
@@ -139,8 +149,10 @@ class ResourceEstimate:
             yield "speed", f"{self.format_speed()} tokens/s{measured}"
 
     def format_speed(self) -> str:
-        """Return the tokens a second, "" if they are not known."""
-        return self.tokens_per_second.format("{:.0f}".format) if self.tokens_per_second is not None else ""
+        """Return the tokens a second, "" if they are not known, or if the run does not fit."""
+        if self.tokens_per_second is None or self.verdict == "does not fit":
+            return ""
+        return self.tokens_per_second.format("{:.0f}".format)
 
     def list_memory_figures(self) -> Iterator[LabelledFigure]:
         """Yield the memory by part, then what is reserved, needed and usable."""
@@ -172,6 +184,8 @@ class ResourceEstimate:
         yield LabelledFigure(
             f"most rows of {self.seq_len} that fit", _count(self.max_batch_size, "rows"), "max_batch_size"
         )
+        if self.verdict == "does not fit":
+            return
         speed = self.format_speed()
         yield LabelledFigure("tokens in a second", speed or "not known", "tokens_per_second" if speed else "")
 

@@ -175,7 +175,11 @@ def _estimate_resources(request: PlanRequest, advise: bool) -> ResourceEstimate:
         tokens_per_second=estimate_training_speed(work, gpu),
         work=work,
         evidence=_list_estimate_provenance(request, host_peak_moment),
-        notes=[*describe_gpu_dtype_and_software_limits(request, job), *packing_notes],
+        notes=[
+            *describe_gpu_dtype_and_software_limits(request, job),
+            *describe_experts_left_in_16_bits(model, request, verdict),
+            *packing_notes,
+        ],
     )
     if verdict == "fits" or not advise or request.fsdp:
         return estimate
@@ -270,6 +274,7 @@ def estimate_adapter_file_and_method_state_sizes(model: Any) -> tuple[int, int, 
 
 # --- advice -----------------------------------------------------------------------------------------------------------
 
+NOT_PROVEN = "if bitsandbytes quantizes there, which is not known"
 JobChange = Callable[[MicroBatchWorkload], MicroBatchWorkload]
 NEEDS_CUDA_12_6 = ("pascal", "volta")
 """Architectures that torch's builds for CUDA 12.8 and newer have no kernels for (github.com/pytorch/pytorch 190385)."""
@@ -288,7 +293,7 @@ def _suggest_memory_savings(job: MicroBatchWorkload, estimate: ResourceEstimate,
         return estimate.allocated_bytes - peak, judge_memory_fit(reserved + RUNTIME[changed.device], gpu.usable)
 
     useful, advice = [], []
-    for text, change in _possible_changes(job, gpu):
+    for text, change in list_memory_saving_changes(job, gpu):
         saves, verdict = judge(change(job))
         if saves > 0:
             useful.append((text, change))
@@ -307,7 +312,7 @@ def _suggest_memory_savings(job: MicroBatchWorkload, estimate: ResourceEstimate,
     return advice
 
 
-def _possible_changes(job: MicroBatchWorkload, gpu: GpuSpec) -> list[tuple[str, JobChange]]:
+def list_memory_saving_changes(job: MicroBatchWorkload, gpu: GpuSpec) -> list[tuple[str, JobChange]]:
     """Return changes to a job, those that cost least first."""
     changes: list[tuple[str, JobChange]] = []
     longest = max(job.row_tokens)
@@ -325,8 +330,13 @@ def _possible_changes(job: MicroBatchWorkload, gpu: GpuSpec) -> list[tuple[str, 
     if job.dtype == torch.float32:
         emulated = "" if gpu.bf16 and job.device != "cpu" else " (slower where the device emulates it)"
         changes.append((f"--dtype bfloat16{emulated}", partial(replace, dtype=torch.bfloat16)))
-    if job.quantization != "nf4":
-        changes += [(f"--quantization {kind}", partial(replace, quantization=kind)) for kind in ("nf4", "int8")]
+    quantizations = [
+        (f"--quantization {kind}", partial(replace, quantization=kind))
+        for kind in ("nf4", "int8")
+        if job.quantization != "nf4"
+    ]
+    if gpu.quantization_is_proven:
+        changes += quantizations
     if longest > 256:
 
         def shorten(j: MicroBatchWorkload) -> MicroBatchWorkload:  # as it is by then: it may have fewer examples
@@ -335,6 +345,8 @@ def _possible_changes(job: MicroBatchWorkload, gpu: GpuSpec) -> list[tuple[str, 
             )
 
         changes.append((f"--max-seq-len {longest // 2}", shorten))
+    if not gpu.quantization_is_proven:
+        changes += [(f"{text} ({NOT_PROVEN})", change) for text, change in quantizations]
     return changes
 
 
@@ -377,12 +389,26 @@ def describe_gpu_dtype_and_software_limits(request: PlanRequest, job: MicroBatch
         )
     if job.dtype == torch.bfloat16 and rates and "bfloat16" not in rates:
         notes.append(f"{gpu.name} emulates bfloat16: the speed is that of float32, and may be lower.")
+    if request.quantization and not gpu.quantization_is_proven:
+        notes.append(f"Whether bitsandbytes quantizes on {gpu.name} is not known to a plan.")
     if job.device == "mps" and request.dtype == "auto" and gpu.auto_bf16 is None:
         notes.append("Before macOS 14 a Mac trains in float32, which takes twice the memory.")
     if gpu.architecture in NEEDS_CUDA_12_6:
         notes.append(
             f"{gpu.name} needs a build of torch for CUDA 12.6: newer ones have no kernels for {gpu.architecture}."
         )
+    return notes
+
+
+def describe_experts_left_in_16_bits(model: Any, request: PlanRequest, verdict: MemoryVerdict) -> list[str]:
+    """Return why a mixture's weights stay as large as they are, in whole sentences; nothing for a dense base."""
+    experts = [p for name, p in model.named_parameters() if "experts" in name and p.dim() == 3 and not p.requires_grad]
+    notes = []
+    if experts and (request.quantization or verdict != "fits"):
+        size, held_in = format_bytes(sum(p.nbytes for p in experts)), dtype_name(experts[0].dtype)
+        notes.append(f"The experts ({size}) stay in {held_in}: --quantization holds linear layers alone in fewer bits.")
+    if experts and request.model.config.model_type == "gpt_oss":
+        notes.append("The published checkpoint is in MXFP4; training needs it unpacked, in 16 bits, as planned here.")
     return notes
 
 
