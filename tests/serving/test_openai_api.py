@@ -129,6 +129,7 @@ def test_completions(client, generator):
     [
         ("model", "sailer", "there is no model 'sailer'; did you mean 'sailor'?"),
         ("top_k", 3, "does not support the field 'top_k'; did you mean 'top_p'?"),
+        ("guided_regex", "a", "does not support the field 'guided_regex'; structured_outputs has regex"),
         ("temperature", 3, "temperature: input should be less than or equal to 2"),
         ("max_tokens", "5", "max_tokens: input should be a valid integer"),
         ("max_tokens", 600, "the prompt has 31 tokens and the answer may have 600"),

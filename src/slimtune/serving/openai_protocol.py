@@ -27,6 +27,10 @@ from .served_models import ServedModel
 MAX_ANSWERS, MAX_LOGPROBS, MAX_STOPS, MAX_STOP_LENGTH, MAX_PROMPTS = 16, 20, 4, 256, 16
 
 
+GUIDED_FIELDS = ("guided_regex", "guided_json", "guided_choice")
+"""What vLLM called them before 0.12."""
+
+
 class ApiErrorFields(TypedDict):
     """What is wrong, in the body of an error."""
 
@@ -352,7 +356,8 @@ def parse_request_body(request_type: type[AnyRequest], body: bytes) -> AnyReques
     name = ".".join(map(str, first["loc"]))[:100]
     if first["type"] == "extra_forbidden":
         known = request_type.model_fields if len(first["loc"]) == 1 else {}
-        message = f"the server does not support the field {name!r}{suggest(name, known)}"
+        instead = f"; structured_outputs has {name[7:]}" if name in GUIDED_FIELDS else suggest(name, known)
+        message = f"the server does not support the field {name!r}{instead}"
         raise ApiError(400, message, name, "unknown_field")
     if first["type"] == "unsupported_value":
         raise ApiError(400, f"the server does not support {name} {first['msg']}", param, "unsupported_value")
