@@ -27,7 +27,7 @@ def write_rows(path: Path, n: int, start: int = 0, answer: str = "abc ") -> Path
 
 
 def write_settings(home: Path, tiny_llama: Callable[..., Any], tiny_tokenizer: Callable[..., Any]) -> dict[str, Any]:
-    """Write a base and rows; return settings of a recipe: 24 rows, 6 a step, 2 epochs of 4 steps."""
+    """Write a base and rows; return settings of a recipe: 24 rows, 6 a step, 2 epochs of 4 steps, no budget."""
     tiny_llama().save_pretrained(home / "base")
     tiny_tokenizer().save_pretrained(home / "base")
     return {
@@ -37,7 +37,7 @@ def write_settings(home: Path, tiny_llama: Callable[..., Any], tiny_tokenizer: C
             "validation": str(write_rows(home / "validation.jsonl", 6, start=100)),
         },
         "method": {"name": "lora", "r": 4, "lora_dropout": 0.1},
-        "train": {"epochs": 2, "batch_size": 6, "learning_rate": 1e-2},
+        "train": {"epochs": 2, "batch_size": 6, "learning_rate": 1e-2, "forgetting_budget": None},
         "output_dir": str(home / "whole"),
     }
 

@@ -34,7 +34,7 @@ def tree(tiny_folder: Path, tmp_path: Path) -> dict[str, Any]:
         "model": {"name": str(tiny_folder), "dtype": "float32"},
         "data": {n: str(write_rows(tmp_path / f"{n}.jsonl", k, start=at)) for n, (k, at) in rows.items()},
         "method": {"name": "lora", "r": 4},
-        "train": {"batch_size": 6, "seed": 7},
+        "train": {"batch_size": 6, "seed": 7, "forgetting_budget": None},
         "output_dir": str(tmp_path / "run"),
     }
 

@@ -49,7 +49,13 @@ def make(tmp_path, tiny_folder):
             "data": {"train": str(file), "validation_fraction": 0.25, **(data or {})},
             "task": task,
             "method": method or {"name": "lora", "r": 4},
-            "train": {"max_steps": 4, "batch_size": 6, "learning_rate": 1e-2, "max_tokens_per_micro_batch": 200},
+            "train": {
+                "max_steps": 4,
+                "batch_size": 6,
+                "learning_rate": 1e-2,
+                "max_tokens_per_micro_batch": 200,
+                "forgetting_budget": None,
+            },  # fmt: skip
             "output_dir": str(tmp_path / name),
         }
         return recipe_of(settings, **more)

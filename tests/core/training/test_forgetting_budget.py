@@ -156,6 +156,18 @@ def test_method_without_a_strength_is_refused(budgeted):
     assert not Path(budgeted["output_dir"]).exists()
 
 
+def test_a_budget_that_nobody_named_is_kept_and_measured_once(budgeted):
+    result = train(recipe_of(budgeted, forgetting_budget="auto"))
+    assert (result.forgetting.budget, result.forgetting.measured) == (0.1, [])
+    assert result.forgetting.before > 0.1 >= result.forgetting.change > 0
+    assert 0 < result.forgetting.strength < 1
+
+
+def test_a_method_without_a_strength_trains_without_a_budget_that_nobody_named(settings):
+    settings |= {"method": {"name": "prompt_tuning", "num_virtual_tokens": 4}}
+    assert train(recipe_of(settings, forgetting_budget="auto")).forgetting is None
+
+
 def test_built_in_rows_are_few_and_of_every_kind(settings, tiny_llama, tiny_tokenizer):
     model = get_peft_model(tiny_llama(max_position_embeddings=4096), LoraConfig())
     rows = load_general_text(None).choose_rows(recipe_of(settings), tiny_tokenizer(), model, print)
