@@ -55,7 +55,7 @@ def make(tmp_path, tiny_folder):
                 "learning_rate": 1e-2,
                 "max_tokens_per_micro_batch": 200,
                 "forgetting_budget": None,
-            },  # fmt: skip
+            },
             "output_dir": str(tmp_path / name),
         }
         return recipe_of(settings, **more)
