@@ -70,6 +70,16 @@ def test_every_format_has_a_case():
     assert {*FORMATS} == {*EXPORT_FORMATS.built_in_names()}, "one line per format in FORMATS"
 
 
+def test_method_without_exports_is_refused_before_its_base_is_loaded(base, tmp_path, monkeypatch):
+    config = slimtune.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    run = save_adapter_of(base, tmp_path / "run", config)
+    monkeypatch.setattr("slimtune.export.exporter.load_run_for_export", lambda *_: pytest.fail("it loads the base"))
+    for target in ("ollama", "gguf", "vllm"):
+        with pytest.raises(AdapterError, match="prompt_tuning"):
+            export(run, target, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.slow] if k == "ollama" else []) for k in FORMATS])
 def test_every_format_is_proven_and_a_damaged_one_is_not(kind, run, tmp_path):
     out = tmp_path / "out"

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeElapsedColumn
 from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
@@ -32,7 +32,7 @@ from typer.core import TyperGroup
 
 from ..core.foundation.files import convert_os_error, to_json
 from ..core.foundation.formatting import escape_control_characters
-from ..core.foundation.progress_bars import displaying_progress
+from ..core.foundation.progress_bars import displaying_progress, live_consoles
 from ..diagnostics.knowledge import infer_error_code
 from ..errors import RunError, SlimtuneError, UsageError, exception_chain, format_install_command, is_out_of_memory
 
@@ -203,7 +203,7 @@ def _print_warnings() -> Iterator[None]:
         def show(message: Any, category: Any, filename: str, *rest: Any) -> None:
             if Path(filename).is_relative_to(PACKAGE):
                 if str(message) not in shown:  # a recipe is read several times
-                    make_error_console().print(f"warning: {message}", style=WARNING)
+                    make_error_console().print(escape_control_characters(f"warning: {message}"), style=WARNING)
                 shown.add(str(message))
             else:
                 default(message, category, filename, *rest)
@@ -233,8 +233,8 @@ def make_console(stderr: bool = False) -> Console:
 
 
 def make_error_console() -> Console:
-    """Return a console on the current stderr."""
-    return make_console(stderr=True)
+    """Return a console on the current stderr: that of the bar which is shown there, if there is one."""
+    return live_consoles[-1] if live_consoles else make_console(stderr=True)
 
 
 class ConsoleLogHandler(logging.Handler):
@@ -242,12 +242,12 @@ class ConsoleLogHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print a message on stderr."""
-        make_error_console().print(record.getMessage())
+        make_error_console().print(escape_control_characters(record.getMessage()))
 
 
 def print_progress(text: str) -> None:
     """Print a line about the work in progress on stderr."""
-    make_error_console().print(text, style="dim")
+    make_error_console().print(escape_control_characters(text), style="dim")
 
 
 @contextlib.contextmanager
@@ -257,7 +257,7 @@ def showing_progress() -> Iterator[None]:
         with displaying_progress(PeriodicProgressPrinter()):
             yield
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(20), CountColumn(), TimeElapsedColumn())
     screen = make_error_console()
     # rich's own are yellow and light green, which cannot be read on white.
     screen.push_theme(Theme({"progress.elapsed": "dim", "progress.download": "dim"}))
@@ -272,8 +272,20 @@ def showing_progress() -> Iterator[None]:
                 bars.reset(task, description=what, total=total)
             bars.update(task, completed=done)
 
-        with displaying_progress(display):
-            yield
+        live_consoles.append(screen)
+        try:
+            with displaying_progress(display):
+                yield
+        finally:
+            live_consoles.remove(screen)
+
+
+class CountColumn(MofNCompleteColumn):
+    """Shows how many of how many are done; nothing before the number is known."""
+
+    def render(self, task: Task) -> Text:
+        """Render the count of a task."""
+        return super().render(task) if task.total is not None else Text()
 
 
 class PeriodicProgressPrinter:

@@ -163,7 +163,8 @@ def _print_result(result: "TrainResult", recipe: Any) -> None:
         ("validation loss", loss(result.validation_loss, f"step {result.best_step}, whose adapter is kept")),
         *([("forgetting", text)] if (text := _describe_forgetting(result.forgetting)) else []),
         ("trained parameters", f"{format_count(result.trainable_params)} ({percent:.2f} %)"),
-        ("adapter", format_bytes(result.adapter_bytes)),
+        ("adapter", f"{result.adapter}, {format_bytes(result.adapter_bytes)}"),
+        ("report", f"{result.run}/report.html"),
         ("peak memory", format_bytes(result.peak_bytes)),
         *((f"time to {name}", format_duration(value)) for name, value in seconds if value >= 0.05),
     ])  # fmt: skip
@@ -173,6 +174,5 @@ def _print_result(result: "TrainResult", recipe: Any) -> None:
     if held_out is not None and held_out < MIN_EVAL_ROWS:
         split = None
     rows = {"test": "", "validation": " --split validation", None: " --data held_out.jsonl"}[split]
-    make_console().print(f"adapter: {result.run}/adapter; everything on one page: {result.run}/report.html")
     chat = f"\n      slimtune chat {run}" if recipe.objective().task_type == "CAUSAL_LM" else ""
     make_console().print(f"next: slimtune eval {run}{rows}{chat}", soft_wrap=True)

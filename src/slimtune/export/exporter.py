@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..core.adapters.peft_config import PeftConfig
 from ..core.foundation.files import atomic_folder
 from ..core.foundation.json_results import to_json_dict
-from ..core.training.run_dir import ADAPTER_FILE, RunDir
+from ..core.training.run_dir import ADAPTER_FILE, RunDir, find_adapter_folder
 from ..core.training.trained_model import TrainedModel
 from ..errors import AdapterError, RunError, UsageError
 from ..generation.run_requirements import require_causal_lm_run, resolve_trained_base
@@ -60,6 +61,7 @@ def export(
         raise UsageError("--require-proof and --no-verify together", "one of them: the check is the proof")
     RunDir.require_free(out)
     require_causal_lm_run(run)
+    require_exported_method(run)
     base = resolve_trained_base(run)
     chosen.require_base(base)
     log(f"loading {run} and its base {base.spec}")
@@ -90,6 +92,17 @@ def export(
             raise RunError(f"the export is not proven: {verdict.reason}", "an export that the engine was asked", hint)
         files = {f.relative_to(folder).as_posix(): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
     return ExportResult(str(run), str(out), target, files, facts, written.commands, notes, verdict)
+
+
+def require_exported_method(run: Path) -> None:
+    """Raise AdapterError if a run's method can be exported in no form; before its base is loaded."""
+    config = PeftConfig.from_pretrained(find_adapter_folder(run))
+    if not config.is_exported():
+        raise AdapterError(
+            f"{run} was trained with {config.name}, which changes no weight of the base: it has no export",
+            "a run of a method whose adapter is a LoRA or can be merged: `slimtune methods` lists them",
+            f"slimtune chat or serve {shlex.quote(str(run))}, or HF PEFT",
+        )
 
 
 def refuse_adapter_bound_to_quantized_base(loaded: TrainedModel, run: Path) -> None:

@@ -209,3 +209,12 @@ def test_few_held_out_rows_and_few_steps_are_named_before_training(settings):
     assert "--epochs 8" in log
     assert result.held_out_rows == 1
     assert "--data HELD_OUT.jsonl" in (Path(result.run) / "report.html").read_text()
+
+
+def test_method_without_exports_says_so_before_it_trains(settings):
+    logs = {}
+    for name in ("prompt_tuning", "lora"):
+        settings |= {"method": {"name": name}, "output_dir": str(Path(settings["output_dir"]).parent / name)}
+        logs[name] = (Path(train(recipe_of(settings, max_steps=1)).run) / "train.log").read_text()
+    assert "slimtune methods" in logs["prompt_tuning"]
+    assert "slimtune methods" not in logs["lora"]

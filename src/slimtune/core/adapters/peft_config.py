@@ -169,6 +169,11 @@ class PeftConfig(DeclaredSettings, metaclass=_ConfigMeta):
             if isinstance(names := getattr(self, name, None), list):
                 setattr(self, name, set(names))  # as in PEFT
 
+    @classmethod
+    def is_exported(cls) -> bool:
+        """Return whether engines can serve the adapter: merged into the base, or as a LoRA."""
+        return cls.mergeable or cls.uses_lora_file_format
+
     def __reduce__(self) -> tuple[Any, ...]:
         # The class that its module knows by name: pickle cannot find the one registered with peft.
         declared = next(c for c in type(self).__mro__ if "_joined" not in vars(c))

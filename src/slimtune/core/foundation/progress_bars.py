@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 Display = Callable[[str, int, int], None]
 """Gets what is done (such as "rows"), how many are done, and how many there are."""
+live_consoles: list[Any] = []
+"""rich's consoles with a bar at the bottom, the innermost last: what another one prints is glued to the bar."""
 _displays: list[Display] = []
 _names: list[str] = []
 

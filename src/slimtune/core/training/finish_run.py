@@ -11,7 +11,6 @@ from ..foundation import distributed
 from ..foundation.device import count_peak_memory
 from ..foundation.dtype_names import dtype_name
 from ..foundation.files import write_json
-from ..foundation.formatting import format_bytes
 from ..foundation.installed_versions import read_installed_versions
 from ..foundation.registry import Registry
 from .best_adapter import load_best_adapter_within_forgetting_budget
@@ -125,5 +124,4 @@ def _save_result(loop: TrainingLoop, peak_bytes: int) -> TrainResult:
         count = sum(map(len, untrained.values()))
         some = format_names((f"{name}[{expert}]" for name, experts in untrained.items() for expert in experts), 4)
         loop.logger.say(f"{count} expert weights got no gradient, as no token was routed to them: {some}")
-    loop.logger.say(f"adapter: {run.adapter} ({format_bytes(result.adapter_bytes)})")
     return result

@@ -11,12 +11,14 @@ import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
 
 from ...errors import UsageError, format_names
 from ..config import Recipe
 from ..foundation import distributed
 from ..foundation.device import get_allocated_or_resident_bytes
 from ..foundation.formatting import escape_control_characters, format_bytes, format_duration
+from ..foundation.progress_bars import live_consoles
 from .checkpoint import TrainingState
 from .run_dir import RunDir
 
@@ -41,9 +43,9 @@ class ProgressLogger:
         self.run, self.device = run, device
         self.trackers: Sequence[Any] = ()
         self.enabled = distributed.is_main_process()
-        console = Console(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[line]}"))
-        self.progress = Progress(*columns, console=console, transient=True)
+        console = Console(stderr=True, highlight=False, markup=False)
+        bar = BarColumn(bar_width=None, table_column=Column(ratio=1))  # as wide as the line leaves
+        self.progress = Progress(bar, TextColumn("{task.fields[line]}"), console=console, transient=True, expand=True)
         self.live = console.is_terminal and self.enabled
         self.log_failed = False
         self.last_loss: float | None = None
@@ -55,6 +57,7 @@ class ProgressLogger:
         self.started, self.first_step = time.perf_counter(), state.step
         if self.live:
             self.progress.start()
+            live_consoles.append(self.progress.console)
             self.task = self.progress.add_task("training", total=state.max_steps, completed=state.step, line="")
         try:
             yield
@@ -64,6 +67,8 @@ class ProgressLogger:
     def close(self) -> None:
         """Remove the progress line and finish the trackers."""
         self.progress.stop()
+        if self.progress.console in live_consoles:
+            live_consoles.remove(self.progress.console)
         for tracker in self.trackers:
             tracker.finish()
         self.trackers = ()
@@ -74,7 +79,7 @@ class ProgressLogger:
             return
         text = escape_control_characters(text)  # of rows and names, for the terminal and whoever shows the log on one
         screen = self.progress.console  # a terminal gets lines of whole words, a pipe long lines
-        screen.print(text, highlight=False, markup=False, soft_wrap=not screen.is_terminal)
+        screen.print(text, soft_wrap=not screen.is_terminal)
         try:
             with self.run.log_file.open("a") as f:
                 f.write(time.strftime("%H:%M:%S ") + text + "\n")
@@ -106,16 +111,16 @@ class ProgressLogger:
         """Show how far the run is; without a terminal, print it every `PRINT_SECONDS`."""
         seconds_per_step = (time.perf_counter() - self.started) / max(1, state.step - self.first_step)
         loss = f"loss {self.last_loss:.3f} · " if self.last_loss is not None else ""
-        line = (
-            f"step {state.step}/{state.max_steps} · {loss}lr {learning_rate:.1e} · "
+        done, rate = f"{state.step}/{state.max_steps} · {loss}", f"lr {learning_rate:.1e} · "
+        rest = (
             f"{state.tokens_per_second:.0f} tok/s · {format_bytes(get_allocated_or_resident_bytes(self.device))} · "
             f"{format_duration(seconds_per_step * (state.max_steps - state.step))} left"
         )
-        if self.live:
-            self.progress.update(self.task, completed=state.step, line=line)
+        if self.live:  # without the learning rate it fits 80 columns, with a bar
+            self.progress.update(self.task, completed=state.step, line=done + rest)
         elif self.enabled and time.perf_counter() - self.last_print > PRINT_SECONDS:
             self.last_print = time.perf_counter()
-            self.say(line)
+            self.say(f"step {done}{rate}{rest}")
 
 
 @distributed.raises_on_all_ranks

@@ -26,6 +26,9 @@ def log_run_description(prepared: PreparedRun) -> None:
     logger.say(f"base: {base.source.name}, {quantization}{dtype_name(base.dtype)} on {base.device}")
     share = f"{format_count(trained)} of {format_count(total)} parameters train ({100 * trained / total:.2f} %)"
     logger.say(f"{model.match_report()}; {share}")
+    if not (method := prepared.recipe.method_config()).is_exported():
+        no_engine = "serve no such adapter, merged or beside the base; slimtune and PEFT do: `slimtune methods`"
+        logger.say(f"note: {method.name} has no export: Ollama, llama.cpp and vLLM {no_engine}")
     _describe_rows(logger, prepared.recipe, prepared.data)
     processes = distributed.world_size()
     if processes > 1:
