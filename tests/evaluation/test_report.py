@@ -75,7 +75,7 @@ def test_no_absolute_path(full_run, monkeypatch):
         ("data", ["errors", "781, 2 invalid; 3 longer than 200 tokens", "36,400", "56.3 %", "28.7 % fewer",
                   "line 17", "lines 4, 8", "near", "(44)", "prefix24 tokens"]),
         ("training", ["training", "validation", "Learning rate", "cosine", "Speed", "Gradient norm"]),
-        ("evaluation", ["passed", "4.524 (4.380 to 4.660)", "+0.796 (0.720 to 0.890)", "41.60 (37.00 to 47.00)",
+        ("evaluation", ["passed", "4.524 (4.380 to 4.660)", "−0.796 (−0.890 to −0.720)", "41.60 (37.00 to 47.00)",
                         "31.8", "+7.5 (6.1 to 9.0)", "+0.024 (−0.010 to 0.060)", "93 rows, 3,868 supervised tokens"]),
         ("samples", ["Define: word 5", "2 more", "ended : yes", "ended : no", "length: 44"]),
         ("forgetting", ["3.100 before, 3.143 after, over 20,111 tokens", "within the budget", "+0.043", "budget 0.10"]),
@@ -98,7 +98,7 @@ def test_texts_and_names_are_escaped(tmp_path):
     write_json(run.evaluation_file(f"data-{name}"), make_evaluation(run.path, "x"))
     page = read_page(run)
     assert not [a for _, found in page.tags for a in found if a.startswith("on")]
-    assert f"Rows of {name}" in page.text
+    assert f"Rows of the file {name}" in page.text
 
 
 def test_gaps_name_a_command(tmp_path):

@@ -14,6 +14,10 @@ class Estimate:
     ci95: tuple[float, float]
     """95 % interval, from low to high."""
 
+    def __neg__(self) -> "Estimate":
+        """Return the figure with the other sign."""
+        return Estimate(-self.value, (-self.ci95[1], -self.ci95[0]))
+
     @property
     def low(self) -> float:
         """Lower end of the interval."""

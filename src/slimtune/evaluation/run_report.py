@@ -156,6 +156,9 @@ def make_report_template_functions() -> dict[str, Callable[..., Any]]:
         "confusion_table": _find_confusion_table,
         "check_table": make_answer_check_table,
         "win_rate_text": describe_win_rate,
+        "rows_name": lambda split: (
+            f"{split} rows" if split in ("test", "validation") else f"rows of the file {split[5:]}"
+        ),
         "check_value": _check_value,
     }
 
@@ -318,7 +321,7 @@ def _draw_measures(measures: EvalMeasures) -> list[tuple[str, str, Markup, Marku
         draw("Good answers likelier", auc, u.base_auc, u.tuned_auc, u.auc_gain, 3)
         per_token = "AUC of log p per token"
         draw("The same per token", per_token, u.base_token_auc, u.tuned_token_auc, u.token_auc_gain, 3)
-    draw("Loss", "nats per token, lower is better", m.base_loss, m.tuned_loss, m.loss_reduction, 3)
+    draw("Loss", "nats per token, lower is better", m.base_loss, m.tuned_loss, -m.loss_reduction, 3)
     draw("Perplexity", "lower is better", m.base_perplexity, m.tuned_perplexity, None, 2)
     hits = "% of tokens predicted, higher is better"
     draw("Accuracy", hits, m.base_accuracy, m.tuned_accuracy, m.accuracy_gain, 1, 100)
