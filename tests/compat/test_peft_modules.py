@@ -4,6 +4,7 @@ import copy
 import importlib
 import importlib.util
 import inspect
+import re
 
 import peft
 import pytest
@@ -69,6 +70,13 @@ def test_modules_are_those_of_peft():
 def test_missing_name_says_the_nearest(line):
     with pytest.raises(ImportError, match=r"'(LoraConfig|infer_device)'"):
         exec(line)
+
+
+@pytest.mark.parametrize(("name", "near"), [("OftConfig", ["OFTConfig"]), ("FourierFTConfig", []), ("PolyConfig", [])])
+def test_config_of_a_method_that_is_missing_names_no_other_method(name, near):
+    with pytest.raises(ImportError) as error:
+        exec(f"from slimtune import {name}")
+    assert re.findall(r"\w+Config", str(error.value)) == [name, *near]
 
 
 def test_mappings():

@@ -24,7 +24,7 @@ from typing import Annotated, Any, NamedTuple
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeElapsedColumn
 from rich.segment import Segment
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 from rich.theme import Theme
 from typer import Abort, Argument, BadParameter, Option
@@ -257,11 +257,12 @@ def showing_progress() -> Iterator[None]:
         with displaying_progress(PeriodicProgressPrinter()):
             yield
         return
-    columns = (TextColumn("{task.description}"), BarColumn(20), CountColumn(), TimeElapsedColumn())
+    what = TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True))  # cut where it is too long
+    columns = (BarColumn(20), CountColumn(), TimeElapsedColumn(), what)
     screen = make_error_console()
     # rich's own are yellow and light green, which cannot be read on white.
     screen.push_theme(Theme({"progress.elapsed": "dim", "progress.download": "dim"}))
-    with Progress(*columns, console=screen, transient=True) as bars:
+    with Progress(*columns, console=screen, transient=True, expand=True) as bars:
         task = bars.add_task("loading", total=None)
         shown = ""
 

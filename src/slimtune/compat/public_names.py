@@ -5,12 +5,13 @@ modules without a file: each one gives every name of `PUBLIC` and `INNER`, becau
 from release to release. All names are lazy: nothing here imports torch.
 """
 
+import difflib
 import importlib
 import importlib.abc
 import importlib.machinery
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import cache
 from typing import Any
 
@@ -183,8 +184,21 @@ def import_public_name(module: str, name: str) -> Any:
     home = find_module_of_peft_name(name)
     if home is None or home == inner:
         names = [*HOMES, *map_method_names_to_modules()] if name[:1] != "_" else []
-        raise AttributeError(f"module {module!r} has no attribute {name!r}{suggest(name, names)}")
+        raise AttributeError(f"module {module!r} has no attribute {name!r}{suggest_public_name(name, names)}")
     return getattr(importlib.import_module(f"{package}.{home}"), name)
+
+
+def suggest_public_name(name: str, names: Collection[str]) -> str:
+    """Return `"; did you mean 'x'?"` for the nearest name, for a config that slimtune lacks the method, or ""."""
+    stem = name.removesuffix("Config")
+    if stem == name:
+        return suggest(name, names)
+    # What every config's name ends with makes none of them near.
+    stems = {n.removesuffix("Config").lower(): n for n in names if n.endswith("Config")}
+    near = difflib.get_close_matches(stem.lower(), stems, n=1)
+    if near:
+        return f"; did you mean {stems[near[0]]!r}?"
+    return "; slimtune lacks this method: `slimtune methods` lists those it has"
 
 
 def make_module_getattr(module: str) -> Callable[[str], Any]:
@@ -217,7 +231,9 @@ class _ModuleFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
                 *(m.rpartition(".")[2] for m in MODULES if m.rpartition(".")[0] == parent),
             ]
             where = f"{package}.{parent}".rstrip(".")
-            raise ImportError(f"cannot import name {name!r} from {where!r}{suggest(name, names)}", name=fullname)
+            raise ImportError(
+                f"cannot import name {name!r} from {where!r}{suggest_public_name(name, names)}", name=fullname
+            )
         return None
 
     def create_module(self, spec: Any) -> types.ModuleType:
