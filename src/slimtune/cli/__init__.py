@@ -111,8 +111,6 @@ def main() -> None:
     for name, value in CPU_SETTINGS.items():
         os.environ.setdefault(name, value)
     skip_registering_classes_as_peft()
-    # bitsandbytes warns at import that a kernel for inference could be downloaded; transformers imports it.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # A terminal that is closed takes both streams away; what a command writes to files must not end with it.
     streams: Any = sys
     streams.stderr, streams.stdout = (

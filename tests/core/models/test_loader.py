@@ -1,4 +1,5 @@
 import json
+import logging
 import os
 import shutil
 from unittest.mock import MagicMock
@@ -74,6 +75,18 @@ def test_libraries_are_silent(monkeypatch, capsys):
 
 
 # --- remote code ------------------------------------------------------------------------------------------------------
+
+
+def test_warnings_of_libraries_that_slimtune_answers_itself_are_silent(tiny_folder, capfd, caplog):
+    tokenizer = load_tokenizer(str(tiny_folder))
+    tokenizer.model_max_length = 8
+    capfd.readouterr()
+    assert len(tokenizer("abc " * 20)["input_ids"]) == 80
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    for message in ("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "something else"):
+        logger.error(message.replace("%s", "no kernels"))
+    assert capfd.readouterr().err == ""
+    assert len(caplog.messages) == 1
 
 
 def test_remote_code(tiny_folder, monkeypatch, tmp_path):

@@ -194,6 +194,8 @@ def _load_tokenizer(opened: PreparedBase, template: str | Path | None) -> PreTra
                 f"the tokenizer of {spec!r} has neither a pad token nor an end-of-text token",
                 hint="name one as pad_token in tokenizer_config.json",
             )
+    # Rows and prompts that are too long are refused in slimtune's words; transformers' warning adds nothing.
+    getattr(tokenizer, "deprecation_warnings", {})["sequence-length-is-longer-than-the-specified-maximum"] = True
     CHAT_TEMPLATE_SETTERS.load("files")(tokenizer, template, opened.source.name)
     return tokenizer
 
