@@ -194,7 +194,8 @@ def read_columns(text):
 
 
 def test_columns_are_guessed_from_the_uploaded_file(browser, finish):
-    answer = browser.post("/upload", files={"file": ("shop.csv", CSV)})
+    answer = browser.post("/upload", files={"file": ("shop.csv", CSV)}, data={"model.name": "smollm2-135m"})
+    assert 'value="smollm2-135m" list="bases"' in browser.get("/").text
     assert answer.headers["location"] == "/#columns"
     text = browser.get("/").text
     assert "uploads/shop.csv" in text

@@ -345,8 +345,11 @@ def test_only_complete_answers_are_rated_and_inside_the_folder(browser, run, pag
     browser.post("/chat/new", data={})
     browser.post("/chat/say", data={"text": "quick"})
     wait_until(lambda: pages.conversation.state == "ready")
-    (folder / "ratings").symlink_to(folder.parent)
     number = pages.conversation.turns[-1]["number"]
+    pages.conversation.turns[-1]["tuned"] = "\u200b"  # nothing to be seen, which no row may be
+    assert browser.post("/chat/rate", data={**form, "number": number}).status_code == 400
+    pages.conversation.turns[-1]["tuned"] = "an answer"
+    (folder / "ratings").symlink_to(folder.parent)
     assert browser.post("/chat/rate", data={**form, "number": number}).status_code == 400
     assert not [*folder.parent.glob("*.jsonl")]
 

@@ -16,6 +16,8 @@ from tiny_gguf import write_gguf
 from tiny_run import write_rows
 from walk import WAIT, make_home, serve_page, walk
 
+from slimtune.extras.row_files import read_rows
+
 pytestmark = [
     pytest.mark.prove,
     pytest.mark.timeout(2400),
@@ -108,7 +110,7 @@ def open_watched_page(profile):
         page.on("pageerror", lambda e: logged.append(str(e)))
         page.on("request", lambda r: asked.append(r.url))
         yield page
-    assert logged == []
+    assert logged == [], logged
     assert [address for address in asked if not address.startswith(("http://127.0.0.1:", "data:"))] == []
 
 
@@ -142,6 +144,11 @@ def tiny_home(tmp_path, tiny_llama, tiny_tokenizer, monkeypatch):
     write_rows(home / "rows.jsonl", 24)
     texts = ({"text": text, "label": label} for text, label in CLASSES)
     (home / "classes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    questions = [f"What is {i}?" for i in range(24)]
+    pairs = "".join(f"{q},It is a {i},No {i}\n" for i, q in enumerate(questions))
+    (home / "pairs.csv").write_text("Question,good,bad\n" + pairs)
+    thumbs = "".join(f"{q},It is a {i},{'up' if i % 2 else 'down'}\n" for i, q in enumerate(questions))
+    (home / "thumbs.csv").write_text("Question,Reply,Thumb\n" + thumbs)
     return home
 
 
@@ -174,21 +181,29 @@ class Visit:
         self.press("Stop")
         self.page.get_by_text("It was stopped before it had a result.").wait_for(timeout=WAIT)
 
-    def choose(self, rows: str, task: str, steps: int) -> None:
-        """Choose base, rows and settings; the reports, which another test reads, are stopped."""
+    def choose(self, rows: str, task: str, steps: int, **columns: str) -> None:
+        """Choose base, rows and settings; the reports, which another test reads, are stopped.
+
+        `columns` are those that the page must guess, by their roles.
+        """
         self.go("/")
         self.page.get_by_label("Base model").fill("tiny.gguf")
         self.page.get_by_label("Objective").select_option(task)
         self.page.get_by_label("Rows", exact=True).fill(rows)
         self.page.get_by_label("Rows", exact=True).press("Tab")
+        for role in columns:
+            self.page.get_by_label(role.capitalize(), exact=True).wait_for()
         self.page.get_by_text("Which column is what").wait_for()
+        found = {role: self.page.get_by_label(role.capitalize(), exact=True).input_value() for role in columns}
+        assert found == columns
         self.start_and_stop("Check the rows")
         self.go("/plan")
         self.page.get_by_role("textbox", name="Steps").fill(str(steps))
         self.page.get_by_label("Validation share").fill("0.2")
         if not self.page.get_by_label("One a line").is_visible():
             self.page.get_by_text("More settings").click()
-        self.page.get_by_label("One a line").fill("train.save_steps=50\ntrain.batch_size=2\ntrain.learning_rate=0.01")
+        self.page.get_by_label("Learning rate").fill("0.01")
+        self.page.get_by_label("One a line").fill("train.save_steps=50\ntrain.batch_size=2")
         self.start_and_stop("Plan the run")
 
     def start(self, run: str) -> None:
@@ -245,3 +260,84 @@ def test_a_classifier_is_trained_evaluated_asked_and_merged(tiny_home, tmp_path)
         visit.run_command("Export")
         assert page.get_by_text("merged and adapted model differ by").is_visible()
         check_page(page, "merged")
+
+
+def test_pairs_in_columns_of_any_names_are_learned_evaluated_compared_and_exported(tiny_home, tmp_path):
+    with serve_page(tiny_home) as url, open_watched_page(tmp_path / "profile") as page:
+        visit = Visit(page, url)
+        visit.choose("pairs.csv", "dpo", 8, prompt="Question", chosen="good", rejected="bad")
+        for run, rate in (("runs/a", "0.01"), ("runs/b", "0.001")):
+            visit.go("/plan")
+            page.get_by_label("Learning rate").fill(rate)
+            visit.start_and_stop("Plan the run")
+            visit.start(run)
+            page.get_by_role("link", name="Next: evaluate").wait_for(timeout=WAIT)
+            visit.evaluate(run)
+        check_page(page, "pairs evaluated")
+        visit.go("/runs")
+        for run in ("runs/a", "runs/b"):
+            page.get_by_label(f"{run} side by side").check()
+        visit.press("Side by side")
+        page.get_by_role("heading", name="Side by side").wait_for()
+        check_page(page, "compared")
+        visit.go("/export?run=runs/a")
+        page.get_by_label("For").select_option("merge")
+        page.get_by_label("New folder").fill("exports/a")
+        visit.run_command("Export")
+        page.get_by_text("written").first.wait_for()
+    rates = [
+        json.loads(line)["learning_rate"] for line in (tiny_home / "runs/b/metrics.jsonl").open() if "rate" in line
+    ]
+    assert max(rates) == 0.001
+    assert (tiny_home / "exports/a/model.safetensors").is_file()
+
+
+def test_thumbs_are_learned_given_in_the_chat_and_learned_again(tiny_home, tmp_path):
+    with serve_page(tiny_home) as url, open_watched_page(tmp_path / "profile") as page:
+        visit = Visit(page, url)
+        visit.choose("thumbs.csv", "kto", 8, prompt="Question", completion="Reply", label="Thumb")
+        visit.start("runs/first")
+        page.get_by_role("link", name="Next: evaluate").wait_for(timeout=WAIT)
+        visit.evaluate("runs/first")
+        visit.go("/chat?run=runs/first")
+        visit.press("Load")
+        page.get_by_text("with the lora adapter in runs/first").wait_for(timeout=WAIT)
+        page.get_by_text("How they answer").click()
+        page.get_by_label("Longest answer").fill("24")
+        page.get_by_label("Temperature").fill("2")  # the likeliest bytes of a model this small cannot be seen
+        page.get_by_label("Your message").fill("What is 3?")
+        page.get_by_label("Your message").press("Control+Enter")
+        for number, answer in enumerate(("tuned is good", "base is bad")):
+            page.get_by_label(f"The answer of {answer}").click(timeout=WAIT)
+            page.locator("[aria-pressed=true]").nth(number).wait_for()
+        check_page(page, "rated")
+        visit.press("Train on it")
+        page.get_by_text("Which column is what").wait_for()
+        assert page.get_by_label("Objective").input_value() == "kto"
+        check_page(page, "rated rows")
+    rows = read_rows(tiny_home / "ratings/runs-first.jsonl", format="unpaired-preference")
+    assert [row.is_good for row in rows] == [True, False]
+
+
+def test_fields_are_checked_as_they_are_typed_and_help_is_found(tiny_home, tmp_path):
+    with serve_page(tiny_home) as url, open_watched_page(tmp_path / "profile") as page:
+        visit = Visit(page, url)
+        page.get_by_label("Base model").fill("tiny.gguf")
+        page.get_by_label("Or upload rows").set_input_files(tiny_home / "pairs.csv")
+        page.get_by_text("uploads/pairs.csv").first.wait_for()
+        page.get_by_label("Base model").press("Enter")
+        visit.press("Stop")
+        visit.go("/plan")
+        wrong = page.get_by_label("Batch size").locator("xpath=..").locator(".wrong")
+        page.get_by_label("Batch size").press_sequentially("ten")
+        wrong.filter(has_text="integer").wait_for()
+        check_page(page, "wrong")
+        page.get_by_label("Batch size").fill("10")
+        wrong.filter(has_text="integer").wait_for(state="detached")
+        visit.go("/machines")
+        check_page(page, "machines")
+        visit.go("/help")
+        page.get_by_label("Error or question").fill("cuda out of memory")
+        visit.press("Search")
+        page.get_by_role("heading", name="Fix").wait_for(timeout=WAIT)
+        check_page(page, "help")

@@ -13,8 +13,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from ..core.data.rows import InvalidRow
 from ..core.foundation.files import parse_json, to_json
 from ..errors import UsageError
+from ..extras.row_columns import parse_row_or_error
 
 CHAT_WORKER = (sys.executable, "-m", "slimtune.generation.chat_worker")
 MAX_TURNS, MAX_TEXT, MAX_ANSWER = 100, 32_000, 100_000
@@ -133,7 +135,10 @@ class ChatSession:
         prompt = [{"role": "system", "content": self.system}] if self.system else []
         for turn in asked:
             prompt += [{"role": "user", "content": turn["user"]}, {"role": "assistant", "content": turn[model]}]
-        return {"prompt": prompt[:-1], "completion": prompt[-1:], "label": is_good}
+        row = {"prompt": prompt[:-1], "completion": prompt[-1:], "label": is_good}
+        if isinstance(found := parse_row_or_error(row, "unpaired-preference", 1), InvalidRow):
+            raise UsageError(f"this answer cannot be learned from: {found.cause}", hint=found.hint)
+        return row
 
     def _send(self, request: Mapping[str, Any]) -> None:
         assert self.process.stdin is not None

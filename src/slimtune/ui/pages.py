@@ -196,7 +196,8 @@ class UiPages:
         return "/#job"
 
     def upload(self, form: Mapping[str, Any]) -> str:
-        """Keep an uploaded file, and choose it."""
+        """Keep an uploaded file, and choose it; what was typed beside it is kept, too."""
+        self.choose(form, [name for name in (BASE, TASK) if name in form])
         file = form.get("file")
         if not isinstance(file, UploadFile) or not file.filename:
             raise UsageError("no file was chosen", "a file of rows", field="file")
@@ -447,7 +448,7 @@ class UiPages:
                 replaced = None if before is None else {**row, "label": not is_good}
                 self.workspace.write_rating(chat.run, row, replaced)
                 turn[f"{model}_thumb"] = thumb
-        return f"/chat#turn-{number}"
+        return "/chat"
 
     def learn_ratings(self, form: Form) -> str:
         """Choose the rated answers of the loaded run as rows to learn by KTO."""

@@ -13,5 +13,6 @@ document.addEventListener("keydown", (event) => {
     event.target.form.requestSubmit();
 });
 document.addEventListener("change", (event) => {
-  if (event.target.matches("[data-send]") && event.target.files.length) event.target.form.requestSubmit();
+  if (event.target.matches("[data-send]") && event.target.files.length)
+    event.target.form.requestSubmit(document.getElementById(event.target.dataset.send));
 });
