@@ -77,6 +77,9 @@ def test_method_without_exports_is_refused_before_its_base_is_loaded(base, tmp_p
     for target in ("ollama", "gguf", "vllm"):
         with pytest.raises(AdapterError, match="prompt_tuning"):
             export(run, target, tmp_path / "out")
+    monkeypatch.setattr("slimtune.export.merge.load_run_for_export", lambda *_: pytest.fail("it loads the base"))
+    with pytest.raises(AdapterError, match="prompt_tuning"):
+        module_merge.merge(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

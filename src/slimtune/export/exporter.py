@@ -101,7 +101,7 @@ def require_exported_method(run: Path) -> None:
         raise AdapterError(
             f"{run} was trained with {config.name}, which changes no weight of the base: it has no export",
             "a run of a method whose adapter is a LoRA or can be merged: `slimtune methods` lists them",
-            f"slimtune chat or serve {shlex.quote(str(run))}, or HF PEFT",
+            f"slimtune chat {shlex.quote(str(run))}, slimtune serve, or HF PEFT",
         )
 
 

@@ -59,6 +59,7 @@ SMALL_MODEL = 1_000_000_000
 models are checked in the run's dtype and rounded to the nearest, to save memory."""
 
 
+BESIDE_ITS_BASE = "use it beside its base (slimtune generate, chat; PeftModel.from_pretrained)"
 STORED_DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
 """Precisions of a GGUF to which the merged weights of small models are rounded with the run's rows. Rounded to the
 nearest, a change of less than half a step is lost, as most of those of a preference run are even in f16."""
@@ -81,7 +82,7 @@ def merge(run: Path, out: Path, dtype: str = "auto") -> MergeResult:
     run, out = Path(run), Path(out).expanduser()
     requested = None if dtype == "auto" else pick_dtype(dtype)
     RunDir.require_free(out)
-    if PeftConfig.from_pretrained(find_adapter_folder(run)).task_type == "SEQ_CLS":  # raises before a folder is made
+    if _require_mergeable_config(run).task_type == "SEQ_CLS":
         return _merge_classifier(run, out, requested, start)
     with atomic_folder(out) as folder, _load_memory_mapped(run, out) as loaded:
         model: Any = loaded.model
@@ -133,6 +134,19 @@ def merge(run: Path, out: Path, dtype: str = "auto") -> MergeResult:
         written = sum(f.stat().st_size for f in folder.iterdir())
     seconds = round(time.perf_counter() - start, 3)
     return MergeResult(str(run), str(out), written, weights.count(), comparison, seconds)
+
+
+def _require_mergeable_config(run: Path) -> PeftConfig:
+    """Return the config of a run's adapter; raise AdapterError if its method changes no weight."""
+    config = PeftConfig.from_pretrained(find_adapter_folder(run))
+    if not config.mergeable:
+        raise AdapterError(
+            f"{run} was trained with {config.name}, which changes no weight of the base: it cannot be merged",
+            "a run of a method that can be merged: `slimtune methods` lists them",
+            BESIDE_ITS_BASE,
+            code="merge-differs",
+        )
+    return config
 
 
 def _merge_classifier(run: Path, out: Path, requested: torch.dtype | None, start: float) -> MergeResult:
@@ -326,7 +340,7 @@ def _translate_merge_errors(run: Path) -> Iterator[None]:
         raise AdapterError(
             f"the adapter of {run} cannot be merged: {e}",
             "finite changes of plain weights",
-            f"use it beside its base (slimtune generate, chat; PeftModel.from_pretrained){older}",
+            f"{BESIDE_ITS_BASE}{older}",
             code="merge-differs",
         ) from e
 
