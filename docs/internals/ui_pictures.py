@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 DOCS = Path(__file__).parents[1]
-sys.path[:0] = [str(DOCS.parent / "tests" / name) for name in ("ui", "evaluation")]
+sys.path[:0] = [str(DOCS.parent / "tests" / name) for name in ("", "ui", "evaluation")]
 
 from test_report_browser import open_page  # noqa: E402
 from walk import make_home, serve_page, walk  # noqa: E402

@@ -10,7 +10,7 @@ import pytest
 
 from slimtune.ui import column_choices, workspace
 from slimtune.ui import command_jobs as jobs
-from slimtune.ui.field_names import name_page_fields
+from slimtune.ui.field_names import list_page_fields, name_page_fields
 from slimtune.ui.markdown import render_markdown
 
 FORM = {"model.name": "smollm2-135m", "data.train": "rows.jsonl"}
@@ -181,6 +181,23 @@ def test_an_error_of_a_command_is_shown_in_words(browser, commands, finish):
 )
 def test_messages_name_fields_of_the_page(said, shown):
     assert name_page_fields(said) == shown
+
+
+def test_the_way_out_of_a_verdict_is_named_by_fields():
+    command = "slimtune train runs/a/recipe.yaml --out runs/a-2 --lr 0.0003 --forgetting-budget 0.05"
+    shown = list_page_fields(command)
+    assert [text.split()[-1].split("=")[-1] for text in shown] == ["0.0003", "0.05"]
+    assert list_page_fields("slimtune eval runs/a --data held_out.jsonl") == []
+
+
+def test_new_folders_have_free_names(browser, folder):
+    for name in ("runs/first", "runs/first-2"):
+        (folder / name).mkdir(parents=True)
+    assert 'value="runs/first-3"' in browser.get("/train").text
+    assert 'value="exports/first"' not in browser.get("/train").text
+    answer = browser.post("/train", data={"run": "../x"})
+    assert answer.status_code == 400
+    assert workspace.WorkspaceFolder(folder).suggest_new("a\0b") == "a\0b"
 
 
 CSV = "Customer asks,We reply,Agent\n" + "".join(f"Where is {i}?,It is at <b>{i}</b> now,ann\n" for i in range(9))

@@ -51,3 +51,9 @@ def name_page_fields(text: str) -> str:
         return f"More settings: {setting.path}{f'={value}' if is_value else rest}"
 
     return SETTING.sub(lambda found: labels.get(found[0], found[0]), FLAG.sub(name_flag, text))
+
+
+def list_page_fields(command: str) -> list[str]:
+    """Return the settings of a command of training as the page's fields: `["Learning rate: 3e-4"]`."""
+    flags = [found[0] for found in FLAG.finditer(command) if found[1] not in ("out", "data", "model")]
+    return [name_page_fields(flag) for flag in flags]

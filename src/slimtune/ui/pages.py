@@ -27,7 +27,7 @@ from .chat_session import CHAT_WORKER, MAX_TEXT, ChatSession
 from .column_choices import COLUMN, FORMAT, TASK, ColumnFormBuilder, run_preview_process
 from .command_arguments import make_args_except_base_and_rows
 from .command_jobs import SLIMTUNE, LatestCommandJobs, StartedCommand
-from .field_names import name_page_fields
+from .field_names import list_page_fields, name_page_fields
 from .form_fields import (
     BASE,
     MORE,
@@ -138,7 +138,11 @@ class UiPages:
         self.choices = workspace.load_choices()
         self.notice = ""  # what could not be kept, shown until it can
         self.templates = make_jinja_environment("ui/templates")
-        self.templates.filters |= {"fields": name_page_fields, "markdown": render_markdown}
+        self.templates.filters |= {
+            "fields": name_page_fields,
+            "page_fields": list_page_fields,
+            "markdown": render_markdown,
+        }
         self.templates.globals.update(make_report_template_functions(), version=__version__, pages=PAGES)
         self.templates.globals["fields_with_errors"] = FIELDS_WITH_ERRORS
 
@@ -270,7 +274,12 @@ class UiPages:
     def train(self, run: str = "", **values: Any) -> Response:
         """Show a training, and how to start one."""
         return self.render(
-            "train.html.j2", page="train", runs=self.workspace.list_runs(), view=self.run_view(run), **values
+            "train.html.j2",
+            page="train",
+            runs=self.workspace.list_runs(),
+            new_run=self.workspace.suggest_new(self.choices.get("new_run") or "runs/first"),
+            view=self.run_view(run),
+            **values,
         )
 
     def live_run(self, run: str = "") -> Response:
@@ -507,6 +516,7 @@ class UiPages:
             job=self.latest_job_view("export"),
             targets=targets,
             exports=exports,
+            new_folder=self.workspace.suggest_new(self.choices.get(OUT) or "exports/first"),
             **vars(chosen),
             **values,
         )

@@ -1,5 +1,6 @@
 """The working folder of the page: nothing that a browser names leaves it, not even through a link."""
 
+import itertools
 import os
 import re
 import shutil
@@ -67,6 +68,12 @@ class WorkspaceFolder:
         path = self.root / text.strip()
         self._require_inside(path.resolve(), text)
         return path
+
+    def suggest_new(self, name: str) -> str:
+        """Return a name that nothing in the working folder has: this one, or with a number behind it."""
+        stem = re.sub(r"-\d+$", "", name)
+        names = itertools.chain([name], (f"{stem}-{number}" for number in range(2, 1000)))
+        return next((n for n in names if "\0" not in n and not os.path.lexists(self.root / n)), name)
 
     def resolve_rows(self, text: str) -> str:
         """Return the rows that a browser names, relative to the working folder, or the id of a dataset of the Hub."""
