@@ -32,7 +32,7 @@ RUN_FIELDS = {
 }
 """Label of each setting that changes the run and has a field of its own: the objective on the first page, the others on
 the second, whose last field, `more`, takes all others."""
-NULL_MEANS = {"train.max_steps": "as many as the epochs have"}
+NULL_MEANS = {"train.max_steps": "as many as the epochs have", "model.quantization": "as the base is"}
 """What an empty field means where null is the default and the setting itself does not say it."""
 
 
