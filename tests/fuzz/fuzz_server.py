@@ -139,7 +139,6 @@ def raise_errors(queue: Any, seed: int, share: float) -> None:
     patch(queue.runner, "prefill", lambda row, *_: [row])
     patch(queue, "_add_tokens", lambda batch, _: batch.rows)
     patch(queue, "_keep", lambda batch, _: batch.rows)
-    patch(queue, "_mask_by_grammars", lambda batch, _: batch.rows)
     make_piece = queue._make_piece
 
     def make_or_fail(answer: Any, *args: Any) -> Any:

@@ -28,7 +28,7 @@ from transformers import TopPLogitsWarper
 from ..core.adapters.active_adapters import BASE_ROW
 from ..core.foundation.device import release_unused_memory
 from ..errors import AdapterError, ModelError, SlimtuneError, is_out_of_memory
-from .answer_grammar import GrammarError
+from .answer_grammar import AnswerMatcher, GrammarError
 from .answer_queue import CLOSE_SECONDS, AnswerPiece, BaseAnswerQueue, GeneratedAnswer, ServerClosing, TokenLogprob
 from .model_runner import CachedBatch, GenerationRow, MultiAdapterRunner
 
@@ -305,8 +305,7 @@ class TextGenerator(BaseAnswerQueue):
 
         An error about one row, its tokenizer's for instance, ends its answer.
         """
-        choosable, failed = self._mask_by_grammars(batch, logits)
-        likeliest = choosable.argmax(-1).tolist()
+        likeliest = logits.argmax(-1).tolist()
         # The maximum is NaN if any logit is; single logits may be -Inf, which means that the token cannot come.
         is_finite = torch.isfinite(logits.amax(-1)).tolist()
         for i, row in enumerate(batch.rows):
@@ -314,10 +313,11 @@ class TextGenerator(BaseAnswerQueue):
             try:
                 if not is_finite[i]:
                     raise _make_not_finite_error(row.adapter_or_base)
-                if row in failed:
-                    raise failed[row]
                 is_greedy = answer.params.temperature == 0
-                row.next_token = likeliest[i] if is_greedy else self._draw_token(answer, choosable[i : i + 1])
+                if answer.matcher is not None:
+                    row.next_token = self._choose_allowed_token(answer, answer.matcher, logits[i : i + 1])
+                else:
+                    row.next_token = likeliest[i] if is_greedy else self._draw_token(answer, logits[i : i + 1])
                 piece = self._make_piece(answer, row.next_token, logits[i])
             except Exception as error:
                 self._log_unless_expected(error)
@@ -325,24 +325,14 @@ class TextGenerator(BaseAnswerQueue):
             answer.add_piece(piece)
         self._keep(batch, [not self._running[row].is_ended for row in batch.rows])
 
-    def _mask_by_grammars(self, batch: CachedBatch, logits: Tensor) -> tuple[Tensor, dict[GenerationRow, GrammarError]]:
-        """Return the logits with -Inf for tokens that a row's grammar does not allow, and rows that have none left."""
-        failed: dict[GenerationRow, GrammarError] = {}
-        choosable = logits
-        for i, row in enumerate(batch.rows):
-            if (matcher := self._running[row].matcher) is None:
-                continue
-            if choosable is logits:
-                choosable = logits.clone()
-            try:
-                allowed = matcher.find_allowed(logits.shape[-1]).to(logits.device)
-                choosable[i].masked_fill_(~allowed, float("-inf"))
-            except GrammarError as error:
-                failed[row] = error
-            else:
-                if choosable[i].amax() == float("-inf"):
-                    failed[row] = GrammarError("the model gives no probability to what the grammar allows")
-        return choosable, failed
+    def _choose_allowed_token(self, answer: GeneratedAnswer, matcher: AnswerMatcher, logits: Tensor) -> int:
+        """Choose among the tokens that the answer's grammar allows, by `logits (1, vocabulary)`."""
+        allowed = matcher.find_allowed_tokens(logits.shape[-1]).to(logits.device)
+        scores = logits.index_select(1, allowed)
+        if not len(allowed) or scores.amax() == float("-inf"):
+            raise GrammarError("the model gives no probability to what the grammar allows")
+        is_greedy = answer.params.temperature == 0
+        return int(allowed[scores.argmax() if is_greedy else self._draw_token(answer, scores)])
 
     def _draw_token(self, answer: GeneratedAnswer, logits: Tensor) -> int:
         """Draw a token as transformers' `generate` does, with random numbers of the answer's own."""
