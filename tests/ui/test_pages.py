@@ -177,6 +177,7 @@ def test_an_error_of_a_command_is_shown_in_words(browser, commands, finish):
         ("train.batch_size: got 'ten'", "Batch size: got 'ten'"),
         ("--no-such-flag x", "--no-such-flag x"),
         ("a -- b, c--d", "a -- b, c--d"),
+        ("slimtune eval r --data a.jsonl; --lr 1", "slimtune eval r --data a.jsonl; Learning rate: 1"),
     ],
 )
 def test_messages_name_fields_of_the_page(said, shown):

@@ -1,5 +1,6 @@
 """Messages of commands in the page's words: its fields in place of flags and of the recipe's settings."""
 
+import itertools
 import re
 
 from .form_fields import BASE, ROWS, ROWS_FIELDS, RUN_FIELDS, SETTINGS
@@ -13,6 +14,7 @@ OTHER_FIELDS = {
 """Label of each setting that is no field of settings."""
 
 FLAG = re.compile(r"(?<![\w-])--([a-z]+(?:-[a-z]+)*)(?:[ =]('[^']*'|\"[^\"]*\"|[\w.=/:,{}-]*[\w}/]))?")
+COMMAND = re.compile(r"(\bslimtune [a-z][^;\n]*)")
 SETTING = re.compile(r"\b(?:model|data|task|method|train)\.[a-z_]+\b")
 PAGE_FLAGS = {
     "force": "the box that trains in spite of it",
@@ -27,7 +29,7 @@ PAGE_FLAGS = {
 def name_page_fields(text: str) -> str:
     """Return a message of a command with the page's fields in place of its flags and settings.
 
-    A flag of a setting without a field becomes the line that `More settings` takes.
+    A flag of a setting without a field becomes the line that `More settings` takes. A command is left as it is.
     """
     labels = {**OTHER_FIELDS, **ROWS_FIELDS, **RUN_FIELDS}
 
@@ -50,7 +52,11 @@ def name_page_fields(text: str) -> str:
             return f"More settings: {setting.path}={str(not flag.startswith('no-')).lower()}{rest}"
         return f"More settings: {setting.path}{f'={value}' if is_value else rest}"
 
-    return SETTING.sub(lambda found: labels.get(found[0], found[0]), FLAG.sub(name_flag, text))
+    parts = COMMAND.split(text)  # every second one is a command
+    named = [
+        SETTING.sub(lambda found: labels.get(found[0], found[0]), FLAG.sub(name_flag, part)) for part in parts[::2]
+    ]
+    return "".join(itertools.chain.from_iterable(itertools.zip_longest(named, parts[1::2], fillvalue="")))
 
 
 def list_page_fields(command: str) -> list[str]:
