@@ -18,7 +18,6 @@ from typing import Any, Self, TypeVar
 import numpy as np
 
 from ..core.config import DataSettings, Recipe, TaskSettings, TrainSettings
-from ..core.config.recipe import DEFAULT_FORGETTING_BUDGET
 from ..core.data.collator import Example
 from ..core.data.rows import Row, split_preference_into_rows
 from ..core.data.tokenize import TokenizationStats
@@ -28,6 +27,7 @@ from ..core.foundation.files import write_json
 from ..core.foundation.progress_bars import using_progress_prefix
 from ..core.models.base_config import get_max_positions
 from ..core.training.datasets import load_eval_dataset_and_stats, tokenize_recipe_datasets
+from ..core.training.forgetting_budget import DEFAULT_FORGETTING_BUDGET
 from ..core.training.held_out_rows import MIN_EVAL_ROWS
 from ..core.training.loss import build_run_collator
 from ..core.training.objective import Objective, open_rows_for_objective

@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Iterator
 
 from ..core.config import Recipe
+from ..core.training.forgetting_budget import get_forgetting_budget
 from ..core.training.held_out_rows import MIN_EVAL_ROWS
 from .eval_result import EvalResult, KTOEvalResult, NextStep, TextEvalResult, TextOrPairEvalResult
 
@@ -36,7 +37,7 @@ def _list_changes(result: EvalResult, recipe: Recipe) -> Iterator[tuple[str, str
     if forgetting is not None and not forgetting.within:
         # The change of a loss near its minimum is quadratic in that of the weights, and those follow the rate.
         share = forgetting.budget / max(forgetting.change.value, forgetting.budget)
-        budget = min(forgetting.budget / 2, (recipe.forgetting_budget or math.inf) * share)
+        budget = min(forgetting.budget / 2, (get_forgetting_budget(recipe) or math.inf) * share)
         yield "keep what the base knows", f"--forgetting-budget {budget:.1g}"
         if rate is not None:
             yield "learn more slowly", f"--lr {0.8 * rate * math.sqrt(share):.1g}"

@@ -20,6 +20,7 @@ from ..core.config import Recipe
 from ..core.foundation.files import write_atomic
 from ..core.foundation.formatting import format_bytes, format_count, format_duration
 from ..core.foundation.version import __version__
+from ..core.training.forgetting_budget import get_forgetting_budget
 from ..core.training.held_out_rows import MIN_EVAL_ROWS, find_test_or_validation_split
 from ..core.training.run_dir import RunDir
 from .charts import (
@@ -284,7 +285,7 @@ def render_training_charts(results: RunResults, recipe: Recipe) -> list[Markup]:
         render_line_chart(title, what, [series(title.lower(), key, unit=unit)]) for title, what, key, unit in others
     ]
     curve = series("forgetting", "forgetting", "two", markers=True)
-    if curve.points and (budget := recipe.forgetting_budget) is not None:
+    if curve.points and (budget := get_forgetting_budget(recipe)) is not None:
         curve = dataclasses.replace(curve, points=[(0, 0.0), *curve.points])
         unit = "nats per token of general text; above 0 is forgetting"
         lines.append(

@@ -41,8 +41,6 @@ from .schema import (
     TrainSettings,
 )
 
-DEFAULT_FORGETTING_BUDGET = 0.1
-"""Nats per token of general text that `train` and `eval` let a run forget."""
 SECTIONS: dict[str, type[RecipeSection]] = {"model": ModelSettings, "data": DataSettings, "train": TrainSettings}
 """The sections whose settings do not depend on a name in them."""
 Check = Callable[[Mapping[str, Any]], list[FieldError]]
@@ -88,13 +86,6 @@ class Recipe(RecipeSection):
     def objective(self) -> Any:
         """Return the objective, an `Objective`."""
         return self.task.build_objective()
-
-    @property
-    def forgetting_budget(self) -> float | None:
-        """The most that the run may forget, in nats per token of general text; None: it is not measured."""
-        if self.train.forgetting_budget != "auto":
-            return self.train.forgetting_budget
-        return None if _why_forgetting_is_not_measured(self.task, self.train) else DEFAULT_FORGETTING_BUDGET
 
     def to_yaml(self) -> str:
         """Return the recipe as YAML, with every default written out; `load_recipe` reads an equal recipe from it."""
@@ -165,13 +156,13 @@ def find_setting_conflicts(
     if train.offload_activations and not train.gradient_checkpointing:
         message = "got true, but no activations are checkpointed"
         yield FieldError("train.offload_activations", message, "train.gradient_checkpointing true, too")
-    not_measured = _why_forgetting_is_not_measured(task, train)
-    if data.general_text is not None and (budget is None or (budget == "auto" and not_measured)):
-        message = "got a file, which is read for train.forgetting_budget alone: "
-        message += not_measured or "that is null"
-        yield FieldError("data.general_text", message, "general_text null")
-    if budget not in (None, "auto") and not_measured:
-        yield make_invalid_value_error("train.forgetting_budget", budget, "auto or null", suffix=f": {not_measured}")
+    measurable = objective.task_type == "CAUSAL_LM" and not train.fsdp
+    if data.general_text is not None and (budget is None or not measurable):
+        expected = "null, as forgetting is not measured: it is read for train.forgetting_budget alone"
+        yield make_invalid_value_error("data.general_text", str(data.general_text), expected)
+    if budget not in (None, "auto") and not measurable:
+        more = ", and train.fsdp is true" if train.fsdp else f", and {task.name} has no loss on text"
+        yield make_invalid_value_error("train.forgetting_budget", budget, "auto or null", suffix=more)
     if train.compile and train.fsdp:
         yield FieldError("train.compile", "got true, and train.fsdp is true", "only one of the two")
     if method.settings.get("init_lora_weights") == "loftq" and model.quantization is None:
@@ -192,12 +183,6 @@ def find_setting_conflicts(
             if (value := getattr(train, name)) is not None:
                 more = ", but there are no validation rows"
                 yield make_invalid_value_error(f"train.{name}", value, f"data.validation, or {name} null", suffix=more)
-
-
-def _why_forgetting_is_not_measured(task: TaskSettings, train: TrainSettings) -> str:
-    if load_objective_class(task.name).task_type != "CAUSAL_LM":
-        return f"a model of the task {task.name} has no loss on text"
-    return "train.fsdp is true" if train.fsdp else ""
 
 
 def _make_missing_error(setting: SettingSpec) -> FieldError:

@@ -210,8 +210,7 @@ class TrainSettings(RecipeSection):
     )
     forgetting_budget: Literal["auto"] | Number | None = config_field(
         "auto",
-        "most that the loss on general text may rise above the base's, in nats per token; auto: 0.1 for a language "
-        "model whose method's change can be made smaller",
+        "most nats per token that the loss on general text may rise; auto: 0.1, if it can be measured and limited",
         when_null="any",
         gt=0,
     )

@@ -19,6 +19,9 @@ from ..config import Recipe
 from ..data.collator import Example
 from ..foundation.registry import Registry
 
+DEFAULT_FORGETTING_BUDGET = 0.1
+"""Nats per token of general text that `train` and `eval` let a run forget."""
+
 
 class GeneralTextSource(Protocol):
     """Text that an adapter is not trained on, in a file (evaluation/general_text.py)."""
@@ -33,6 +36,14 @@ STRENGTH_SEARCHES: Registry[Callable[..., tuple[float, list[tuple[float, float]]
     "slimtune.strength_searches", "strength search"
 )
 """Functions that make an adapter as weak as a budget asks (extras/adapter_strength.py)."""
+
+
+def get_forgetting_budget(recipe: Recipe) -> float | None:
+    """Return the most that a run may forget, in nats per token of general text; None: it is not measured."""
+    if recipe.train.forgetting_budget != "auto":
+        return recipe.train.forgetting_budget
+    measurable = recipe.objective().task_type == "CAUSAL_LM" and not recipe.train.fsdp
+    return DEFAULT_FORGETTING_BUDGET if measurable else None
 
 
 def group_row_numbers_by_kind(rows: Sequence[Example]) -> dict[str, list[int]]:

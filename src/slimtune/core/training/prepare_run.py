@@ -24,7 +24,7 @@ from .base_model import LoadBase, load_base_model
 from .datasets import load_training_datasets
 from .default_learning_rate import fill_in_learning_rate
 from .fingerprint_checks import FINGERPRINT_CHECKS
-from .forgetting_budget import GENERAL_TEXTS
+from .forgetting_budget import GENERAL_TEXTS, get_forgetting_budget
 from .loss import build_run_collator
 from .memory_savings import compile_and_count_layers
 from .prepared_run import MemoryEstimate, PreparedRun
@@ -81,7 +81,7 @@ def prepare_run(
         # Packages, data and plan, before a weight is loaded.
         require_installed_trackers(recipe.train.report_to)
         data = load_training_datasets(recipe, allow_faulty_rows)
-        has_budget = recipe.forgetting_budget is not None
+        has_budget = get_forgetting_budget(recipe) is not None
         text = GENERAL_TEXTS.load("files")(recipe.data.general_text) if has_budget else None
         lengths = data.lengths()
         plan = distributed.runs_on_main_and_broadcasts(planner)(recipe, lengths, data.train.content)

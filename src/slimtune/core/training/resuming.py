@@ -25,6 +25,7 @@ from ..foundation.files import to_json, write_atomic, write_json
 from . import checkpoint
 from .checkpoint import TrainingState
 from .fingerprint_checks import FINGERPRINT_CHECKS, TrainingFingerprint
+from .forgetting_budget import get_forgetting_budget
 from .optimizer import build_optimizer
 from .prepared_run import PreparedRun
 from .run_dir import INIT_ADAPTER, RunDir, RunLock, find_adapter_folder, is_temporary_file_name
@@ -111,7 +112,7 @@ def initialize_or_resume_run_in_place(prepared: PreparedRun, resume: bool) -> No
     """
     settings, run = prepared.settings, prepared.run
     max_steps = settings.count_steps(len(prepared.data.train))
-    budget = prepared.recipe.forgetting_budget if prepared.general_rows else None
+    budget = get_forgetting_budget(prepared.recipe) if prepared.general_rows else None
     prepared.state = TrainingState(max_steps, forgetting_budget=budget)
     prepared.recovery.save_before_exit = lambda: checkpoint.describe_newest_checkpoint(run)
     random.seed(settings.seed)
