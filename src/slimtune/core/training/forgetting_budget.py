@@ -9,15 +9,19 @@ every validation. The best checkpoint is kept if it is inside the budget. Else i
 validation loss: on the demo, weaker beats earlier.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from ..config import Recipe
-from ..data.collator import Example
 from ..foundation.registry import Registry
+
+if TYPE_CHECKING:
+    from ..config import Recipe
+    from ..data.collator import Example
 
 DEFAULT_FORGETTING_BUDGET = 0.1
 """Nats per token of general text that `train` and `eval` let a run forget."""
