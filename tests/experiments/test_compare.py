@@ -104,6 +104,7 @@ def test_seeds_at_once_give_the_numbers_of_seeds_alone(grid, in_process):
     assert result.at_once == 2
 
 
+@pytest.mark.slow
 def test_failed_run_is_reported_and_tried_again(grid, without_training, monkeypatch):
     launch_worker = module.train_recipes_at_once_in_subprocess
 

@@ -161,6 +161,7 @@ def test_a_converter_that_fails_proves_nothing(tiny_folder, monkeypatch, tmp_pat
     assert "strange architecture" in done.stdout
 
 
+@pytest.mark.slow
 def test_verify_a_run(run):
     found = verify(run, threads=1)
     expected = ["merged folder", "llama.cpp, adapter GGUF", "llama.cpp, merged GGUF"]

@@ -87,8 +87,8 @@ def compare(model: Any, tokenizer: Any, base: Path, adapter: Path | None) -> Any
     ("kind", "settings"),
     [
         *(pytest.param(kind, PATTERNS, marks=[] if kind in FAST else pytest.mark.slow) for kind in MAKERS),
-        ("llama", {}),
-        ("gpt2", {"use_rslora": True}),
+        pytest.param("llama", {}, marks=pytest.mark.slow),
+        pytest.param("gpt2", {"use_rslora": True}, marks=pytest.mark.slow),
     ],
 )
 def test_llama_cpp_agrees_with_the_adapter(kind, settings, tmp_path, tiny_tokenizer):

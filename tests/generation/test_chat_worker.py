@@ -52,6 +52,7 @@ def process(worker, shared_run):
     return process
 
 
+@pytest.mark.slow
 def test_base_and_tuned_answer_at_the_same_time_and_remember(process, shared_run):
     answers = RunAnswers.open(shared_run)
     process.send(system=None)

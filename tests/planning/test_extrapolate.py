@@ -140,7 +140,8 @@ def test_peak_of_a_merge():
     )
 
 
-@pytest.mark.parametrize("family", [pytest.param("gemma3n_text", marks=pytest.mark.slow), "gemma4_text"])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text"])
 def test_layers_that_share_keys_are_planned_without_them(family):
     """A model of two or three layers shares none, so the plan of one that does must come from all its layers."""
     base = tiny_families.build(family, num_hidden_layers=4, num_kv_shared_layers=2)

@@ -166,6 +166,7 @@ def test_request_of_a_recipe(tmp_path):
     assert (plan.max_tokens_per_micro_batch, plan.micro_batches) == (570, 2)
 
 
+@pytest.mark.slow
 def test_speed_is_of_shared_prefixes_stored_once_and_of_learned_tokens():
     rows = (60,) * 8
     request = PlanRequest(TINY, ROOMY, lora(), lengths=rows, quantiles=rows, content=DatasetRowComposition(40, 0.25))

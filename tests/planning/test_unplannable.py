@@ -94,6 +94,7 @@ def test_fault_of_foreign_code_says_why(capfd):
     assert "Traceback" not in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_mixture_says_that_its_experts_are_not_quantized():
     mixture, dense = (plan(kind, targets=["q_proj"], quantization="nf4", **sizes)
                       for kind, sizes in (("qwen3_moe", EXPERTS), ("qwen3", {"head_dim": 16})))  # fmt: skip
