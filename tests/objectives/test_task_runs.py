@@ -97,11 +97,13 @@ def test_merged_run_is_what_was_trained(make, task, tmp_path):
     ("rows", "task", "first_loss", "beta", "reference"),
     [
         ("pairs", "dpo", np.log(2), 0.1, {"train": (18, 2), "validation": (6, 2)}),
+        pytest.param("lists", "dpo", np.log(2), 0.1, {"train": (18, 3), "validation": (6, 3)}, marks=pytest.mark.slow),
         pytest.param(
-            *("lists", "dpo", np.log(2), 0.1, {"train": (18, 3), "validation": (6, 3)}), marks=pytest.mark.slow
-        ),
-        pytest.param(
-            *("rated", {"name": "kto", "beta": 0.5}, 0.5, 0.5, {"train": (23, 2), "validation": (8, 2)}),
+            "rated",
+            {"name": "kto", "beta": 0.5},
+            0.5,
+            0.5,
+            {"train": (23, 2), "validation": (8, 2)},
             marks=pytest.mark.slow,
         ),
     ],
