@@ -86,14 +86,14 @@ VOLATILE = [
     (r"\d+(\.\d+)? (to \d+(\.\d+)? )?[KMGT]?i?B\b", "N B"),
     (r"\b\d+(\.\d+)? (min( \d+ s)?|s|h( \d+ min)?)(?=\W|$)", "N s"),
     (r"\(\d+ /s\)|\b\d+ tok(ens)?/s", "N tokens/s"),
-    (r"\b\d+\.\d+[\w.+]*|\b\d+e-\d+|(?<=[ ±−-])\d+ %", "N"),
+    (r"\b\d+\.\d+(e-\d+|[\w.+]*)|\b\d+e-\d+|(?<=[ ±−-])\d+ %", "N"),
     (r"(Linux|macOS|Windows|Darwin)\S+", "OS"),
     (r"\d+ cores, torch uses \d+ threads", "N cores, torch uses N threads"),
     (r"(CPU flags\s+).*", r"\1FLAGS"),
     (r"(Hub token\s+).*", r"\1TOKEN"),
     (r"(?<=in )(bfloat16|float32)$|(bfloat16|float32)(?= on cpu)|(?<=cpu --dtype )\w+", "DTYPE"),
     (r"^.*traini\S* +step \d+/\d+ · .*\n", ""),  # how it is cut depends on its figures
-    (r"^((base|tuned): |step \d/\d · ).*", r"\1…"),
+    (r"^((\x1b\[1m)?(base|tuned): |step \d/\d · ).*", r"\1…"),
     (r"(?<=± N )(memory|size|time)(, (memory|size|time))*", "…"),
     (r"[ \t]+$", ""),
 ]
