@@ -19,6 +19,7 @@ from slimtune.core.training.train import train
 from slimtune.errors import RecipeError, UsageError
 from slimtune.evaluation.general_text import TOKENS_OF_A_KIND, load_general_text
 from slimtune.export.merge import merge
+from slimtune.extras.adapter_strength import AdapterTensorInterpolator
 from slimtune.methods.lora import LoraConfig
 
 
@@ -77,10 +78,13 @@ def test_better_one_of_weaker_and_earlier_adapters_is_kept(budgeted, tmp_path, m
     weaker = train(recipe)
     assert weaker.validation_loss <= min(inside)
     assert measured_forgetting(weaker.run, recipe) == pytest.approx(weaker.forgetting.change, abs=1e-5)
+
     # An adapter without strength is worse than the checkpoints inside.
-    monkeypatch.setattr(
-        best_adapter, "search_and_set_strength_within_budget", lambda strength, *_: (strength.set(0.0), (0.0, []))[1]
-    )
+    def give_none(model, *_):
+        AdapterTensorInterpolator(model, "default").set(0.0)
+        return 0.0, []
+
+    monkeypatch.setattr(best_adapter.STRENGTH_SEARCHES, "load", lambda _: give_none)
     recipe = recipe_of({**budgeted, "output_dir": str(tmp_path / "earlier")}, forgetting_budget=budget)
     earlier = train(recipe)
     assert (earlier.validation_loss, earlier.forgetting.strength) == (min(inside), 1.0)
