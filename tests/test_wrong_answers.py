@@ -382,8 +382,8 @@ def home(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Callable[..., Any
     return folder
 
 
-CONVERTED = ("ollama-name-unknown", "proof-required")
-"""Cases in which llama.cpp's own program converts the base, which takes seconds."""
+CONVERTED = ("ollama-name-unknown", "proof-required", "scored-planned")
+"""Cases that convert or plan a base, which takes seconds."""
 
 
 @pytest.mark.parametrize(

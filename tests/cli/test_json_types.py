@@ -55,7 +55,8 @@ COMMAND_LINES = {
 }
 """A command line whose output has the type; `{new}` is a path that does not exist, `{kto}` a run of that task."""
 CHECKED_ELSEWHERE = {"PushResult": "tests/export/test_hub.py"}
-SLOW = ("CompareResult", "TuneResult", "VerifyResult", "KTOEvalResult", "RewardEvalResult")
+SLOW = ("CompareResult", "TuneResult", "VerifyResult", "KTOEvalResult", "RewardEvalResult", "ChooseResult",
+        "ClassificationEvalResult", "GpuComparisonResult")  # fmt: skip
 
 
 def make_row(task: str, i: int) -> dict[str, object]:

@@ -33,7 +33,7 @@ needs_llama_cpp = pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is No
 LORA_CONVERTER = Path(os.environ.get("LLAMA_CPP", "."), "convert_lora_to_gguf.py")
 needs_converters = pytest.mark.skipif(not LORA_CONVERTER.is_file(), reason="LLAMA_CPP has no converters")
 VOCABULARY = 320
-FAST = ("llama", "gemma3", "gpt2")
+FAST = ("llama",)
 PATTERNS = {
     "rank_pattern": {"o_proj|c_attn|dense|out_proj": 8},
     "alpha_pattern": {"down_proj|c_fc|fc2|w2|query_key_value": 4},

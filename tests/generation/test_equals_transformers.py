@@ -36,7 +36,12 @@ def generate_by_transformers(model, prompt):
     return found.sequences[0, len(prompt) :].tolist(), values
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *OWN_STATES])
+FAST = ("llama", "gemma3_text", "lfm2")
+
+
+@pytest.mark.parametrize(
+    "family", [f if f in FAST else pytest.param(f, marks=pytest.mark.slow) for f in (*FAMILIES, *OWN_STATES)]
+)
 def test_answers_are_those_of_transformers(family):
     base = build(family).float()
     if family == "gemma3_text":

@@ -86,7 +86,7 @@ def test_the_rows_share_and_nest():
 
 
 @EVERY_METHOD
-@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("base", ["llama", *(pytest.param(b, marks=pytest.mark.slow) for b in ("gpt2", "gemma3"))])
 def test_packed_equals_alone(method, base, monkeypatch):
     """And recomputing alone, then checkpointing, offload and tiling together change nothing (one base shows it)."""
     monkeypatch.setattr(activation_offload, "MIN_BYTES", 1)

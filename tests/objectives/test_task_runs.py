@@ -63,7 +63,12 @@ def make(tmp_path, tiny_folder):
     return recipe
 
 
-@pytest.mark.parametrize("task", OBJECTIVE_CASES)
+FAST_OF_TWO = pytest.mark.parametrize(
+    "task", [t if t in ("sft", "dpo") else pytest.param(t, marks=pytest.mark.slow) for t in OBJECTIVE_CASES]
+)
+
+
+@FAST_OF_TWO
 def test_packed_run_equals_padded(make, task):
     """The same rows in one sequence, with shared prompts, and in a padded batch: one loss, one adapter."""
     packed, padded = (
@@ -73,9 +78,7 @@ def test_packed_run_equals_padded(make, task):
     assert distance(packed, padded) < 1e-3
 
 
-@pytest.mark.parametrize(
-    "task", [t if t in ("sft", "dpo") else pytest.param(t, marks=pytest.mark.slow) for t in OBJECTIVE_CASES]
-)
+@FAST_OF_TWO
 def test_is_planned(make, task):
     recipe = make(task, "run")
     estimate = estimate_resources(

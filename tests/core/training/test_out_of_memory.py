@@ -163,7 +163,7 @@ POINTS: dict[str, tuple[tuple[Any, str], int, tuple[Any, ...]]] = {
 }
 
 
-FAST_POINTS = ("forward", "backward of the first layer", "after clipping", "evaluation", "a checkpoint's optimizer")
+FAST_POINTS = ("forward", "backward of the first layer", "evaluation")
 
 
 @pytest.mark.parametrize("name", [p if p in FAST_POINTS else pytest.param(p, marks=pytest.mark.slow) for p in POINTS])
