@@ -6,11 +6,10 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Argument, Option
 
-from ..evaluation.result_lines import ResultHeading, ResultLine, list_eval_result_lines
 from .common import (
     WARNING,
     Device,
@@ -23,6 +22,9 @@ from .common import (
     showing_progress,
 )
 from .input_checks import require_row_files_exist, require_run_and_base_exist
+
+if TYPE_CHECKING:  # its types take as long as the rest of the command line
+    from ..evaluation.result_lines import ResultLine
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,8 @@ def eval_run(
     with showing_progress():
         result = evaluate(run, settings)
     if not as_json:
+        from ..evaluation.result_lines import list_eval_result_lines
+
         screen = make_console()
         _print_lines(list_eval_result_lines(result, screen.width))
         for step in result.verdict.next_steps:
@@ -117,7 +121,9 @@ def report_run(
     return RunReportResult(run=str(run), report=str(file), damage=damage)
 
 
-def _print_lines(lines: Iterable[ResultLine]) -> None:
+def _print_lines(lines: "Iterable[ResultLine]") -> None:
+    from ..evaluation.result_lines import ResultHeading
+
     screen = make_console()
     for line in lines:
         if isinstance(line, str):
