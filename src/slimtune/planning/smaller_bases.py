@@ -5,6 +5,7 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any
 
+from ..core.foundation.fingerprint import FACTS
 from ..core.models.base_config import load_base_config
 from ..errors import SlimtuneError
 from ..extras.known_models import load_known_models_by_alias
@@ -17,7 +18,7 @@ WEIGHT_FRACTION = 0.75
 """Largest share of the GPU's memory that the weights of a base to try may take."""
 BYTES_PER_PARAMETER = {"nf4": 0.7, "nf4-single": 0.75, "int8": 1.15}
 """Of a base with its 16-bit embeddings, by quantization."""
-_EXPERT_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_EXPERT_FIELDS = (*FACTS["experts"].split(), "moe_num_experts")
 
 
 def find_smaller_base_that_fits(request: PlanRequest) -> str | None:
