@@ -309,6 +309,13 @@ def test_every_published_run_has_its_source():
     )
 
 
+def test_sources_of_each_group_are_on_both_sides():
+    sides = {(published.get_group(p), published.is_held_out(p)) for p in published.POINTS}
+    assert sides == {(g, held) for g in ("dense", "mixtures", "hybrids", "prompts") for held in (False, True)}
+    held = {published.name_source(p["source"]) for p in published.POINTS if published.is_held_out(p)}
+    assert not held & published.EARLIER_SOURCES
+
+
 def test_formula_of_the_speed():
     gpu, fit = require_gpu_by_name("rtx-3090"), DECODING["llama.cpp", "nvidia"]
     speed = estimate_decode_and_prefill_speed(gpu, "ollama", **LLAMA_8B)
