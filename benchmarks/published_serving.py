@@ -29,7 +29,8 @@ from slimtune.extras.known_models import load_known_models_by_alias
 from slimtune.planning.gpu_specs import require_gpu_by_name
 from slimtune.planning.interval import Interval
 from slimtune.planning.meta_model import build_adapted_meta_model
-from slimtune.planning.serving_memory import count_request_kv_cache_bytes, count_weight_bytes_and_macs_per_token
+from slimtune.planning.serving_cache import count_request_kv_cache_bytes
+from slimtune.planning.serving_memory import count_weight_bytes_and_macs_per_token
 from slimtune.planning.serving_speed import estimate_decode_and_prefill_speed, get_serving_fit_hardware_key
 
 POINTS = json.loads((Path(__file__).parent / "data" / "serving_points.json").read_text(encoding="utf-8"))

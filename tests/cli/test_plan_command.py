@@ -351,6 +351,21 @@ def test_serving(slimtune, slimtune_json):
     assert slimtune_json(*BASE)["serve"] is None
 
 
+def test_one_part_that_cannot_be_planned_does_not_take_the_other(slimtune, tmp_path):
+    config = {"model_type": "minimax", "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 64,
+              "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 256}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    done = slimtune("plan", tmp_path, "--gpu", "rtx-3090", "--serve", "--json")
+    unserved = json.loads(done.stdout)
+    assert (done.exit_code, unserved["verdict"], unserved["serve"]) == (1, "fits", None)
+    assert "minimax" in unserved["serve_error"]
+    done = slimtune("plan", "llama-3.1-8b", "--gpu", "arc-b580", "--serve", "--json")
+    untrained = json.loads(done.stdout)
+    assert (done.exit_code, untrained["plans"], untrained["serve"]["verdict"]) == (1, [], "fits")
+    assert [method["method"] for method in untrained["unfit"]] == ["lora"]
+    assert slimtune("plan", "llama-3.1-8b", "--gpu", "arc-b580", "--serve").exit_code == 1
+
+
 # --- what is written
 
 

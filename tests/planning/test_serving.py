@@ -16,9 +16,9 @@ from slimtune.errors import ModelError, UsageError
 from slimtune.extras.known_models import load_known_models_by_alias
 from slimtune.planning.gpu_specs import make_gpu_with_memory, require_gpu_by_name
 from slimtune.planning.meta_model import build_adapted_meta_model
+from slimtune.planning.serving_cache import count_recurrent_state_bytes, count_request_kv_cache_bytes
 from slimtune.planning.serving_memory import (
     METADATA,
-    count_request_kv_cache_bytes,
     count_weight_and_embedding_bytes,
     count_weight_bytes_and_macs_per_token,
     estimate_serving_memory,
@@ -197,6 +197,46 @@ def test_a_token_reads_the_experts_of_its_router():
     assert total - embedding - count_weight_bytes_and_macs_per_token(built, "F16")[0] == 2 * 14 * 3 * 256 * 128 * 2
 
 
+@pytest.mark.parametrize(
+    ("name", "picked", "experts"),
+    [
+        ("qwen3.5-35b-a3b", 8, 256),  # num_experts_per_tok
+        ("gemma-4-26b-a4b", 8, 128),  # top_k_experts
+        ("ernie-4.5-21b-a3b", 6, 64),  # moe_k
+        ("glm-4.7-flash", 4, 64),
+        ("nemotron-3-nano-30b-a3b", 6, 128),
+        ("llama-4-scout", 1, 16),
+        ("lfm2-8b-a1b", 4, 32),
+        ("gpt-oss-20b", 4, 32),
+        ("qwen3-next-80b-a3b", 10, 512),
+    ],
+)
+def test_experts_that_a_token_reads(name, picked, experts):
+    built = model(name)
+    held = sum(p.numel() for p in built.parameters() if p.dim() == 3 and p.shape[0] == experts)
+    head = built.get_output_embeddings()
+    others = sum(m.weight.numel() for m in built.modules() if isinstance(m, torch.nn.Linear) and m is not head)
+    multiplied = count_weight_bytes_and_macs_per_token(built, "F16")[1]
+    assert multiplied == pytest.approx(others + held * picked / experts, rel=0.01)
+
+
+def test_per_layer_embeddings_are_looked_up_in_cpu_memory():
+    """Gemma 4 E2B: 2.35 of its 4.6 billion numbers."""
+    looked_up = 262144 * 35 * 256
+    served = plan("gemma-4-e2b", "rtx-4090", precision="F16")
+    assert served.host_bytes == 2 * (looked_up + 262144 * 1536)
+    read = count_weight_bytes_and_macs_per_token(model("gemma-4-e2b"), "F16")[0]
+    assert read < served.file_bytes - 2 * looked_up + 2e7
+
+
+def test_the_language_part_of_a_base_that_sees():
+    both = AutoConfig.for_model("qwen2_vl")
+    text = estimate_serving_memory(both, precision="F16")
+    assert text.bits == pytest.approx(16, abs=0.1)
+    assert len(text.notes) == 1
+    assert text.file_bytes < estimate_serving_memory(both, engine="vllm").parts["weights"]
+
+
 def test_quantized_cache():
     sizes = [plan(cache=c).parts["cache"] / MIB for c in ("f16", "q8_0", "q4_0")]
     assert sizes == [512, 272, 144]
@@ -229,38 +269,84 @@ def test_bad_settings(settings, message):
         plan(**settings)
 
 
+def test_layers_whose_cache_is_not_known():
+    with pytest.raises(ModelError, match="compressed_sparse_attention"):
+        estimate_serving_memory(AutoConfig.for_model("deepseek_v4"))
+    with pytest.raises(ModelError, match="minimax"):
+        estimate_serving_memory(AutoConfig.for_model("minimax", num_hidden_layers=2))
+    with pytest.raises(ModelError, match="heads"):
+        estimate_serving_memory(AutoConfig.for_model("rwkv"))
+
+
 @pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [("kv_lora_rank", 512, "latent"), ("layer_types", ["linear_attention"] * 32, "linear_attention")],
+    "family",
+    [
+        "qwen3_next",
+        *(
+            pytest.param(family, marks=pytest.mark.slow)
+            for family in ("mamba2", "bamba", "falcon_h1", "granitemoehybrid", "jamba", "lfm2")
+        ),
+    ],
 )
-def test_cache_that_is_no_keys_and_values(field, value, message):
-    other = config()
-    setattr(other, field, value)
-    with pytest.raises(ModelError, match=message):
-        count_request_kv_cache_bytes(other, 1024, "ollama")
+def test_state_of_recurrent_layers(family):
+    """It is what transformers keeps, but for the oldest input of a convolution, which the next token does not need."""
+    base = tiny_families.build_family(family)
+    with torch.no_grad():
+        filled = base(torch.ones(1, 256, dtype=torch.long), use_cache=True).past_key_values
+    numbers = 0
+    for layer in filled.layers:
+        for states, is_convolution in ((getattr(layer, "conv_states", None), True),
+                                       (getattr(layer, "recurrent_states", None), False)):  # fmt: skip
+            for state in (states or {}).values() if isinstance(states, dict) else states or []:
+                if state is not None:
+                    numbers += state.numel() - (state[..., 0].numel() if is_convolution else 0)
+    assert numbers > 0
+    assert count_recurrent_state_bytes(base) == 4 * numbers
+
+
+def test_cache_of_hybrids():
+    """Qwen3.5 9B: 8 of 32 layers cache 2 · 4 heads of 256; the others keep 32 states of 128 · 128 and 3 inputs."""
+    base = model("qwen3.5-9b")
+    assert count_request_kv_cache_bytes(base.config, 4096, "ollama") == 8 * 2 * 4 * 256 * 4096 * 2
+    assert count_recurrent_state_bytes(base) == 24 * 4 * (32 * 128 * 128 + 3 * (2 * 16 + 32) * 128)
+    served = plan("qwen3.5-9b", "rtx-4090")
+    assert (served.verdict, served.parts["state"]) == ("fits", count_recurrent_state_bytes(base))
+
+
+def test_latent_attention_caches_one_vector_for_all_heads():
+    """GLM-4.7-Flash: a latent of 512 numbers and a rotated key of 64 in each of 47 layers."""
+    for engine in ("llama.cpp", "vllm"):
+        assert count_request_kv_cache_bytes(config("glm-4.7-flash"), 4096, engine) == 47 * (512 + 64) * 4096 * 2
+
+
+def test_chunked_attention_caches_a_chunk():
+    """Llama 4 Scout: 36 of 48 layers attend to at most 8192 tokens; 8 heads of 128."""
+    chunk = 36 * (8192 + 512)
+    assert count_request_kv_cache_bytes(config("llama-4-scout"), 65536, "llama.cpp") == (chunk + 12 * 65536) * 4 * 1024
 
 
 @pytest.mark.slow
-def test_every_known_base():
-    recurrent = (
-        "lfm2",
-        "llama-4",
-        "nemotron-3",
-        "nemotron-nano-9b",
-        "falcon-h1",
-        "granite-4.0-h",
-        "qwen3-next",
-        "qwen3-coder-next",
-        "qwen3.",
-        "glm-4.7-flash",
-    )
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_known_base(engine):
     for name in load_known_models_by_alias():
-        if name.startswith(recurrent):
-            with pytest.raises(ModelError, match="cache"):
-                plan(name)
-            continue
-        need = plan(name).need_bytes
+        need = plan(name, engine=engine).need_bytes
         assert 0 < need.low < need.high, name
+
+
+@pytest.mark.parametrize(("name", "size"), [("gpt-oss-20b", 12109566560), ("gpt-oss-120b", 63387346208)])
+def test_mxfp4_is_the_default_of_a_base_published_in_it(name, size):
+    """ggml-org's files, of 11.27 and 59.02 GiB."""
+    served = plan(name, "h100")
+    assert (served.precision, served.verdict) == ("MXFP4", "fits")
+    assert served.file_bytes == pytest.approx(size, rel=0.01)
+    beside = plan(name, "h100", engine="vllm")
+    assert (beside.precision, beside.verdict) == ("mxfp4", "fits")
+
+
+def test_fp8_is_the_default_of_vllm_for_a_base_published_in_it():
+    published = config()
+    published.quantization_config = {"quant_method": "fp8"}
+    assert [estimate_serving_memory(published, engine=e).precision for e in ("vllm", "ollama")] == ["fp8", "Q4_K_M"]
 
 
 def test_cache_of_layers_with_other_heads():

@@ -14,9 +14,9 @@ from typer import Option
 
 from ..core.foundation.files import write_atomic
 from ..core.foundation.formatting import format_bytes, format_count
-from ..errors import UsageError
+from ..errors import ModelError, UsageError
 from ..evaluation.output_files import resolve_output_file
-from .common import Json, make_console, make_table, print_fields
+from .common import Json, NegativeVerdictResult, make_console, make_table, print_fields
 from .options import add_recipe_flags
 from .planned_jobs import (
     JOB,
@@ -67,7 +67,8 @@ def plan_run(
     """Say whether a run will fit, before a weight is loaded.
 
     Shows what it needs, what to change, and how long it takes; --details shows memory by part and every figure.
-    --method takes several (lora,ia3), or all. Exit code 0 also if the run does not fit.
+    --method takes several (lora,ia3), or all. Exit code 0 also if the run does not fit; 1 if --serve cannot be
+    planned, or training beside it.
     """
     given = {"engine": engine, "precision": precision, "context": context}
     serving: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
@@ -104,17 +105,19 @@ def plan_run(
         PlanResult,
         UnplannedMethod,
     )
-    from ..planning.serving_memory import estimate_serving_memory
     from ..planning.this_machine import detect_gpu_or_cpu_spec
     from .plan_chart import make_memory_bars, write_plan_chart
 
     spec = spec or detect_gpu_or_cpu_spec(str(settings.get("model.device", "auto")))
-    require_trainable_gpu(spec)
+    if not also_serve:
+        require_trainable_gpu(spec)
     if write is not None:
         _require_writable(write, jobs)
-    served = estimate_serving_memory(jobs.base_config.config, gpu=spec, **serving) if also_serve else None
-
-    estimates, errors = estimate_runs_collecting_errors(jobs, spec, processes=processes)
+    served, serve_error = _estimate_serving(jobs, spec, serving) if also_serve else (None, None)
+    # With --serve two answers are asked for: that one of them is not known does not take the other.
+    estimates, errors = estimate_runs_collecting_errors(
+        jobs, spec, processes=processes, raise_if_none=served is None or write is not None or plot is not None
+    )
     runs = [
         PlannedRun(e, _estimate_cost(e, jobs.tokens or MILLION, spec, price), jobs.find_learning_rate(e.method))
         for e in estimates
@@ -132,7 +135,9 @@ def plan_run(
         write_plan_chart(estimates, plot)
     if not as_json:
         screen = make_console()
-        for part in _render_answer(runs[0]) if len(runs) == 1 else [_estimates_table(estimates)]:
+        if len(runs) > 1:
+            screen.print(_estimates_table(estimates))
+        for part in _render_answer(runs[0]) if len(runs) == 1 else ():
             screen.print(part)
         if spec.checked and is_date_outdated(spec.checked):
             screen.print(
@@ -143,20 +148,35 @@ def plan_run(
                 screen.print(part)
         for error in unfit:
             screen.print(f"{error.method} is not planned: {error.why}")
-        if details or len(runs) > 1:
+        if estimates and (details or len(runs) > 1):
             screen.print()
             screen.print(make_memory_bars(estimates, spec, screen))
-        if sources:
+        if estimates and sources:
             screen.print()
             print_fields(_list_sources(estimates[0], spec))
         for part in _render_serving(served) if served is not None else []:
             screen.print(part)
+        if serve_error is not None:
+            screen.print(f"\nserving is not planned: {serve_error}")
         if write is not None:
             screen.print(f"\nnext: slimtune train {shlex.quote(str(write))}", soft_wrap=True)
-    more = PlanDetails(plans=runs, unfit=unfit, serve=served, plot=plot, recipe=write)
-    if len(runs) == 1:  # its fields are at the top, too
-        return PlanResult(runs[0], more)
-    return MethodPlansResult(estimates[0].model, estimates[0].gpu, more)
+    more = PlanDetails(plans=runs, unfit=unfit, serve=served, serve_error=serve_error, plot=plot, recipe=write)
+    # The fields of a single run are at the top, too.
+    is_one = len(runs) == 1
+    result = PlanResult(runs[0], more) if is_one else MethodPlansResult(jobs.base_config.name, spec.name, more)
+    return result if runs and serve_error is None else NegativeVerdictResult(result)
+
+
+def _estimate_serving(
+    jobs: RunsToPlan, gpu: GpuSpec, serving: Mapping[str, Any]
+) -> tuple[ServingEstimate | None, str | None]:
+    """Return what serving the base takes, or why that is not known."""
+    from ..planning.serving_memory import estimate_serving_memory
+
+    try:
+        return estimate_serving_memory(jobs.base_config.config, gpu=gpu, **serving), None
+    except ModelError as error:
+        return None, " ".join(error.message.split())
 
 
 def _estimate_cost(

@@ -169,11 +169,12 @@ def _list_methods(text: Any) -> list[str]:
 
 
 def estimate_runs_collecting_errors(
-    jobs: RunsToPlan, gpu: GpuSpec, *, advise: bool = True, processes: int = 1
+    jobs: RunsToPlan, gpu: GpuSpec, *, advise: bool = True, processes: int = 1, raise_if_none: bool = True
 ) -> tuple[list[ResourceEstimate], dict[str, SlimtuneError]]:
     """Return the estimate of every run on a GPU, for one of `processes` that train together, and why others have none.
 
-    Changes that save memory are only looked for if there is a single run and `advise` is true.
+    Changes that save memory are only looked for if there is a single run and `advise` is true. If no run can be
+    planned, the error of the first is raised, unless `raise_if_none` is false.
     """
     from ..planning.plan_request import build_plan_request
     from ..planning.planner import estimate_resources
@@ -181,13 +182,13 @@ def estimate_runs_collecting_errors(
     estimates: list[ResourceEstimate] = []
     errors = dict(jobs.errors)
     for method, recipe in jobs.recipes.items():
-        request = build_plan_request(recipe, gpu, jobs.example_lengths, processes, jobs.row_composition)
         print_progress(f"planning {jobs.base_config.name}, {method}, on {gpu.name}")
         try:
+            request = build_plan_request(recipe, gpu, jobs.example_lengths, processes, jobs.row_composition)
             estimates.append(estimate_resources(request, advise=advise and len(jobs.recipes) == 1))
         except SlimtuneError as e:
             errors[method] = e
-    if not estimates:
+    if not estimates and raise_if_none:
         raise next(errors[method] for method in jobs.recipes)
     return estimates, errors
 

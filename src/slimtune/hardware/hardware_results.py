@@ -92,6 +92,8 @@ class PlanDetails:
     """The methods that could not be planned."""
     serve: ServingEstimate | None
     """What serving the tuned model takes; null without --serve."""
+    serve_error: str | None
+    """Why serving could not be planned."""
     plot: Path | None
     """The file with the bars; null without --plot."""
     recipe: Path | None

@@ -211,7 +211,7 @@ class ServingEstimate:
     bits: float
     """Per weight, on average over the file."""
     parts: dict[str, int]
-    """Bytes on the device: weights, adapter, cache."""
+    """Bytes on the device: weights, adapter, cache, and the constant state of recurrent layers if the base has some."""
     host_bytes: int
     """Weights that llama.cpp keeps in CPU memory (the token embeddings)."""
     compute_bytes: Interval
@@ -230,6 +230,8 @@ class ServingEstimate:
     """Whether the device has the bytes; null without a GPU."""
     reason: str
     """Of the verdict, in one sentence."""
+    notes: list[str] = field(default_factory=list)
+    """What the estimate leaves out."""
     evidence: dict[str, str] = field(default_factory=dict)
     """Kind of evidence by field."""
     need_bytes: Interval = _COMPUTED
@@ -250,6 +252,7 @@ class ServingEstimate:
         else:
             written = f"{decode.format(format_three_digits)} tokens/s written behind {self.context} tokens"
             yield "speed", f"{written}, {prefill.format(format_three_digits)} tokens/s of a prompt read"
+        yield from (("note", note) for note in self.notes)
 
     def list_memory_figures(self) -> Iterator[LabelledFigure]:
         """Yield the memory by part, the file, the longest context and the speed."""

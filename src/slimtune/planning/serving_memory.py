@@ -6,7 +6,7 @@ A GGUF file is planned by bits per weight of its file type, within 3 % of real f
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -15,21 +15,33 @@ from transformers.pytorch_utils import Conv1D
 
 from ..core.foundation.formatting import GIB, format_bytes
 from ..core.models.base_config import get_max_positions
-from ..errors import ModelError, UsageError, format_names, suggest
+from ..errors import ModelError, SlimtuneError, UsageError, format_names, suggest
 from .gpu_specs import GpuSpec
 from .interval import Interval
 from .meta_model import build_adapted_meta_model
 from .plan_result import ServingEstimate
 from .planner import find_largest_fitting, judge_memory_fit
+from .serving_cache import UBATCH, count_recurrent_state_bytes, count_request_kv_cache_bytes, round_up
 from .serving_speed import estimate_decode_and_prefill_speed
-from .weight_formats import ENGINES, GGUF_TYPES, VLLM_BITS, load_vllm_lora_rules
+from .weight_formats import (
+    ENGINES,
+    GGUF_TYPES,
+    VLLM_BITS,
+    VLLM_EXPERT_BITS,
+    find_published_precision,
+    load_vllm_lora_rules,
+)
 
-_VALUE_DOWN = re.compile(r"(v_proj|qkv_proj|c_attn|query_key_value|down_proj|fc2|mlp\.c_proj|dense_4h_to_h|w2)$")
+_VALUE_DOWN = re.compile(
+    r"(v_proj|qkv_proj|in_proj_qkvz?|c_attn|query_key_value|down_proj|fc2|mlp\.c_proj|dense_4h_to_h|w2)$"
+)
 """Names in transformers of the matrices that llama.cpp calls `attn_v` and `ffn_down`; fused Q, K and V count as V."""
 _UNQUANTIZED = re.compile(r"(^|\.)(wpe|gate|router)$")
 """Position embeddings and routers of experts, which GGUF files keep in float32."""
-UBATCH = 512
-"""Tokens that llama.cpp computes at once (`--ubatch-size`)."""
+_PICKED_FIELDS = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k")
+"""Fields of a config with the number of experts that a token reads, where no router says it."""
+_ROUTER_DISTANCE = 4
+"""How many modules above its experts a router may be: `experts`, the mixture, the layer."""
 UTILIZATION = 0.92
 """Share of the GPU that vLLM takes (`--gpu-memory-utilization`)."""
 METADATA = 32
@@ -52,7 +64,7 @@ def estimate_serving_memory(
     Args:
         config: the base's.
         engine: one of `ENGINES`.
-        precision: one of the engine's; None: its default.
+        precision: one of the engine's; None: that of the published checkpoint if the engine has it, else its default.
         context: tokens of one request, prompt and answer.
         sequences: requests of this length at once.
         cache: precision of keys and values, one of the engine's; None: 16 bits.
@@ -61,11 +73,34 @@ def estimate_serving_memory(
 
     Raises:
         UsageError: an engine, precision or cache that does not exist; a number out of its range.
-        ModelError: the model's cache is not keys and values of heads (linear attention, Mamba, latent attention).
+        ModelError: what the model's layers cache is not known, or the model cannot be built from its config.
     """
+    try:
+        return _estimate_serving_memory(config, engine, precision, context, sequences, cache, adapter_rank, gpu)
+    except SlimtuneError:
+        raise
+    except Exception as error:  # code of transformers or of the base runs here
+        first_line = (str(error).splitlines() or [""])[0]
+        raise ModelError(
+            f"serving a base of the kind {config.model_type} cannot be planned ({type(error).__name__}: {first_line})",
+            "a base that generates text",
+        ) from error
+
+
+def _estimate_serving_memory(
+    config: PreTrainedConfig,
+    engine: str,
+    precision: str | None,
+    context: int,
+    sequences: int,
+    cache: str | None,
+    adapter_rank: int | None,
+    gpu: GpuSpec | None,
+) -> ServingEstimate:
     engine = _find_name("engine", engine, ENGINES)
     is_vllm, facts = engine == "vllm", ENGINES[engine]
-    precision = _find_name("precision", precision or facts.default_precision, facts.supported_precisions)
+    precision = precision or find_published_precision(config, engine) or facts.default_precision
+    precision = _find_name("precision", precision, facts.supported_precisions)
     cache = _find_name("cache", cache or next(iter(facts.bytes_by_cache_precision)), facts.bytes_by_cache_precision)
     for name, number in (("context", context), ("sequences", sequences), ("adapter_rank", adapter_rank)):
         if number is not None and number < 1:
@@ -73,11 +108,10 @@ def estimate_serving_memory(
 
     text = config.get_text_config()
     model = build_adapted_meta_model(config, None, torch.bfloat16)
-    file_bytes, embedding_bytes = count_weight_and_embedding_bytes(model, precision)
-    # llama.cpp reads embeddings from CPU memory; if they are tied to the head, the device has a second copy.
+    # llama.cpp reads embeddings from CPU memory.
     separate_memory = gpu is None or (gpu.device == "cuda" and not gpu.unified)
-    host_bytes = embedding_bytes if separate_memory and not is_vllm else 0
-    weights = file_bytes - (0 if text.tie_word_embeddings else host_bytes)
+    placed = _place_weights(model, precision, embeddings_on_host=separate_memory and not is_vllm)
+    state = sequences * count_recurrent_state_bytes(model)
     adapter = 0 if adapter_rank is None else _adapter_bytes(model, adapter_rank, is_vllm)
     # vLLM's --max-num-batched-tokens and --max-num-seqs depend on the GPU.
     batch_tokens, batch_requests = UBATCH, 1
@@ -89,7 +123,7 @@ def estimate_serving_memory(
         """Return the bytes of cache, buffers and everything for requests of this length."""
         cached = sequences * count_request_kv_cache_bytes(config, length, engine, cache, batch_tokens)
         buffers = _vllm_buffers(text, batch_tokens, batch_requests) if is_vllm else _llama_buffers(text, length)
-        return cached, buffers, Interval(*[weights + adapter + cached] * 2) + buffers + runtime
+        return cached, buffers, Interval(*[placed.device_bytes + adapter + cached + state] * 2) + buffers + runtime
 
     cached, buffers, need = need_at(context)
     reason = f"it takes {format_bytes(need.low)} to {format_bytes(need.high)}"
@@ -109,7 +143,7 @@ def estimate_serving_memory(
             gpu,
             engine,
             weight_bytes_per_token=read_bytes + adapter,
-            kv_bytes_per_request=cached / sequences,
+            kv_bytes_per_request=(cached + state) / sequences,
             matmul_weight_count=multiplied,
             layers=text.num_hidden_layers,
             vocab_size=text.vocab_size,
@@ -123,10 +157,11 @@ def estimate_serving_memory(
         sequences=sequences,
         cache=cache,
         merged=adapter_rank is None,
-        file_bytes=file_bytes + (0 if is_vllm else METADATA * text.vocab_size),
-        bits=8 * file_bytes / sum(p.numel() for p in model.parameters()),
-        parts={"weights": weights, "adapter": adapter, "cache": cached},
-        host_bytes=host_bytes,
+        file_bytes=placed.file_bytes + (0 if is_vllm else METADATA * text.vocab_size),
+        bits=8 * placed.file_bytes / placed.numbers,
+        parts={"weights": placed.device_bytes, "adapter": adapter, "cache": cached}
+        | ({"state": state} if state else {}),
+        host_bytes=placed.host_bytes,
         compute_bytes=buffers,
         runtime_bytes=runtime,
         usable_bytes=usable,
@@ -135,8 +170,9 @@ def estimate_serving_memory(
         prefill_tokens_per_second=speed.prefill if speed is not None else None,
         verdict=verdict,
         reason=reason,
+        notes=_list_serving_notes(config, is_vllm=is_vllm),
         evidence={
-            **dict.fromkeys(("file_bytes", "bits", "weights", "adapter", "cache", "host_bytes"), "computed"),
+            **dict.fromkeys(("file_bytes", "bits", "weights", "adapter", "cache", "state", "host_bytes"), "computed"),
             **dict.fromkeys(("compute_bytes", "runtime_bytes", "need_bytes", "max_context"), "guessed"),
             "usable_bytes": "published",
         }
@@ -144,101 +180,134 @@ def estimate_serving_memory(
     )
 
 
-def count_weight_and_embedding_bytes(model: Any, precision: str) -> tuple[int, int]:
-    """Return the bytes of a model's weights, and of its token embeddings; `precision`: one of an engine's."""
+def _list_serving_notes(config: PreTrainedConfig, *, is_vllm: bool) -> list[str]:
+    """Return what the estimate leaves out, in whole sentences."""
+    if config.get_text_config() is config:
+        return []
+    beside = "vLLM loads what sees or hears, too" if is_vllm else "what sees or hears is a file of its own (mmproj)"
+    return [f"File and speed are of the language part: {beside}."]
+
+
+class _PlacedWeights(NamedTuple):
+    """Where an engine holds the weights of a model, in bytes."""
+
+    file_bytes: int  # of the language part
+    device_bytes: int
+    host_bytes: int
+    numbers: int  # in the language part
+
+
+def _place_weights(model: Any, precision: str, *, embeddings_on_host: bool) -> _PlacedWeights:
     sizes = _weight_sizes(model, precision)
-    embedding = model.get_input_embeddings().weight
-    return int(sum(size for _, _, size in sizes)), int(sum(size for _, p, size in sizes if p is embedding))
+    language = [(kind, p, size) for kind, p, size in sizes if kind != "not language"]
+    file_bytes, embedding_bytes = count_weight_and_embedding_bytes(model, precision)
+    if precision in VLLM_BITS:  # vLLM loads what sees and hears, too; llama.cpp only if it is given that file
+        device_bytes = sum(size for _, _, size in sizes)
+    elif embeddings_on_host:  # if they are tied to the head, the device has a second copy
+        device_bytes = sum(size for kind, _, size in language if kind != "embedding")
+    else:
+        device_bytes = file_bytes
+    host_bytes = embedding_bytes if embeddings_on_host else 0
+    return _PlacedWeights(file_bytes, int(device_bytes), host_bytes, sum(p.numel() for _, p, _ in language))
+
+
+def count_weight_and_embedding_bytes(model: Any, precision: str) -> tuple[int, int]:
+    """Return the bytes of a model's language part, and of its embeddings; `precision`: one of an engine's."""
+    sizes = [sized for sized in _weight_sizes(model, precision) if sized[0] != "not language"]
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    looked_up = (size for kind, p, size in sizes if kind == "embedding" or (kind == "head" and id(p) in embeddings))
+    return int(sum(size for _, _, size in sizes)), int(sum(looked_up))
 
 
 def count_weight_bytes_and_macs_per_token(model: Any, precision: str) -> tuple[float, float]:
     """Return what one token takes: bytes of the weights that it reads, and numbers in matrices it is multiplied with.
 
-    Of the token embeddings it reads a row, and of a mixture's experts those that its router picks.
+    Of embeddings it reads a row, and of a mixture's experts those that its router picks.
     """
-    text = model.config.get_text_config()
-    experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None)
-    picked = (getattr(text, "num_experts_per_tok", None) or experts) / experts if experts else 1.0
+    shares = _find_active_expert_shares(model)
     read_bytes = weights = 0.0
     for kind, parameter, size in _weight_sizes(model, precision):
-        share = picked if parameter.dim() == 3 and parameter.shape[0] == experts else 1.0
-        if kind != "embedding":
+        share = shares.get(id(parameter), 1.0)
+        if kind not in ("embedding", "not language"):
             read_bytes += share * size
         if kind in ("matrix", "value_down"):
             weights += share * parameter.numel()
     return read_bytes, weights
 
 
+def _find_active_expert_shares(model: Any) -> dict[int, float]:
+    """Return the share of its experts that a token reads, by the id of each parameter that holds experts.
+
+    The experts of a layer are one parameter of three dimensions. How many a token picks is `top_k` of the router
+    beside them, in every family of transformers but those that only have a field of the config.
+    """
+    text, shares = model.config.get_text_config(), {}
+    for name, parameter in model.named_parameters():
+        path, _, _ = name.rpartition(".")
+        if parameter.dim() != 3 or isinstance(model.get_submodule(path), nn.Conv1d):
+            continue
+        picked = None
+        for _ in range(_ROUTER_DISTANCE):
+            beside = (vars(module).get("top_k") for module in model.get_submodule(path).modules())
+            if (picked := next((k for k in beside if isinstance(k, int) and k), None)) or not path:
+                break
+            path = path.rpartition(".")[0]
+        picked = picked or next((k for field in _PICKED_FIELDS if (k := getattr(text, field, None))), None)
+        shares[id(parameter)] = min(1.0, (picked or parameter.shape[0]) / parameter.shape[0])
+    return shares
+
+
 def _weight_sizes(model: Any, precision: str) -> list[tuple[str, nn.Parameter, float]]:
     """Return kind, weight and bytes of each weight; `precision`: one of an engine's."""
-    if precision in VLLM_BITS:
-        linear = VLLM_BITS[precision]
-        by_kind = dict.fromkeys(("small", "embedding", "head"), max(linear, 16.0))
-        by_kind |= dict.fromkeys(("matrix", "value_down"), linear)
-        return [(kind, p, by_kind[kind] * p.numel() / 8) for kind, p, _ in _weights(model)]
-    gguf_type = GGUF_TYPES[precision]
-
-    def bits(kind: str, width: int) -> float:
-        whole_blocks = width % 256 == 0
-        if kind == "small":
-            return 32.0
-        if kind == "head" and gguf_type.bits < 16:  # it is in Q8_0 or Q6_K, also if it is tied to the embeddings
-            return GGUF_TYPES["Q6_K" if precision != "Q8_0" and whole_blocks else "Q8_0"].bits
-        return gguf_type.bits_of(value_down=kind == "value_down", whole_blocks=whole_blocks or kind == "head")
-
-    return [(kind, p, bits(kind, width) * p.numel() / 8) for kind, p, width in _weights(model)]
+    bits = _vllm_bits if precision in VLLM_BITS else _gguf_bits
+    return [
+        (kind, p, bits(precision, kind, width, holds_experts=p.dim() == 3) * p.numel() / 8)
+        for kind, p, width in _weights(model)
+    ]
 
 
-def count_request_kv_cache_bytes(
-    config: PreTrainedConfig, context: int, engine: str, cache_dtype: str = "f16", tokens_per_step: int = UBATCH
-) -> int:
-    """Return the bytes of keys and values of one request of `context` tokens.
+def _vllm_bits(precision: str, kind: str, _: int, *, holds_experts: bool) -> float:
+    """Return the bits per weight of a kind of weights in vLLM."""
+    linear = VLLM_BITS[precision]
+    if kind not in ("matrix", "value_down"):
+        return max(linear, 16.0)
+    return VLLM_EXPERT_BITS.get(precision, linear) if holds_experts else linear
 
-    llama.cpp allocates 256 tokens at a time, vLLM 16. A sliding window also has room for the
-    `tokens_per_step` tokens that are computed at once.
 
-    Raises:
-        ModelError: the model's cache is not keys and values of heads.
-    """
-    text = config.get_text_config()
-    window, layers = getattr(text, "sliding_window", None), getattr(text, "layer_types", None)
-    if layers is None:
-        # One window for every layer (Mistral v0.1, Phi-3) is known to vLLM; llama.cpp caches the whole context.
-        layers = ["sliding_attention" if window and engine == "vllm" else "full_attention"] * text.num_hidden_layers
-    others = sorted(set(layers) - {"full_attention", "sliding_attention"})
-    if getattr(text, "kv_lora_rank", None):
-        others = ["latent attention"]
-    if others:
-        raise ModelError(f"the model has layers that cache no keys and values of heads: {format_names(others)}",
-                         "full or sliding attention in every layer")  # fmt: skip
-    if engine == "vllm":
-        full = _round_up(context, 16)
-        sliding = min(full, _round_up(min(context, (window or context) - 1 + tokens_per_step), 16) + 16)
-    else:
-        full = _round_up(context, 256)
-        sliding = min(full, _round_up((window or context) + tokens_per_step, 256))
-    # The last layers of Gemma 3n and 4 read the cache of earlier ones; Gemma 4's heads differ from layer to layer.
-    own = len(layers) - (getattr(text, "num_kv_shared_layers", None) or 0)
-    values = 0
-    for kind, layer in zip(layers[:own], getattr(text, "per_layer_config", None) or [text] * own, strict=False):
-        heads = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
-        head_dim = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
-        values += 2 * heads * head_dim * (sliding if kind == "sliding_attention" else full)
-    return int(values * ENGINES[engine].bytes_by_cache_precision[cache_dtype])
+def _gguf_bits(precision: str, kind: str, width: int, *, holds_experts: bool) -> float:
+    """Return the bits per weight of a kind of weights, in rows of `width` numbers, in a GGUF file."""
+    gguf_type, whole_blocks = GGUF_TYPES[precision], width % 256 == 0
+    if kind == "small":
+        return 32.0
+    if kind == "head" and gguf_type.bits < GGUF_TYPES["Q8_0"].bits:  # also if it is tied to the embeddings
+        return GGUF_TYPES["Q6_K" if whole_blocks else "Q8_0"].bits
+    if holds_experts and gguf_type.expert_bits:
+        return gguf_type.expert_bits
+    return gguf_type.bits_of(value_down=kind == "value_down", whole_blocks=whole_blocks or kind == "head")
 
 
 def _weights(model: Any) -> Iterator[tuple[str, nn.Parameter, int]]:
     """Yield kind, weight and row length of each weight; tied ones once."""
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    head = model.get_output_embeddings().weight
+    language = _list_language_weights(model)
     for name, parameter in model.named_parameters():
         path = name.removesuffix(".weight")
-        is_conv1d = isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D)
+        module = model.get_submodule(name.rpartition(".")[0])
         kind = "value_down" if _VALUE_DOWN.search(path) else "matrix"
-        if parameter.dim() < 2 or _UNQUANTIZED.search(path):
+        if language is not None and id(parameter) not in language:
+            kind = "not language"
+        elif parameter.dim() < 2 or _UNQUANTIZED.search(path) or isinstance(module, nn.Conv1d):
             kind = "small"
-        elif parameter is head or parameter is embedding:
+        elif parameter is head or isinstance(module, nn.Embedding):
             kind = "head" if parameter is head else "embedding"
-        yield kind, parameter, parameter.shape[0 if is_conv1d else -1]
+        yield kind, parameter, parameter.shape[0 if isinstance(module, Conv1D) else -1]
+
+
+def _list_language_weights(model: Any) -> set[int] | None:
+    """Return the ids of the weights that read and write text; None: all do."""
+    if model.config.get_text_config() is model.config:
+        return None
+    return {id(p) for m in (model.get_decoder(), model.get_output_embeddings()) for p in m.parameters()}
 
 
 def _adapter_bytes(model: Any, rank: int, is_vllm: bool) -> int:
@@ -258,13 +327,15 @@ def _llama_buffers(text: Any, context: int) -> Interval:
     258.5 MiB for Llama 3.1 8B and 304 MiB for Qwen 2.5 7B are what it reports; since 2026 it reserves logits for the
     last token alone if it can, which is the low end.
     """
-    mask = UBATCH * _round_up(context, 256) * 2
+    mask = UBATCH * round_up(context, 256) * 2
     return Interval(4 * UBATCH * text.hidden_size, 4 * UBATCH * (text.vocab_size + text.hidden_size) + mask)
 
 
 def _vllm_buffers(text: Any, batch_tokens: int, requests: int) -> Interval:
     """Return the peak of vLLM's trial pass: an MLP on a full batch, and logits for the sampler."""
-    inner = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * text.hidden_size
+    layer = next(iter(getattr(text, "per_layer_config", None) or [text]))
+    inner = getattr(layer, "intermediate_size", None) or getattr(layer, "n_inner", None) or 4 * text.hidden_size
+    inner = max(inner) if isinstance(inner, list) else inner
     states = 2 * batch_tokens * (2 * inner + 4 * text.hidden_size)
     return Interval(states // 2, states + 3 * 4 * requests * text.vocab_size)
 
@@ -275,7 +346,3 @@ def _find_name(what: str, name: str, known: Mapping[str, Any]) -> str:
         close = suggest(name.lower(), [k.lower() for k in known])
         raise UsageError(f"there is no {what} {name!r}{close}", format_names(known, most=len(known)))
     return match
-
-
-def _round_up(n: int, step: int) -> int:
-    return -(-n // step) * step

@@ -28,6 +28,8 @@ class GgufType:
     """Of matrices whose rows are no multiple of 256, for which it falls back to older types; 0: the same."""
     value_down_fallback_bits: float = 0.0
     """Of `attn_v` and `ffn_down` with such rows; 0: the same."""
+    expert_bits: float = 0.0
+    """Of the experts of a mixture; 0: as of its other matrices."""
     measured_like: str = ""
     """The type that `slimtune bench` measures whose kernels are most like this one's; "": this one is measured."""
 
@@ -43,6 +45,7 @@ GGUF_TYPES = {
     "F16": GgufType(16.0),
     "BF16": GgufType(16.0, measured_like="F16"),
     "Q8_0": GgufType(8.5),
+    "MXFP4": GgufType(8.5, expert_bits=4.25, measured_like="Q4_0"),
     "Q5_1": GgufType(6.0, measured_like="Q4_1"),
     "Q5_0": GgufType(5.5, measured_like="Q4_0"),
     "Q4_1": GgufType(5.0),
@@ -61,12 +64,19 @@ GGUF_TYPES = {
     "IQ3_S": GgufType(3.4375, 3.58, 4.5, 4.57, measured_like="Q4_K_M"),
     "Q2_K": GgufType(2.625, 3.73, 4.5, 4.77, measured_like="Q4_K_M"),
 }
-"""The file types by llama.cpp's names."""
+"""The file types by llama.cpp's names. MXFP4 is that of gpt-oss: experts in blocks of 32 numbers of 4 bits with a scale
+of 8, all else in Q8_0."""
 MEASURED_GGUF_TYPES = tuple(name for name, kind in GGUF_TYPES.items() if not kind.measured_like)
 """The file types that `slimtune bench` measures."""
-VLLM_BITS = {"fp32": 32.0, "bf16": 16.0, "fp16": 16.0, "fp8": 8.0, "int8": 8.0, "int4": 4 + 20 / 128, "nf4": 4.5}
-"""Bits per weight of vLLM's linear layers; embedding and head stay at 16. int4 is AWQ or GPTQ in groups of 128 (scale
-and zero point), nf4 bitsandbytes without its second quantization (a 32-bit scale for 64 weights)."""
+VLLM_BITS = {"fp32": 32.0, "bf16": 16.0, "fp16": 16.0, "fp8": 8.0, "int8": 8.0, "int4": 4 + 20 / 128, "nf4": 4.5,
+             "mxfp4": 16.0}  # fmt: skip
+"""Bits per weight of vLLM's linear layers; embedding and head stay at 16, with mxfp4 all but the experts. int4
+is AWQ or GPTQ in groups of 128 (scale and zero point), nf4 bitsandbytes without its second quantization (a 32-bit scale
+for 64 weights)."""
+
+
+VLLM_EXPERT_BITS = {"mxfp4": 4.25}
+"""Bits per weight of the experts of a mixture in vLLM, where they are not those of its linear layers."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +109,15 @@ ENGINES = {
     "vllm": ServingEngineSpec("bf16", VLLM_BITS, {"bf16": 2.0, "f16": 2.0, "fp8": 1.0}, _VLLM_RUNTIME, "vllm"),
 }
 """The engines that serving is planned for."""
+
+
+def find_published_precision(config: Any, engine: str) -> str | None:
+    """Return the precision in which a base's own checkpoint is, if an engine serves it so; None: 16 bits, or not."""
+    checkpoint = getattr(config, "quantization_config", None) or {}
+    method = checkpoint.get("quant_method") if isinstance(checkpoint, dict) else checkpoint.quant_method
+    if config.get_text_config().model_type == "gpt_oss" or method == "mxfp4":
+        return "mxfp4" if engine == "vllm" else "MXFP4"
+    return "fp8" if method == "fp8" and engine == "vllm" else None
 
 
 def find_precision_with_similar_kernels(precision: str, measured: Container[str]) -> str | None:
