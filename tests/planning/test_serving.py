@@ -3,6 +3,7 @@
 import json
 import statistics
 from functools import cache
+from pathlib import Path
 
 import published_serving as published
 import pytest
@@ -400,6 +401,13 @@ def test_sources_of_each_group_are_on_both_sides():
     assert sides == {(g, held) for g in ("dense", "mixtures", "hybrids", "prompts") for held in (False, True)}
     held = {published.name_source(p["source"]) for p in published.POINTS if published.is_held_out(p)}
     assert not held & published.EARLIER_SOURCES
+
+
+def test_points_of_other_engines_are_split_by_the_same_rule():
+    file = Path(published.__file__).parent / "data" / "serving_points_other.json"
+    points = json.loads(file.read_text(encoding="utf-8"))
+    assert all(p["source"] and p["date"] for p in points)
+    assert [p.get("held_out", False) for p in points] == [published.is_held_out(p) for p in points]
 
 
 def test_formula_of_the_speed():

@@ -39,6 +39,15 @@ def test_published_runs(rows):
     assert all(r["source"] for r in rows)
 
 
+def test_every_kind_of_training_is_on_both_sides():
+    points = published.TABLE["points"]
+    sides = {(published.name_kind_of_training(p), published.is_held_out(p)) for p in points}
+    assert sides == {(kind, held) for kind in ("full", "LoRA", "QLoRA") for held in (False, True)}
+    held = {published.name_author(p["source"]) for p in points if published.is_held_out(p)}
+    assert held == {"foundation-model-stack", "ljm565", "ricable"}
+    assert all(p["source"] and p["date"] for p in points[published.EARLIER_POINTS :])
+
+
 @pytest.mark.slow
 def test_range_is_as_narrow_as_the_runs_are(rows):
     """A range a third narrower loses more than one run in ten."""
