@@ -32,13 +32,21 @@ def test_side_by_side_says_which_cannot_train(slimtune):
 
 def test_choose_ranks_by_price(slimtune, slimtune_json, requests):
     result = slimtune_json("choose", "llama-3.1-8b", "--kind", "desktop,rent", "--budget", 2500)
+    is_launch = [all(p["condition"] == "launch" for p in m["purchases"]) for m in result["buy"]]
+    assert is_launch == sorted(is_launch)
     prices = [m["price"]["high"] for m in result["buy"]]
-    assert prices == sorted(prices)
+    assert prices[: is_launch.index(True)] == sorted(prices[: is_launch.index(True)])
     assert max(prices) <= 2500
     assert {m["verdict"] for m in result["buy"] + result["rent"]} == {"fits"}
     assert all(r.max_tokens == 1 for r in requests)
     text = slimtune("choose", "llama-3.1-8b", "--kind", "desktop").stdout
     assert re.findall(r"^to (\w+): (\S+)", text, re.MULTILINE) == [("buy", result["buy"][0]["card"])]
+
+
+def test_choose_a_macbook(slimtune_json):
+    bought = slimtune_json("choose", "llama-3.1-8b", "--kind", "macbook")["buy"]
+    assert bought
+    assert {p["machine"].split()[0] for m in bought for p in m["purchases"]} == {"MacBook"}
 
 
 def test_choose_marks_machines_on_which_a_quantized_base_is_not_proven(slimtune):
@@ -86,7 +94,8 @@ def test_cost(slimtune, slimtune_json):
     result = slimtune_json(*args, "--price", 900, "--rent", 2)
     assert result["rent"] == [{"name": "rent, 2.0 $/h", "run": {"low": 1.0, "high": 2.0}}]
     assert result["runs_to_break_even"]["low"] == pytest.approx(900 / (2 - 0.0525))
-    assert result["services"][0]["service"] == "Together AI, LoRA"
+    assert [s["service"] for s in result["services"]] == ["Together AI, LoRA"]
+    assert "openai-ends-fine-tuning" in slimtune(*args).stdout
     assert "--rent" in slimtune("cost", "llama-3.1-8b", "--gpu", "m4-max-128gb").stdout
 
 

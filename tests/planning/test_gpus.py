@@ -66,7 +66,8 @@ PER_FLOAT32 = {
 def test_rates_keep_the_ratio_of_their_architecture(gpu):
     if gpu.name == "l40":  # its matrix units run at half the rate of the L40S
         return
-    ratio = 1 if gpu.vendor == "apple" else PER_FLOAT32.get((gpu.architecture, gpu.kind))
+    kind = "mini" if gpu.vendor == "nvidia" and gpu.unified else gpu.kind  # RTX Spark is the chip of DGX Spark
+    ratio = 1 if gpu.vendor == "apple" else PER_FLOAT32.get((gpu.architecture, kind))
     if ratio is not None:
         assert gpu.rates["float16"] == pytest.approx(ratio * gpu.rates["float32"], rel=0.02)
     assert gpu.rates.get("bfloat16", gpu.rates["float16"]) == gpu.rates["float16"]
@@ -87,11 +88,34 @@ def test_age_of_figures():
         ("macbook air m2", "m2-8gb"),
         ("RTX 3090 24GB", "rtx-3090"),
         ("NVIDIA GeForce RTX 4070 SUPER", "rtx-4070-super"),
-        ("AMD Ryzen AI Max+ 395", "strix-halo-32gb"),
+        ("AMD Ryzen AI Max+ 395", "strix-halo-64gb"),
+        ("AMD Ryzen AI Max 385", "strix-halo-32gb"),
+        ("RTX PRO 4500", "rtx-pro-4500"),
+        ("M6", "m6-16gb"),
+        ("mac mini m6 32gb", "m6-32gb"),
     ],
 )
 def test_names_as_people_write_them(name, found):
     assert require_gpu_by_name(name).name == found
+
+
+@pytest.mark.parametrize(
+    ("name", "others"),
+    [
+        ("a100", ["a100-40gb-pcie", "a100-80gb", "a100-80gb-pcie"]),
+        ("M5 Ultra", ["m5-ultra-64core-96gb", "m5-ultra-64core-256gb", "m5-ultra-256gb", "m5-ultra-512gb"]),
+        ("rtx 4060 ti", ["rtx-4060-ti-8gb"]),
+        ("rtx-3060", []),
+        ("a100-80gb", []),
+    ],
+)
+def test_other_versions_of_a_gpu_are_named(name, others):
+    assert re.findall(r"'([^']+)'", gpus.describe_other_versions(name)) == others
+
+
+def test_unified_memory_of_amd_reaches_from_the_bios_to_the_gtt_limit():
+    usable = require_gpu_by_name("strix halo 128gb").usable
+    assert (usable.low, usable.high) == (96 * GIB, 124 * GIB)
 
 
 def test_memory_that_a_chip_does_not_have():

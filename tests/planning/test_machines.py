@@ -1,14 +1,10 @@
 """Machines beside each other: prices, ranks, break-even."""
 
-import datetime
-
 import pytest
 from hand_plan import hand_plan
 
 from slimtune.hardware.machine_choice import (
     count_runs_to_break_even,
-    list_purchase_prices,
-    list_tuning_service_prices,
     make_machine_offer,
     rank_fitting_machines_by_price,
 )
@@ -22,26 +18,12 @@ def machine(name, speed=1000.0, **fields):
                             trained_tokens=3_600_000, dollars_per_kwh=0.5)  # fmt: skip
 
 
-def test_prices_have_a_machine_a_date_and_a_source():
-    for purchase in list_purchase_prices():
-        assert require_gpu_by_name(purchase.gpu).name == purchase.gpu
-        assert datetime.date.fromisoformat(purchase.date) <= datetime.date(2026, 12, 31)
-        assert purchase.condition in ("launch", "new", "used")
-        assert purchase.source
-        assert 100 < purchase.dollars < 20_000
-    assert all(p.source and p.dollars_per_million > 0 for p in list_tuning_service_prices())
-
-
-def test_a_paid_price_counts_before_that_of_the_launch():
-    assert machine("rtx-3090").price == Interval(1300, 1300)
-    assert machine("rtx-4090").price == Interval(1599, 1599)
-
-
 def test_the_cheapest_that_fits_and_is_in_time_is_first():
     some = [machine("rtx-3090"), machine("rtx-4090"), machine("rtx-4080", verdict="tight"), machine("rtx-5090", 50)]
     assert [m.gpu for m in rank_fitting_machines_by_price(some)] == ["rtx-3090", "rtx-4090", "rtx-5090"]
     assert [m.gpu for m in rank_fitting_machines_by_price(some, max_hours=2, budget=1400)] == ["rtx-3090"]
-    assert [m.gpu for m in rank_fitting_machines_by_price(some, by_rent=True)] == ["rtx-3090", "rtx-4090", "rtx-5090"]
+    by_rent = [m.gpu for m in rank_fitting_machines_by_price(some, by_rent=True)]
+    assert by_rent == ["rtx-3090", "rtx-4090", "rtx-5090"]
     assert rank_fitting_machines_by_price(some, budget=100) == []
 
 

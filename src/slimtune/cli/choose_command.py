@@ -24,13 +24,16 @@ if TYPE_CHECKING:
     from ..core.config import Recipe
     from ..hardware.hardware_results import CostResult
     from ..hardware.machine_choice import MachineOffer
+    from ..planning.gpu_specs import GpuSpec
 
-KINDS = ("desktop", "laptop", "workstation", "mac", "mini", "rent")
+KINDS = ("desktop", "laptop", "workstation", "mac", "macbook", "mini", "rent")
 SHOWN = 5
 MARK = " *"
 """What marks a machine on which a run with a quantized base is not proven to work."""
 KWH_PRICE = 0.17
 """Dollars of a kWh where none is given: about what a household in the United States paid in 2025."""
+OPENAI_IS_CLOSED = """OpenAI is not compared: no new customers for fine-tuning since May 2026, no jobs from January 2027
+(https://aihola.com/article/openai-ends-fine-tuning-2027)"""
 Tokens = Annotated[
     int | None, Option(min=1, help="Tokens of the run, over all epochs. Default: the rows', else a million.")
 ]
@@ -59,18 +62,33 @@ def choose_machine(
     # Each row goes alone through the model, so that every machine runs the same.
     jobs = load_run_to_plan(job, {"train.max_tokens_per_micro_batch": 1, **settings})
     from ..hardware.hardware_results import MILLION, ChooseResult, FittingOffer
-    from ..hardware.machine_choice import find_binding_limits, make_machine_offer, rank_fitting_machines_by_price
+    from ..hardware.machine_choice import (
+        find_binding_limits,
+        list_purchase_prices,
+        make_machine_offer,
+        rank_fitting_machines_by_price,
+    )
     from ..hardware.run_cost import format_hours_range, list_rent_prices
-    from ..planning.gpu_specs import list_gpu_specs, load_this_machine_measured_gpu
+    from ..planning.gpu_specs import MAX_AGE, list_gpu_specs, load_this_machine_measured_gpu
 
     count = tokens or jobs.tokens or MILLION
-    gpus = [
-        g for g in list_gpu_specs() if g.trains and (g.kind in kinds or ("rent" in kinds and list_rent_prices(g.name)))
-    ]
+    only_macbooks = "macbook" in kinds and "mac" not in kinds
+
+    def is_sold(gpu: GpuSpec) -> bool:
+        in_macbook = gpu.kind == "mac" and any(p.is_in_macbook for p in list_purchase_prices(gpu.name))
+        return gpu.kind in kinds or (only_macbooks and in_macbook)
+
+    gpus = [g for g in list_gpu_specs() if g.trains and (is_sold(g) or ("rent" in kinds and list_rent_prices(g.name)))]
     found, planned = estimate_run_by_gpu_and_class(jobs, gpus, use_smallest_of_group=False)
     offers = [
         make_machine_offer(
-            f.gpu, f.estimate, trained_tokens=count, speed=f.speed, verdict=f.verdict, dollars_per_kwh=kwh_price or None
+            f.gpu,
+            f.estimate,
+            trained_tokens=count,
+            speed=f.speed,
+            verdict=f.verdict,
+            dollars_per_kwh=kwh_price or None,
+            only_macbook=only_macbooks,
         )
         for f in found
     ]
@@ -80,7 +98,7 @@ def choose_machine(
         mine = make_machine_offer(
             here, estimate_runs_collecting_errors(jobs, here, advise=False)[0][0], trained_tokens=count
         )
-    owned = [offer for offer in offers if offer.kind in kinds]
+    owned = [make for f, make in zip(found, offers, strict=True) if is_sold(f.gpu)]
     rented = [offer for offer in offers if list_rent_prices(offer.gpu)] if "rent" in kinds else []
     picks = {
         "buy": rank_fitting_machines_by_price(owned, budget=budget, max_hours=hours),
@@ -116,6 +134,7 @@ def choose_machine(
         without = f"; of {unpriced} no price is known" if unpriced else ""
         screen.print(f"\n{fitting} of {len(offers)} machines have the memory{without}.")
         screen.print("Prices of desktop and workstation cards are without a computer around them.")
+        screen.print(f"A price with a month is older than {MAX_AGE} days.")
         if quantizes:
             screen.print(f"{MARK.strip()} Whether bitsandbytes quantizes on AMD cards and Macs is not known to a plan.")
         _print_sources([*picks["buy"][:SHOWN], *picks["rent"][:SHOWN]], sources=sources)
@@ -175,9 +194,11 @@ def _offers_table(ranked: list[MachineOffer], way: str, names: Mapping[str, str]
         power = format_dollar_range(m.electricity_dollars) if m.electricity_dollars else kwh
         writes = format_interval_compact(m.serving.decode if m.serving else None, format_three_digits)
         time = format_hours_range(cost.hours if cost else None)
-        rows.append((names[m.gpu], f"{m.memory_bytes / 2**30:.0f}", money, time, power, writes))
-    headings = ("price" if way == "buy" else "rent", "the run", "power" if ranked[0].electricity_dollars else "kWh")
-    return make_table("machine", "GiB", *headings, "an 8B, t/s", rows=rows)
+        kind = [m.describe_price_kind()] if way == "buy" else []
+        rows.append((names[m.gpu], f"{m.memory_bytes / 2**30:.0f}", money, *kind, time, power, writes))
+    headings = ["price", "price of"] if way == "buy" else ["rent"]
+    power_heading = "power" if ranked[0].electricity_dollars else "kWh"
+    return make_table("machine", "GiB", *headings, "the run", power_heading, "8B, t/s", rows=rows)
 
 
 def _print_sources(offers: Sequence[MachineOffer], dates: Iterable[str] = (), *, sources: bool) -> None:
@@ -212,12 +233,18 @@ def cost_of_training_run(
         make_machine_offer,
     )
     from ..hardware.run_cost import format_hours_range, list_rent_prices
-    from ..planning.gpu_specs import format_date_with_age_note, require_gpu_by_name, require_trainable_gpu
+    from ..planning.gpu_specs import (
+        describe_other_versions,
+        format_date_with_age_note,
+        require_gpu_by_name,
+        require_trainable_gpu,
+    )
     from ..planning.interval import Interval
 
     spec = require_gpu_by_name(gpu)
     require_trainable_gpu(spec)
     jobs = load_run_to_plan(job, settings)
+    versions = describe_other_versions(gpu)
     estimate = estimate_runs_collecting_errors(jobs, spec, advise=False)[0][0]
     count = tokens or jobs.tokens or MILLION
     machine = make_machine_offer(spec, estimate, trained_tokens=count, dollars_per_kwh=kwh_price or None)
@@ -256,6 +283,9 @@ def cost_of_training_run(
         screen.print(f"\n{_explain_break_even(result)}")
         if spec.kind not in WHOLE_MACHINES:
             screen.print("the price is of the card alone, without a computer around it")
+        screen.print(OPENAI_IS_CLOSED)
+        if versions:
+            screen.print(versions)
         _print_sources([machine], [s.price.date for s in services], sources=sources)
         if sources:
             print_fields(
@@ -277,7 +307,9 @@ def _cost_table(result: CostResult, kwh_price: float) -> Any:
         month = run * result.runs_in_a_month if run else None
         return label, before, format_dollar_range(run), format_dollar_range(month)
 
-    rows = [row(f"buy, electricity at {kwh_price} $/kWh", result.buy.run, format_dollar_range(result.buy.dollars))]
+    kind = f" ({result.machine.describe_price_kind()})" if result.buy.dollars is result.machine.price else ""
+    buy = f"buy{kind}, electricity at {kwh_price} $/kWh"
+    rows = [row(buy, result.buy.run, format_dollar_range(result.buy.dollars))]
     rows += [row(r.name, r.run, "0 $") for r in result.rent]
     rows += [row(s.price.service, Interval(s.run, s.run), "0 $") for s in result.services]
     return make_table(

@@ -51,7 +51,12 @@ def gpus_table(
     if job is None and settings:
         raise UsageError(f"{next(iter(settings))} describes a run", "a run to plan", "--for MODEL or --for RECIPE.yaml")
     from ..hardware.hardware_results import GpusResult
-    from ..planning.gpu_specs import list_gpu_specs, load_this_machine_measured_gpu, require_gpu_by_name
+    from ..planning.gpu_specs import (
+        describe_other_versions,
+        list_gpu_specs,
+        load_this_machine_measured_gpu,
+        require_gpu_by_name,
+    )
 
     if names:
         if kind is not None:
@@ -59,6 +64,9 @@ def gpus_table(
         if len(names) > MOST:
             raise UsageError(f"{len(names)} GPUs to compare", f"{MOST} at most")
         found = [require_gpu_by_name(name) for name in names]
+        if not as_json:
+            for versions in filter(None, map(describe_other_versions, names)):
+                make_console().print(f"{versions}\n")
         if len(found) == 1 and job is None:
             if not as_json:
                 from ..hardware.machine_choice import list_gpu_figures
@@ -152,6 +160,7 @@ def _compare(
     """Show GPUs side by side, and what a run takes on each."""
     from ..hardware.hardware_results import MILLION, GpuComparisonResult
     from ..hardware.machine_choice import list_machine_comparison_rows, list_offer_figure_sources, make_machine_offer
+    from ..planning.gpu_specs import MAX_AGE
 
     tokens, model = 0, None
     estimates: list[Any] = [None] * len(gpus)
@@ -172,7 +181,7 @@ def _compare(
         if untrained := [g.name for g in gpus if not g.trains]:
             screen.print(f"\nslimtune does not train on Intel GPUs: {', '.join(untrained)}")
         if any(offer.price is not None for offer in offers):
-            screen.print("\nprices: paid ones where some were found, else at the launch; --sources shows each")
+            screen.print(f"\nstreet, list, used: prices of now; a month: older than {MAX_AGE} days (--sources)")
         if sources:
             screen.print()
             print_fields(list_offer_figure_sources(offers))

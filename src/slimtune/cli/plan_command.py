@@ -86,6 +86,7 @@ def plan_run(
         raise UsageError(f"--device and {other} are both given", "one of them: --device is one of this machine's")
     from ..evaluation.charts import require_figure_path
     from ..planning.gpu_specs import (
+        describe_other_versions,
         format_date_with_age_note,
         is_date_outdated,
         make_gpu_with_memory,
@@ -139,6 +140,8 @@ def plan_run(
             screen.print(_estimates_table(estimates))
         for part in _render_answer(runs[0]) if len(runs) == 1 else ():
             screen.print(part)
+        if gpu is not None and (versions := describe_other_versions(gpu)):
+            screen.print(f"note: {versions}")
         if spec.checked and is_date_outdated(spec.checked):
             screen.print(
                 f"note: figures of {spec.name} are of {format_date_with_age_note(spec.checked)}: --sources has them"

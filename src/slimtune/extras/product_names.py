@@ -21,7 +21,7 @@ def tokenize_product_name(name: str) -> tuple[str, ...]:
 def suggest_name_with_same_numbers(name: str, known: Iterable[str]) -> str:
     """Return `"; did you mean 'x'?"` for the nearest name with the same numbers and almost the same words, or `""`.
 
-    A known name may go on with more words and numbers: `m2` is near to `m2-pro-16gb`.
+    A known name may go on with more words and numbers: `m2` is near to `m2-pro-16gb`, `codestral` to `devstral-24b`.
     """
     words, numbers = _split(name)
 
@@ -34,7 +34,7 @@ def suggest_name_with_same_numbers(name: str, known: Iterable[str]) -> str:
     def similarity(other: str) -> float:
         return SequenceMatcher(None, name.lower(), other.lower()).ratio()
 
-    close = max(filter(matches, known), key=similarity, default=None) if words and numbers else None
+    close = max(filter(matches, known), key=similarity, default=None) if words or numbers else None
     return f"; did you mean {close!r}?" if close is not None else ""
 
 

@@ -6,12 +6,12 @@ It imports no torch: estimates of the run are made elsewhere and given.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from ..core.foundation.formatting import format_bytes
 from ..core.foundation.json_results import make_json_key_metadata
 from ..core.models.gpu_support import NO_XPU
-from ..planning.gpu_specs import GpuSpec, format_date_with_age_note
+from ..planning.gpu_specs import GpuSpec, format_date_with_age_note, is_date_outdated
 from ..planning.interval import Interval, format_interval_compact, format_three_digits
 from ..planning.plan_result import MemoryVerdict, ResourceEstimate
 from ..planning.serving_speed import ServingSpeed, estimate_decode_and_prefill_speed
@@ -35,6 +35,8 @@ WHOLE_MACHINES = ("laptop", "mac", "mini")
 """Kinds whose price is of the machine; others need a computer around the GPU."""
 
 
+PriceKind = Literal["street", "list", "used", "launch"]
+"""Whose price it is: a shop's now, the maker's now, that of used ones, the maker's when it came out."""
 BindingLimit = Literal["memory", "price", "budget", "hours"]
 """What leaves no machine to choose; "price": of those that fit no price is known."""
 
@@ -47,12 +49,19 @@ class MachinePurchasePrice:
     """The name of its GPU."""
     dollars: float
     """The price."""
-    condition: str
-    """One of launch (the vendor's price then), new and used."""
+    condition: PriceKind
+    """One of street (a shop's), list (the maker's now), used, and launch (the maker's when it came out)."""
     date: str
     """Of the price, as 2026-11-25."""
-    source: str
-    """Where the price was read."""
+    machine: str
+    """What is sold, as "MacBook Air 13, 512 GB"; "" for the card alone or the usual machine."""
+    source: str | None
+    """Address where the price was read; null: a launch price that is recalled."""
+
+    @property
+    def is_in_macbook(self) -> bool:
+        """Whether the price is that of a MacBook."""
+        return self.machine.startswith("MacBook")
 
 
 @dataclass(frozen=True)
@@ -74,9 +83,17 @@ class TuningServicePrice:
 @cache
 def list_purchase_prices(gpu_name: str = "") -> tuple[MachinePurchasePrice, ...]:
     """Return the prices of `purchase_prices.csv` for a GPU, by its name; for "", all of them."""
-    rows = ([*row.values()] for row in read_price_rows("purchase_prices.csv"))
+    rows = (row for row in read_price_rows("purchase_prices.csv") if gpu_name in ("", row["card"]))
     return tuple(
-        MachinePurchasePrice(name, float(dollars), *rest) for name, dollars, *rest in rows if gpu_name in ("", name)
+        MachinePurchasePrice(
+            gpu=row["card"],
+            dollars=float(row["dollars"]),
+            condition=cast(PriceKind, row["condition"]),
+            date=row["date"],
+            machine=row["machine"],
+            source=row["source"] or None,
+        )
+        for row in rows
     )
 
 
@@ -109,7 +126,7 @@ class MachineOffer:
     watts: float | None
     """Power of the board (of a Mac: of the machine); null: unknown."""
     price: Interval | None
-    """Dollars to buy it: prices paid where some were found, else the price at its launch."""
+    """Dollars to buy it: what it costs now where that was found, else the price at its launch."""
     purchases: tuple[MachinePurchasePrice, ...]
     """All known prices to buy it."""
     serving: ServingSpeed | None
@@ -126,6 +143,25 @@ class MachineOffer:
     """When they were last checked, as 2026-11-25."""
 
     @property
+    def deciding_purchases(self) -> tuple[MachinePurchasePrice, ...]:
+        """The prices that `price` spans: those of now, or the launch's if there are no others."""
+        return tuple(p for p in self.purchases if p.condition != "launch") or self.purchases
+
+    @property
+    def has_only_launch_price(self) -> bool:
+        """Whether the only known price is the one at its launch, which may be far from today's."""
+        return bool(self.purchases) and all(p.condition == "launch" for p in self.purchases)
+
+    def describe_price_kind(self) -> str:
+        """Return what its price is, as `used–street`; of an old one the month, as `launch 2022-01`; "-" without one."""
+        if not self.purchases:
+            return "-"
+        by_dollars = sorted(self.deciding_purchases, key=lambda p: p.dollars)
+        kinds = "–".join(dict.fromkeys((by_dollars[0].condition, by_dollars[-1].condition)))
+        oldest = min(p.date for p in by_dollars)
+        return f"{kinds} {oldest[:7]}" if is_date_outdated(oldest) else kinds
+
+    @property
     def electricity_dollars(self) -> Interval | None:
         """Dollars of electricity for the run; None without a price of it."""
         return self.cost.power if self.cost is not None else None
@@ -133,7 +169,9 @@ class MachineOffer:
     def explain_pick(self, way: str) -> str:
         """Return its price for the run, to "buy" or to "rent", and the run's time."""
         amount = self.price if way == "buy" else self.cost.rent if self.cost else None
-        return f"{format_dollar_range(amount)}, the run in {format_hours_range(self.cost.hours if self.cost else None)}"
+        kind = f" ({self.describe_price_kind()})" if way == "buy" and self.price is not None else ""
+        time = format_hours_range(self.cost.hours if self.cost else None)
+        return f"{format_dollar_range(amount)}{kind}, the run in {time}"
 
 
 def make_machine_offer(
@@ -144,6 +182,7 @@ def make_machine_offer(
     speed: Interval | None = None,
     verdict: MemoryVerdict | None = None,
     dollars_per_kwh: float | None = None,
+    only_macbook: bool = False,
 ) -> MachineOffer:
     """Return a machine with its prices and serving speed, and with what a run takes on it.
 
@@ -154,6 +193,7 @@ def make_machine_offer(
         speed: trained tokens a second; None: the estimate's.
         verdict: whether the run fits; None: the estimate's.
         dollars_per_kwh: price of electricity.
+        only_macbook: leave out the prices of a chip in other Macs.
     """
     fits = gpu.usable.low >= REFERENCE_BYTES
     cost = None
@@ -161,7 +201,7 @@ def make_machine_offer(
         verdict, speed = verdict or estimate.verdict, speed or estimate.tokens_per_second
         if speed is not None and verdict != "does not fit":
             cost = estimate_run_cost(speed, trained_tokens, gpu, dollars_per_kwh=dollars_per_kwh)
-    purchases = list_purchase_prices(gpu.name)
+    purchases = tuple(p for p in list_purchase_prices(gpu.name) if p.is_in_macbook or not only_macbook)
     known = [p.dollars for p in purchases if p.condition != "launch"] or [p.dollars for p in purchases]
     return MachineOffer(
         gpu=gpu.name,
@@ -204,7 +244,8 @@ def rank_fitting_machines_by_price(
 ) -> list[MachineOffer]:
     """Return the machines that a run fits on, within a budget and a time, the best first.
 
-    The best is the cheapest that surely fits and is surely in time: to buy, or to rent for the run.
+    The best is the cheapest that surely fits and is surely in time: to buy, or to rent for the run. Machines to buy of
+    which only the price at their launch is known follow the others: today's price is another one.
 
     Args:
         offers: with a verdict each.
@@ -217,8 +258,8 @@ def rank_fitting_machines_by_price(
         if offer.verdict != "fits" or offer.cost is None or (amount := _get_price_or_rent(offer, by_rent)) is None:
             continue
         if (budget is None or amount.high <= budget) and (max_hours is None or offer.cost.hours.high <= max_hours):
-            suited.append((amount.high, offer.cost.hours.high, offer))
-    return [offer for *_, offer in sorted(suited, key=lambda item: item[:2])]
+            suited.append((not by_rent and offer.has_only_launch_price, amount.high, offer.cost.hours.high, offer))
+    return [offer for *_, offer in sorted(suited, key=lambda item: item[:3])]
 
 
 def find_binding_limits(
@@ -260,12 +301,13 @@ def list_machine_comparison_rows(offers: Sequence[MachineOffer], run_name: str |
     yield row("kind", lambda m: m.kind)
     yield row("released", lambda m: m.released or "-")
     yield row("memory", lambda m: format_bytes(m.memory_bytes))
-    yield row("bandwidth, GB/s", lambda m: f"{m.bytes_per_second / 1e9:.0f}" if m.bytes_per_second else "-")
-    yield row("16 bits, TFLOPS", lambda m: _format_tflops(m.flops or {}))
+    yield row("memory, GB/s", lambda m: f"{m.bytes_per_second / 1e9:.0f}" if m.bytes_per_second else "-")
+    yield row("16-bit TFLOPS", lambda m: _format_tflops(m.flops or {}))
     yield row("watts", lambda m: f"{m.watts:.0f}" if m.watts else "-")
     yield row("price", lambda m: format_dollar_range(m.price))
+    yield row("price of", lambda m: m.describe_price_kind())
     yield row(
-        "an 8B writes, t/s",
+        "8B writes, t/s",
         lambda m: format_interval_compact(m.serving.decode if m.serving else None, format_three_digits),
     )
     yield row(
@@ -311,7 +353,8 @@ def list_gpu_figures(gpu: GpuSpec) -> Iterator[tuple[str, str]]:
 def list_gpu_price_and_rent_texts(gpu_name: str) -> Iterator[tuple[str, str, str]]:
     """Yield `price` or `rent`, the dollars, and where they are from, for each known price of a GPU."""
     for p in list_purchase_prices(gpu_name):
-        yield "price", f"{p.dollars:.0f} $", f"{p.condition}, {format_date_with_age_note(p.date)}: {p.source}"
+        what = ", ".join(filter(None, (p.condition, p.machine, format_date_with_age_note(p.date))))
+        yield "price", f"{p.dollars:.0f} $", f"{what}: {p.source}" if p.source else f"{what}, recalled"
     for q in list_rent_prices(gpu_name):
         yield "rent", f"{q.dollars_per_hour} $/h", f"{q.provider}, {format_date_with_age_note(q.date)}: {q.source}"
 

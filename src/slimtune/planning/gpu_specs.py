@@ -7,6 +7,7 @@ import csv
 import datetime
 import re
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from functools import cache
 from importlib.resources import files
 from typing import Literal
@@ -132,13 +133,16 @@ class GpuSpec:
         """Bytes a run can have, (surely, at most).
 
         A GPU that drives a display gives it up to a twentieth; macOS gives the GPU two thirds of a small memory and
-        three quarters of a large one (`recommendedMaxWorkingSetSize`); of a CPU's memory it is what is free.
+        three quarters of a large one (`recommendedMaxWorkingSetSize`); the BIOS gives three quarters to an AMD chip
+        with unified memory, a raised GTT limit on Linux what is visible; of a CPU's memory it is what is free.
         """
         if self.kind == "cpu":
             return Interval(self.visible, self.visible)
         if self.vendor == "apple":
             share = 0.66 if self.memory <= 36 * GIB else 0.75
             return Interval(int(share * self.memory), int(0.75 * self.memory))
+        if self.vendor == "amd" and self.unified:
+            return Interval(int(0.75 * self.memory), self.visible)
         surely = 0.98 if self.kind == "datacentre" else 0.955
         return Interval(int(surely * self.visible), int(0.99 * self.visible))
 
@@ -198,6 +202,20 @@ def find_gpus_by_name(name: str) -> list[GpuSpec]:
     return [gpu for gpu in find_gpus_by_name(sized[1]) if round(gpu.memory / GIB) == int(sized[2])]
 
 
+def describe_other_versions(name: str) -> str:
+    """Return that a name is taken as one version of a GPU and which others there are; "" for a name that is one GPU's.
+
+    Versions differ in memory, in its form (SXM, PCIe, NVL) or in the cores of the chip.
+    """
+    found = find_gpus_by_name(name)
+    names = [gpu.name for gpu in list_gpu_specs()]
+    if not found or _normalize(name) in map(_normalize, names):
+        return ""
+    taken = found[0].name
+    others = [other for other in names if other != taken and _VERSION.sub("", other) == _VERSION.sub("", taken)]
+    return f"{name} is taken as {taken}; there are also {format_names(others)}" if others else ""
+
+
 def load_this_machine_measured_gpu() -> GpuSpec | None:
     """Return this machine as `slimtune bench` measured it; None if it did not."""
     found = load_machine_measurement()
@@ -244,6 +262,7 @@ def add_gpu_measurement(gpu: GpuSpec, measurement: MachineMeasurement) -> GpuSpe
 
 
 _SIZED = re.compile(r"(.+?)[\s_-]+(\d+)\s*gi?b", re.IGNORECASE)
+_VERSION = re.compile(r"(-(\d+gb|\d+core|sxm|pcie|nvl))+$")
 _NOISE = re.compile(
     r"\b(nvidia|geforce|amd|radeon|instinct|intel|apple|tesla|macbook (air|pro)|mac (mini|studio|pro)|imac|macbook"
     r"|graphics|gpu|chip|unified memory|vram|ram)\b|\((r|tm)\)|[^a-z0-9+]+"
@@ -269,7 +288,9 @@ def require_gpu_by_name(name: str) -> GpuSpec:
         raise UsageError(f"there is no {name!r} in the table", f"one of {format_names([g.name for g in others])}")
     close = suggest_name_with_same_numbers(name, [gpu.name for gpu in list_gpu_specs()])
     hint = "or give its memory alone: --vram 24GiB"
-    raise UsageError(f"there is no card {name!r} in the table{close}", "a name that `slimtune gpus` lists", hint)
+    near = get_close_matches(name.lower().replace(" ", "-"), [gpu.name for gpu in list_gpu_specs()], 3, 0.5)
+    such = f", such as {', '.join(near)}" if near and not close else ""
+    raise UsageError(f"there is no card {name!r} in the table{close}", f"a name that `slimtune gpus` lists{such}", hint)
 
 
 def is_date_outdated(date: str) -> bool:
