@@ -22,6 +22,7 @@ COMMAND_LINES = {
     "PlanResult": "plan base --vram 8GiB --max-seq-len 64 --serve",
     "MethodPlansResult": "plan base --vram 8GiB --max-seq-len 64 --method lora,ia3",
     "CostResult": "cost base --gpu rtx-3090",
+    "AnswerCostResult": "cost base --gpu rtx-3090 --serve",
     "GpusResult": "gpus --kind laptop",
     "GpuComparisonResult": "gpus rtx-3090 m4-max-128gb --for base",
     "GpuVerdictsResult": "gpus --for base --kind laptop",

@@ -11,6 +11,7 @@ from typer import Option
 from ..core.foundation.formatting import format_count
 from ..errors import UsageError, format_names, suggest
 from .common import Json, NegativeVerdictResult, make_console, make_table, print_fields, print_outdated_figures_notice
+from .cost_of_answers import compare_answer_costs
 from .options import add_recipe_flags
 from .planned_jobs import (
     JOB,
@@ -221,10 +222,20 @@ def cost_of_training_run(
     price: Annotated[float | None, Option(min=0, help="Dollars to buy the machine. Default: a known price.")] = None,
     rent: Annotated[float | None, Option(min=0, help="Dollars an hour to rent it. Default: known prices.")] = None,
     kwh_price: Annotated[float, Option(min=0, help="Dollars for a kWh.")] = KWH_PRICE,
+    serve: Annotated[
+        bool, Option("--serve", help="Instead: what a million tokens of answers cost here, rented, and at services.")
+    ] = False,
     sources: Sources = False,
     as_json: Json = False,
 ) -> Any:
     """Compare what a run costs: bought machine, rented machine, a service that fine-tunes."""
+    from ..planning.gpu_specs import require_gpu_by_name
+
+    if serve:
+        return compare_answer_costs(
+            job, settings, require_gpu_by_name(gpu), price=price, rent=rent, kwh_price=kwh_price, sources=sources,
+            as_json=as_json,
+        )  # fmt: skip
     from ..hardware.hardware_results import MILLION, CostResult, PurchaseCost, RentalProviderCost, TuningServiceCost
     from ..hardware.machine_choice import (
         WHOLE_MACHINES,
@@ -236,7 +247,6 @@ def cost_of_training_run(
     from ..planning.gpu_specs import (
         describe_other_versions,
         format_date_with_age_note,
-        require_gpu_by_name,
         require_trainable_gpu,
     )
     from ..planning.interval import Interval

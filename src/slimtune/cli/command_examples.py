@@ -9,6 +9,7 @@ EXAMPLES = {
     "cost": (
         "slimtune cost llama-3.1-8b --gpu rtx-3090 --quantization nf4 --runs 20",
         "slimtune cost recipe.yaml --gpu 'm4 max 128gb' --kwh-price 0.3",
+        "slimtune cost llama-3.1-8b --gpu rtx-3090 --serve      # a million tokens of answers, here and at services",
     ),
     "models": ("slimtune models", "slimtune models --family qwen3"),
     "gpus": ("slimtune gpus rtx-3090 rtx-4090 'm4 max 128gb'", "slimtune gpus --for llama-3.1-8b --quantization nf4"),

@@ -14,7 +14,7 @@ from .json_schemas import make_json_schema
 JSON_TYPES: dict[str, Sequence[str]] = {
     "choose": ("hardware.hardware_results:ChooseResult",),
     "plan": ("hardware.hardware_results:PlanResult", "hardware.hardware_results:MethodPlansResult"),
-    "cost": ("hardware.hardware_results:CostResult",),
+    "cost": ("hardware.hardware_results:CostResult", "hardware.answer_cost:AnswerCostResult"),
     "gpus": (
         "hardware.hardware_results:GpusResult",
         "hardware.hardware_results:GpuComparisonResult",
