@@ -6,7 +6,9 @@ import re
 import pytest
 from hand_plan import SIZES, hand_plan
 
+from slimtune.errors import ModelError
 from slimtune.extras.known_models import load_known_models_by_alias
+from slimtune.planning import planner
 
 
 @pytest.fixture(autouse=True)
@@ -138,3 +140,24 @@ def test_licences_are_broken_between_words(slimtune):
     assert {words[-2] if len(words) > 1 else words[0] for words in lines} == {
         "falcon-llm-license", "license", "open-model-license",
     }  # fmt: skip
+
+
+def test_machines_that_cannot_be_planned_are_left_out(slimtune_json, monkeypatch):
+    estimate = planner.estimate_resources
+
+    def refuse_float32(request, **options):
+        if request.gpu.device == "cuda" and not request.gpu.bf16:
+            raise ModelError("its experts are bfloat16")
+        return estimate(request, **options)
+
+    monkeypatch.setattr(planner, "estimate_resources", refuse_float32)
+    chosen = slimtune_json("choose", "llama-3.1-8b")
+    (left_out,) = chosen["unplanned"]
+    assert "t4" in left_out["cards"]
+    assert left_out["why"] == "its experts are bfloat16"
+    assert "rtx-3090" in {offer["card"] for offer in chosen["buy"]}
+    listed = slimtune_json("gpus", "--for", "llama-3.1-8b")
+    assert [group["group"] for group in listed["unplanned"]] == [left_out["group"]]
+    assert "t4" not in {card["name"] for card in listed["cards"]}
+    beside = slimtune_json("gpus", "t4", "rtx-3090", "--for", "llama-3.1-8b")["machines"]
+    assert [machine["verdict"] for machine in beside] == [None, "fits"]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.text import Text
 from typer import Option
 
 from ..core.foundation.formatting import format_count
-from ..errors import UsageError, format_names, suggest
+from ..errors import SlimtuneError, UsageError, format_names, suggest
 from .common import Json, NegativeVerdictResult, make_console, make_table, print_fields, print_outdated_figures_notice
 from .cost_of_answers import compare_answer_costs
 from .options import add_recipe_flags
@@ -80,7 +81,7 @@ def choose_machine(
         return gpu.kind in kinds or (only_macbooks and in_macbook)
 
     gpus = [g for g in list_gpu_specs() if g.trains and (is_sold(g) or ("rent" in kinds and list_rent_prices(g.name)))]
-    found, planned = estimate_run_by_gpu_and_class(jobs, gpus, use_smallest_of_group=False)
+    found, planned, unplanned = estimate_run_by_gpu_and_class(jobs, gpus, use_smallest_of_group=False)
     offers = [
         make_machine_offer(
             f.gpu,
@@ -96,9 +97,10 @@ def choose_machine(
     here = load_this_machine_measured_gpu()
     mine = None
     if here is not None:
-        mine = make_machine_offer(
-            here, estimate_runs_collecting_errors(jobs, here, advise=False)[0][0], trained_tokens=count
-        )
+        with suppress(SlimtuneError):  # this machine alone cannot be planned
+            mine = make_machine_offer(
+                here, estimate_runs_collecting_errors(jobs, here, advise=False)[0][0], trained_tokens=count
+            )
     owned = [make for f, make in zip(found, offers, strict=True) if is_sold(f.gpu)]
     rented = [offer for offer in offers if list_rent_prices(offer.gpu)] if "rent" in kinds else []
     picks = {
@@ -134,6 +136,8 @@ def choose_machine(
         unpriced = sum(offer.verdict == "fits" and offer.price is None for offer in owned)
         without = f"; of {unpriced} no price is known" if unpriced else ""
         screen.print(f"\n{fitting} of {len(offers)} machines have the memory{without}.")
+        for left_out in unplanned:
+            screen.print(f"{left_out}.")
         screen.print("Prices of desktop and workstation cards are without a computer around them.")
         screen.print(f"A price with a month is older than {MAX_AGE} days.")
         if quantizes:
@@ -147,6 +151,7 @@ def choose_machine(
         buy=[FittingOffer(offer, offer.explain_pick("buy")) for offer in picks["buy"]],
         rent=[FittingOffer(offer, offer.explain_pick("rent")) for offer in picks["rent"]],
         binding_limits=limits,
+        unplanned=unplanned,
     )
     return result if any(picks.values()) else NegativeVerdictResult(result)
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option
 
 from ..core.foundation.formatting import format_bytes, format_count
-from ..errors import UsageError
+from ..errors import SlimtuneError, UsageError
 from .choose_command import parse_machine_kinds
-from .common import Json, make_console, make_table, print_fields, print_outdated_figures_notice
+from .common import Json, make_console, make_table, print_fields, print_outdated_figures_notice, print_progress
 from .options import add_recipe_flags
 from .plan_command import format_run_title
 from .planned_jobs import (
@@ -110,15 +110,16 @@ def _list_suited(gpus: Sequence[GpuSpec], jobs: RunsToPlan, *, sources: bool, as
 
     untrained = [g.name for g in gpus if not g.trains]
     ordered = sorted((g for g in gpus if g.trains), key=lambda g: g.memory)
-    judged, planned = estimate_run_by_gpu_and_class(jobs, ordered, use_smallest_of_group=True)
+    judged, planned, unplanned = estimate_run_by_gpu_and_class(jobs, ordered, use_smallest_of_group=True)
     enough = next((j.gpu for j in judged if j.verdict == "fits"), None)
     if not as_json:
         screen = make_console()
-        for (device, bf16), estimate in planned.items():
-            where = ("Macs" if device == "mps" else "GPUs") + ("" if bf16 else " without bf16")
+        for group, estimate in planned.items():
             screen.print(
-                f"{format_run_title(estimate)} needs {estimate.need_bytes.format()} on {where} in {estimate.dtype}"
+                f"{format_run_title(estimate)} needs {estimate.need_bytes.format()} on {group} in {estimate.dtype}"
             )
+        for left_out in unplanned:
+            screen.print(str(left_out))
         if enough is not None:
             screen.print(f"the smallest that fits: {enough.name}, {format_bytes(enough.memory)}")
         fitting = [j for j in judged if j.verdict != "does not fit"]
@@ -145,6 +146,7 @@ def _list_suited(gpus: Sequence[GpuSpec], jobs: RunsToPlan, *, sources: bool, as
         smallest=enough.name if enough is not None else None,
         plans=list(planned.values()),
         cards=[GpuWithVerdict(j.gpu.facts(), j.verdict, j.estimate.need_bytes) for j in judged],
+        unplanned=unplanned,
     )
 
 
@@ -167,7 +169,11 @@ def _compare(
     if job is not None:
         jobs = load_run_to_plan(job, settings, SEVERAL)
         tokens, model = jobs.tokens or MILLION, jobs.base_config.name
-        estimates = [estimate_runs_collecting_errors(jobs, g, advise=False)[0][0] if g.trains else None for g in gpus]
+        for i, gpu in enumerate(gpus):
+            try:
+                estimates[i] = estimate_runs_collecting_errors(jobs, gpu, advise=False)[0][0] if gpu.trains else None
+            except SlimtuneError as error:
+                print_progress(f"the run is not planned on {gpu.name}: {' '.join(error.message.split())}")
     offers = [
         make_machine_offer(g, estimate, trained_tokens=tokens, dollars_per_kwh=kwh_price or None)
         for g, estimate in zip(gpus, estimates, strict=True)

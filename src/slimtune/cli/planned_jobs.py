@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..core.config import Recipe
     from ..core.data.example_lengths import DatasetRowComposition, ExampleLength
     from ..core.models.base_config import LoadedBaseConfig
+    from ..hardware.hardware_results import UnplannedGpus
     from ..planning.gpu_specs import GpuSpec
     from ..planning.interval import Interval
     from ..planning.plan_result import MemoryVerdict, ResourceEstimate
@@ -243,6 +244,9 @@ class EquivalentGpuGroup(NamedTuple):
     device: str  # the kind of device that torch calls them
     bf16: bool  # whether dtype "auto" is bfloat16 on them, or the run has another dtype
 
+    def __str__(self) -> str:
+        return ("Macs" if self.device == "mps" else "GPUs") + ("" if self.bf16 else " without bf16")
+
 
 @dataclass(frozen=True)
 class GpuEstimate:
@@ -256,12 +260,14 @@ class GpuEstimate:
 
 def estimate_run_by_gpu_and_class(
     jobs: RunsToPlan, gpus: Sequence[GpuSpec], *, use_smallest_of_group: bool
-) -> tuple[list[GpuEstimate], dict[EquivalentGpuGroup, ResourceEstimate]]:
-    """Return the run on each GPU, and the estimate of each class.
+) -> tuple[list[GpuEstimate], dict[EquivalentGpuGroup, ResourceEstimate], list[UnplannedGpus]]:
+    """Return the run on each GPU, the estimate of each class, and the GPUs of classes that cannot be planned.
 
     A run is planned once for each class: on its smallest GPU, where a batch is split as far as training splits it if
-    memory is short, so the need is what a GPU must have at least; or on its largest.
+    memory is short, so the need is what a GPU must have at least; or on its largest. If no class can be planned, the
+    error of the first is raised.
     """
+    from ..hardware.hardware_results import UnplannedGpus
     from ..planning.planner import judge_memory_fit
     from ..planning.throughput import estimate_training_speed
 
@@ -274,10 +280,23 @@ def estimate_run_by_gpu_and_class(
     planned = {
         class_of(gpu): gpu for gpu in (reversed(ordered) if use_smallest_of_group else ordered)
     }  # the last of each class
-    made = {key: estimate_runs_collecting_errors(jobs, gpu, advise=False)[0][0] for key, gpu in planned.items()}
+    made: dict[EquivalentGpuGroup, ResourceEstimate] = {}
+    errors: dict[EquivalentGpuGroup, SlimtuneError] = {}
+    for key, gpu in planned.items():
+        try:
+            made[key] = estimate_runs_collecting_errors(jobs, gpu, advise=False)[0][0]
+        except SlimtuneError as error:
+            errors[key] = error
+    if errors and not made:
+        raise next(iter(errors.values()))
+    unplanned = [
+        UnplannedGpus(str(key), [g.name for g in gpus if class_of(g) == key], " ".join(error.message.split()))
+        for key, error in errors.items()
+    ]
     found = []
     for gpu in gpus:
-        estimate = made[class_of(gpu)]
+        if (estimate := made.get(class_of(gpu))) is None:
+            continue
         speed = estimate_training_speed(estimate.work, gpu) if estimate.work is not None else estimate.tokens_per_second
         found.append(GpuEstimate(gpu, estimate, judge_memory_fit(estimate.need_bytes, gpu.usable), speed))
-    return found, made
+    return found, made, unplanned

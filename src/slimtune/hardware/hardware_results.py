@@ -83,6 +83,21 @@ class UnplannedMethod:
 
 
 @dataclass(frozen=True)
+class UnplannedGpus:
+    """GPUs that a run could not be planned on, though it could on others."""
+
+    group: str
+    """What they have in common."""
+    cards: list[str]
+    """Their names."""
+    why: str
+    """The reason, in one line."""
+
+    def __str__(self) -> str:
+        return f"{len(self.cards)} {self.group} are left out: {self.why}"
+
+
+@dataclass(frozen=True)
 class PlanDetails:
     """What every answer of `slimtune plan --json` has."""
 
@@ -154,6 +169,8 @@ class GpuVerdictsResult:
     """The run on the smallest GPU of each kind."""
     cards: list[GpuWithVerdict]
     """The GPUs that slimtune trains on, the smallest first."""
+    unplanned: list[UnplannedGpus]
+    """Those that the run cannot be planned on."""
 
 
 @dataclass(frozen=True)
@@ -196,6 +213,8 @@ class ChooseResult:
     """Machines to rent, the cheapest run first."""
     binding_limits: dict[str, list[BindingLimit]]
     """Which limits leave none to "buy" or to "rent": memory, price (none is known), budget, hours."""
+    unplanned: list[UnplannedGpus]
+    """Machines that the run cannot be planned on."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import masking_utils
+from transformers.integrations import moe
 
 from ..errors import ModelError
 from .memory_tracker import iterate_nested_tensors
@@ -42,10 +43,12 @@ def fake_tensor_mode() -> Iterator[None]:
     Raises:
         ModelError: the code asks for a value that is not known.
     """
-    limit, is_tracing = fake_tensor.CONSTANT_NUMEL_LIMIT, masking_utils.is_tracing
+    limit, is_tracing, can_use = fake_tensor.CONSTANT_NUMEL_LIMIT, masking_utils.is_tracing, moe._can_use_grouped_mm
     fake_tensor.CONSTANT_NUMEL_LIMIT = MAX_KNOWN_INTEGERS
     fake_tensor.log.disabled = True  # it prints a traceback for an error that is raised anyway
     masking_utils.is_tracing = lambda *_: False
+    # torch's product of experts has a fake in bfloat16 alone; transformers' own, for other dtypes, has one in each.
+    moe._can_use_grouped_mm = _require_bfloat16(can_use)
     try:
         with FakeTensorMode() as mode, _KnownIntegers(mode):
             yield
@@ -58,8 +61,15 @@ def fake_tensor_mode() -> Iterator[None]:
             "a model and a method whose forward reads no tensor values: shapes follow from the lengths of the rows",
         ) from error
     finally:
-        fake_tensor.CONSTANT_NUMEL_LIMIT, masking_utils.is_tracing = limit, is_tracing
+        fake_tensor.CONSTANT_NUMEL_LIMIT, masking_utils.is_tracing, moe._can_use_grouped_mm = limit, is_tracing, can_use
         fake_tensor.log.disabled = False
+
+
+def _require_bfloat16(can_use_grouped_mm: Any) -> Any:
+    def can_use(input: Tensor, weight: Tensor, offs: Tensor) -> bool:
+        return weight.dtype == torch.bfloat16 and bool(can_use_grouped_mm(input, weight, offs))
+
+    return can_use
 
 
 class _KnownIntegers(TorchDispatchMode):

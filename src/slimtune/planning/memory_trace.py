@@ -30,6 +30,7 @@ from .memory_tracker import MemoryTracker, iterate_nested_tensors
 from .meta_model import build_adapted_meta_model
 from .plan_request import MicroBatchWorkload
 from .plan_result import PARTS
+from .traced_scans import tracing_scans_as_one_operator
 
 GATHERED_LAYERS = (1, 3)
 """Fewest and most layers that are whole at a time if the base is sharded."""
@@ -129,6 +130,7 @@ def trace_training_step(job: MicroBatchWorkload, model: Any = None, *, stop_afte
         )
         with (
             tracker,
+            tracing_scans_as_one_operator(tracker),
             collect_simulated_attention_flops(tracker.attention_flops_by_dtype),
             using_packed_attention(model),
         ):

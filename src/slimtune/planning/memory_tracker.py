@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+from transformers.integrations import moe  # noqa: F401  (registers its operators)
 
 from ..core.foundation.device import is_counting_allocations_as_host
 from ..errors import ModelError
@@ -28,6 +29,12 @@ _FUSED_ATTENTION = {
 }
 """Kernels for which torch's FLOP registry has no entry: the places of the query and of `is_causal` among the arguments,
 and the number of products of queries with keys, or of as many operations."""
+_EXPERT_PRODUCTS = {
+    torch.ops.aten._grouped_mm: 1,
+    torch.ops.transformers.grouped_mm_fallback: 1,
+    torch.ops.transformers.grouped_mm_fallback_backward: 2,
+}
+"""Products of tokens with a mixture's experts, and how many of them an operator computes."""
 
 
 class MemoryTracker(TorchDispatchMode):
@@ -45,6 +52,7 @@ class MemoryTracker(TorchDispatchMode):
         live: bytes by part now; part "host" is not on the device.
         phases: bytes by part at the highest point of each phase.
         host_peak: highest number of bytes in CPU memory; 0 unless `separate_host`.
+        paused: operators run uncounted, and tensors that they make are not known.
         counts_by_operator_cost: how often an operator of (FLOPs, bytes read and written, dtype) ran.
         attention_flops_by_dtype: FLOPs of fused attention, by dtype; `counts_by_operator_cost` has them as 0.
     """
@@ -66,6 +74,7 @@ class MemoryTracker(TorchDispatchMode):
         self.host_peak = 0
         self.counts_by_operator_cost: Counter[tuple[int, int, torch.dtype]] = Counter()
         self.attention_flops_by_dtype: Counter[torch.dtype] = Counter()
+        self.paused = False
         self._phase = "start"
         self._operators = 0
         self._total = 0  # on the device
@@ -94,6 +103,8 @@ class MemoryTracker(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Run an operator and count its results."""
         kwargs = kwargs or {}
+        if self.paused:
+            return func(*args, **kwargs)
         if func is _ADD and _accumulates_gradient(*args):
             func = _ADD_IN_PLACE
         out = func(*args, **kwargs)
@@ -112,7 +123,7 @@ class MemoryTracker(TorchDispatchMode):
         if self.count_operators and results and not func.is_view:
             packet = func._overloadpacket
             flops = flop_registry.get(_IN_PLACE_PRODUCTS.get(packet, packet))
-            operations = flops(*args, **kwargs, out_val=out) if flops else 0
+            operations = flops(*args, **kwargs, out_val=out) if flops else _count_expert_flops(packet, args)
             moved = sum(t.numel() * t.element_size() for t in iterate_nested_tensors((args, kwargs, out)))
             self.counts_by_operator_cost[operations, moved, results[0].dtype] += 1
             if packet in _FUSED_ATTENTION:
@@ -157,6 +168,13 @@ class MemoryTracker(TorchDispatchMode):
         if self._total > self._peaks[self._phase]:
             self._peaks[self._phase] = self._total
             self.phases[self._phase] = dict(self.live)
+
+
+def _count_expert_flops(packet: Any, args: tuple) -> int:
+    """Return the FLOPs of a product of tokens with the experts of each, for which torch's registry has no entry."""
+    products = _EXPERT_PRODUCTS.get(packet, 0)
+    # Each row of the first matrix is multiplied with one of the second's matrices.
+    return products * 2 * args[0].numel() * args[1].shape[-1] if products else 0
 
 
 def _count_causal_pairs(tokens: int) -> int:
