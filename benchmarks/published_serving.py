@@ -85,18 +85,20 @@ def get_group(point: dict[str, Any]) -> str:
     """Return the group that figures are given for: prompts, or decoding of dense bases, mixtures or hybrids."""
     if point["test"] == "prefill":
         return "prompts"
-    config = load_known_models_by_alias()[point["model"]]["config"]
-    text = config.get("text_config", config)
-    if text["model_type"].startswith(HYBRIDS):
+    text = load_config_of(point["model"]).get_text_config()
+    if text.model_type.startswith(HYBRIDS):
         return "hybrids"
-    return "mixtures" if any(text.get(name) for name in EXPERT_COUNTS) else "dense"
+    return "mixtures" if any(getattr(text, name, None) for name in EXPERT_COUNTS) else "dense"
+
+
+@cache
+def load_config_of(name: str) -> Any:
+    return AutoConfig.for_model(**load_known_models_by_alias()[name]["config"])
 
 
 @cache
 def model_of(name: str) -> Any:
-    return build_adapted_meta_model(
-        AutoConfig.for_model(**load_known_models_by_alias()[name]["config"]), None, torch.bfloat16
-    )
+    return build_adapted_meta_model(load_config_of(name), None, torch.bfloat16)
 
 
 def predict(point: dict[str, Any]) -> Interval:
