@@ -29,15 +29,24 @@ from slimtune.extras.known_models import load_known_models_by_alias
 from slimtune.planning.gpu_specs import require_gpu_by_name
 from slimtune.planning.interval import Interval
 from slimtune.planning.meta_model import build_adapted_meta_model
-from slimtune.planning.serving_cache import count_request_kv_cache_bytes
-from slimtune.planning.serving_memory import count_weight_bytes_and_macs_per_token
-from slimtune.planning.serving_speed import estimate_decode_and_prefill_speed, get_serving_fit_hardware_key
+from slimtune.planning.serving_cache import count_recurrent_state_bytes, count_request_kv_cache_bytes
+from slimtune.planning.serving_memory import (
+    count_weight_and_embedding_bytes,
+    count_weight_bytes_and_macs_per_token,
+    describe_layer_structure,
+)
+from slimtune.planning.serving_speed import (
+    BATCH_TOKENS,
+    estimate_decode_and_prefill_speed,
+    get_serving_fit_hardware_key,
+)
 
 POINTS = json.loads((Path(__file__).parent / "data" / "serving_points.json").read_text(encoding="utf-8"))
-FITTED_POINTS = 249
-"""The first points of the file, which the fits are to; the others came later, and no fit has seen them."""
-MEDIAN, INSIDE = 0.15, 0.9
-"""The largest median error, and the least share of runs inside the printed range."""
+EARLIER_POINTS = 249
+"""The first points of the file, to which the first fits were made."""
+GROUPS = ("dense", "mixtures", "hybrids", "prompts")
+MEDIAN, PROMPT_MEDIAN, INSIDE = 0.15, 0.25, 0.85
+"""The largest median errors, and the least share of runs inside the printed range, of each group."""
 
 HYBRIDS = ("qwen3_5", "qwen3_next", "nemotron_h", "granitemoehybrid", "falcon_h1", "lfm2")
 """Types of config whose layers are not all attention."""
@@ -67,7 +76,7 @@ def name_source(text: str) -> str:
     return "JohannesGaessler" if thread[1] in GAESSLER else f"ggml-org/llama.cpp {thread[1]}"
 
 
-EARLIER_SOURCES = {name_source(point["source"]) for point in POINTS[:FITTED_POINTS]}
+EARLIER_SOURCES = {name_source(point["source"]) for point in POINTS[:EARLIER_POINTS]}
 """Sources of the first fits, which cannot judge a later one."""
 
 
@@ -101,25 +110,39 @@ def model_of(name: str) -> Any:
     return build_adapted_meta_model(load_config_of(name), None, torch.bfloat16)
 
 
+@cache
+def count_work_of(name: str, precision: str) -> tuple[float, float, Any, int, int]:
+    """Return bytes and numbers of a token, the structure of the layers, the bytes of a state, and those of the file."""
+    model = model_of(name)
+    read_bytes, weights = count_weight_bytes_and_macs_per_token(model, precision)
+    structure, state = describe_layer_structure(model, precision), count_recurrent_state_bytes(model)
+    return read_bytes, weights, structure, state, count_weight_and_embedding_bytes(model, precision)[0]
+
+
 def predict(point: dict[str, Any]) -> Interval:
     """Return the tokens a second that a plan gives for a published run."""
     model, decodes = model_of(point["model"]), point["test"] == "decode"
     precision = {"BF16": "F16", **dict.fromkeys(MLX_BITS, "Q4_0")}.get(point["precision"], point["precision"])
-    read_bytes, weights = count_weight_bytes_and_macs_per_token(model, precision)
+    read_bytes, weights, structure, state, file_bytes = count_work_of(point["model"], precision)
+    if "file_gib" in point:  # a mixture of types that has no name of its own
+        scale = point["file_gib"] * 2**30 / file_bytes
+        read_bytes *= scale
+        structure = structure._replace(all_expert_bytes=scale * structure.all_expert_bytes)
     if point["engine"] == "mlx":
         head = model.get_output_embeddings().weight.numel()
         read_bytes = MLX_BITS[point["precision"]] / 8 * (weights + head)
     engine = "vllm" if point["engine"] == "vllm" else "llama.cpp"
-    cached = (
-        count_request_kv_cache_bytes(model.config, 25600, engine, "f16") / 25600 * point["tokens"] if decodes else 0
-    )
+    # The cache is allocated in blocks, and read as far as it is full.
+    length = 256 * max(1, -(-point["tokens"] // 256))
+    cached = count_request_kv_cache_bytes(model.config, length, engine, "f16") * point["tokens"] / length + state
     gpu = require_gpu_by_name(point["card"])
     if "core_share" in point:  # a version with fewer cores than that of the table
         gpu = replace(gpu, rates={d: point["core_share"] * rate for d, rate in (gpu.rates or {}).items()})
     text = model.config.get_text_config()
     speed = estimate_decode_and_prefill_speed(
-        gpu, engine, weight_bytes_per_token=read_bytes, kv_bytes_per_request=cached,
+        gpu, engine, weight_bytes_per_token=read_bytes, kv_bytes_per_request=cached if decodes else 0,
         matmul_weight_count=weights, layers=text.num_hidden_layers, vocab_size=text.vocab_size,
+        structure=structure, batch_tokens=min(point["tokens"], point.get("ubatch", BATCH_TOKENS)),
     )  # fmt: skip
     if speed is None:
         raise ValueError(f"no fit for {point['card']} and {point['engine']}")
@@ -129,7 +152,7 @@ def predict(point: dict[str, Any]) -> Interval:
 def compare_points() -> list[dict[str, Any]]:
     """Return the points that count, each with its predicted range, the error of the middle, and the hardware kind."""
     rows = []
-    for point in POINTS[:FITTED_POINTS]:
+    for point in POINTS:
         if not point["seen"] or "excluded" in point:
             continue
         band = predict(point)
@@ -138,7 +161,8 @@ def compare_points() -> list[dict[str, Any]]:
         inside = band.low <= point["tokens_per_second"] <= band.high
         engine = point["engine"] if point["engine"] in ("vllm", "mlx") else "llama.cpp"
         kind = (engine, get_serving_fit_hardware_key(require_gpu_by_name(point["card"])), point["test"])
-        rows.append({**point, "band": band, "error": error, "inside": inside, "kind": kind})
+        more = {"group": get_group(point), "held_out": is_held_out(point), "name": name_source(point["source"])}
+        rows.append({**point, **more, "band": band, "error": error, "inside": inside, "kind": kind})
     return rows
 
 

@@ -22,7 +22,7 @@ from .meta_model import build_adapted_meta_model
 from .plan_result import ServingEstimate
 from .planner import find_largest_fitting, judge_memory_fit
 from .serving_cache import UBATCH, count_recurrent_state_bytes, count_request_kv_cache_bytes, round_up
-from .serving_speed import estimate_decode_and_prefill_speed
+from .serving_speed import LayerStructure, estimate_decode_and_prefill_speed
 from .weight_formats import (
     ENGINES,
     GGUF_TYPES,
@@ -149,6 +149,7 @@ def _estimate_serving_memory(
             vocab_size=text.vocab_size,
             concurrent_requests=sequences,
             precision=precision,
+            structure=describe_layer_structure(model, precision),
         )
     return ServingEstimate(
         engine=engine,
@@ -176,7 +177,11 @@ def _estimate_serving_memory(
             **dict.fromkeys(("compute_bytes", "runtime_bytes", "need_bytes", "max_context"), "guessed"),
             "usable_bytes": "published",
         }
-        | (dict.fromkeys(("decode_tokens_per_second", "prefill_tokens_per_second"), speed.evidence) if speed else {}),
+        | (
+            {"decode_tokens_per_second": speed.evidence, "prefill_tokens_per_second": speed.prefill_evidence}
+            if speed
+            else {}
+        ),
     )
 
 
@@ -233,6 +238,23 @@ def count_weight_bytes_and_macs_per_token(model: Any, precision: str) -> tuple[f
         if kind in ("matrix", "value_down"):
             weights += share * parameter.numel()
     return read_bytes, weights
+
+
+def describe_layer_structure(model: Any, precision: str) -> LayerStructure:
+    """Return what of a model is not dense layers of attention; `precision`: one of an engine's."""
+    shares = _find_active_expert_shares(model)
+    experts = [(p, size) for _, p, size in _weight_sizes(model, precision) if id(p) in shares]
+    text = model.config.get_text_config()
+    kinds = getattr(text, "layer_types", None) or []
+    return LayerStructure(
+        # The experts of a layer are a matrix up, with the gate, and one down.
+        expert_layers=len(experts) // 2,
+        recurrent_layers=sum(kind in ("linear_attention", "conv") or kind.startswith("hybrid") for kind in kinds),
+        expert_macs=sum(shares[id(p)] * p.numel() for p, _ in experts),
+        expert_share=max((shares[id(p)] for p, _ in experts), default=1.0),
+        all_expert_bytes=sum(size for _, size in experts),
+        per_layer_embeddings=bool(getattr(text, "hidden_size_per_layer_input", None)),
+    )
 
 
 def _find_active_expert_shares(model: Any) -> dict[int, float]:

@@ -1,16 +1,19 @@
 """Serving speed: tokens a second of decoding from bandwidth, of prefill from arithmetic.
 
-A decoded token reads every active weight and the cached keys and values once, and starts the kernels of each layer:
+A decoded token reads every active weight and the cached keys, values and states, and starts the kernels of each layer:
 
     seconds = bytes / (share of bandwidth · bandwidth) + layers · seconds of a layer
 
-A token of a prompt takes `2 · weights` operations at a share of a rate. Shares and ranges are fitted to published runs
-(benchmarks/data/serving_points.json, `python benchmarks/published_serving.py`) by engine and kind of hardware. It
-imports no torch, so that machines are compared at once.
+A layer with experts counts more than one layer, as it has a router and a gather, and so does a recurrent layer.
+A token of a prompt takes `2 · weights` operations at a share of a rate; experts see few tokens of a batch each, which
+costs rate, and all of them are read once for a batch. Shares are fitted to published runs (benchmarks/data,
+`python benchmarks/published_serving.py`) by engine and kind of hardware. A range is what held for sources left out of
+the fit, by the kind of hardware and of base, whichever is wider. It imports no torch, so that machines are compared at
+once.
 """
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from ..core.foundation.json_results import make_json_key_metadata
 from .gpu_specs import GpuSpec
@@ -19,6 +22,38 @@ from .weight_formats import ENGINES
 
 HBM = 1.4e12
 """Bandwidth in bytes a second from which a datacentre GPU has stacked memory, which batch 1 does not saturate."""
+EXPERT_LAYER, RECURRENT_LAYER = 0.5, 0.4
+"""What a layer with experts, or a recurrent one, takes beside its traffic more than a layer of attention, in layers."""
+EXPERT_TOKENS = 24
+"""Tokens of a batch at which an expert's matrices reach half of the rate."""
+RECURRENT_RATE = 0.8
+"""Rate at which a base with recurrent layers reads a prompt, as a share of that of others."""
+BATCH_TOKENS = 512
+"""Tokens of a prompt that llama.cpp computes at once (`--ubatch-size`)."""
+EXPERT_BANDWIDTH_SHARE = 0.8
+"""Share of the bandwidth at which a batch of a prompt reads the experts."""
+
+BaseKind = Literal["dense", "per-layer embeddings", "mixtures", "hybrids"]
+
+
+class LayerStructure(NamedTuple):
+    """What of a base is not dense layers of attention."""
+
+    expert_layers: int = 0
+    recurrent_layers: int = 0  # Mamba, gated delta net, short convolution
+    expert_macs: float = 0.0  # numbers that a token is multiplied with in the experts that its router picks
+    expert_share: float = 1.0  # of the experts, which a router picks
+    all_expert_bytes: float = 0.0
+    per_layer_embeddings: bool = False
+
+    @property
+    def kind(self) -> BaseKind:
+        """The kind of base that a range is for."""
+        if self.recurrent_layers:
+            return "hybrids"
+        if self.expert_layers:
+            return "mixtures"
+        return "per-layer embeddings" if self.per_layer_embeddings else "dense"
 
 
 class DecodingSpeedFit(NamedTuple):
@@ -26,8 +61,8 @@ class DecodingSpeedFit(NamedTuple):
 
     bandwidth_share: float  # of the bandwidth
     layer_s: float  # seconds that each layer takes beside its traffic
-    spread: Interval  # measured speed divided by that of the formula, nine in ten runs
-    fitted_run_count: int  # published runs it is fitted to; 0: guessed
+    spread: Interval  # measured speed divided by that of the formula, nine in ten runs of sources left out
+    fitted_source_count: int  # authors, sites and repositories of the runs; fewer than two: guessed
 
 
 class PrefillSpeedFit(NamedTuple):
@@ -38,7 +73,7 @@ class PrefillSpeedFit(NamedTuple):
         str  # dtype of the rate: float32 where the engine computes on integers, whose rate is proportional to it
     )
     spread: Interval
-    fitted_run_count: int
+    fitted_source_count: int
 
 
 @dataclass(frozen=True)
@@ -50,42 +85,72 @@ class ServingSpeed:
     prefill: Interval = field(metadata=make_json_key_metadata("prefill_tokens_per_second"))
     """Of a prompt that is read."""
     evidence: str
-    """Kind of evidence of both."""
+    """Kind of evidence of decode."""
+    prefill_evidence: str
+    """Kind of evidence of prefill."""
 
 
 DECODING = {
-    ("llama.cpp", "nvidia"): DecodingSpeedFit(0.85, 55e-6, Interval(0.84, 1.22), 74),
-    ("llama.cpp", "nvidia hbm"): DecodingSpeedFit(0.60, 100e-6, Interval(0.82, 1.15), 9),
-    ("llama.cpp", "amd"): DecodingSpeedFit(0.87, 70e-6, Interval(0.84, 1.10), 23),
-    ("llama.cpp", "apple m1, m2"): DecodingSpeedFit(0.72, 155e-6, Interval(0.65, 1.20), 14),
-    ("llama.cpp", "apple"): DecodingSpeedFit(0.90, 90e-6, Interval(0.80, 1.08), 22),
+    ("llama.cpp", "nvidia"): DecodingSpeedFit(0.84, 51e-6, Interval(0.78, 1.22), 16),
+    ("llama.cpp", "nvidia pascal"): DecodingSpeedFit(0.63, 69e-6, Interval(0.7, 1.35), 2),
+    ("llama.cpp", "nvidia hbm"): DecodingSpeedFit(0.59, 103e-6, Interval(0.7, 1.3), 1),
+    ("llama.cpp", "nvidia unified"): DecodingSpeedFit(0.85, 47e-6, Interval(0.80, 1.20), 4),
+    ("llama.cpp", "amd"): DecodingSpeedFit(0.82, 78e-6, Interval(0.72, 1.27), 6),
+    ("llama.cpp", "amd unified"): DecodingSpeedFit(0.82, 108e-6, Interval(0.70, 1.20), 3),
+    ("llama.cpp", "apple m1, m2"): DecodingSpeedFit(0.64, 121e-6, Interval(0.62, 1.42), 8),
+    ("llama.cpp", "apple"): DecodingSpeedFit(0.86, 118e-6, Interval(0.86, 1.28), 5),
     # Two runs of vLLM were found (A100: 0.78 of the bandwidth, RTX 4090: 0.66), too few to fit.
     ("vllm", "nvidia"): DecodingSpeedFit(0.80, 40e-6, Interval(0.75, 1.15), 0),
     ("vllm", "nvidia hbm"): DecodingSpeedFit(0.78, 20e-6, Interval(0.75, 1.15), 0),
     ("vllm", "amd"): DecodingSpeedFit(0.70, 60e-6, Interval(0.6, 1.2), 0),
 }
 PREFILL = {
-    ("llama.cpp", "nvidia"): PrefillSpeedFit(1.4, "float32", Interval(0.6, 1.65), 37),
-    ("llama.cpp", "nvidia hbm"): PrefillSpeedFit(0.25, "float16", Interval(0.55, 1.45), 9),
-    ("llama.cpp", "amd"): PrefillSpeedFit(0.66, "float32", Interval(0.8, 1.2), 3),
-    ("llama.cpp", "apple m1, m2"): PrefillSpeedFit(0.58, "float32", Interval(0.74, 1.28), 12),
-    ("llama.cpp", "apple"): PrefillSpeedFit(0.72, "float32", Interval(0.82, 1.15), 5),
+    ("llama.cpp", "nvidia"): PrefillSpeedFit(1.67, "float32", Interval(0.53, 1.55), 7),
+    ("llama.cpp", "nvidia pascal"): PrefillSpeedFit(0.96, "float32", Interval(0.5, 1.6), 1),
+    ("llama.cpp", "nvidia hbm"): PrefillSpeedFit(0.23, "float16", Interval(0.5, 1.6), 1),
+    ("llama.cpp", "nvidia unified"): PrefillSpeedFit(1.38, "float32", Interval(0.5, 1.6), 1),
+    ("llama.cpp", "amd"): PrefillSpeedFit(0.72, "float32", Interval(0.54, 1.9), 4),
+    ("llama.cpp", "amd unified"): PrefillSpeedFit(0.57, "float32", Interval(0.65, 1.4), 1),
+    ("llama.cpp", "apple m1, m2"): PrefillSpeedFit(0.68, "float32", Interval(0.68, 1.28), 6),
+    ("llama.cpp", "apple"): PrefillSpeedFit(0.78, "float32", Interval(0.72, 1.25), 3),
     ("vllm", "nvidia"): PrefillSpeedFit(0.5, "float16", Interval(0.6, 1.4), 0),
     ("vllm", "nvidia hbm"): PrefillSpeedFit(0.5, "float16", Interval(0.6, 1.4), 0),
     ("vllm", "amd"): PrefillSpeedFit(0.35, "float16", Interval(0.5, 1.5), 0),
 }
+KIND_DECODING: dict[BaseKind, Interval] = {
+    "dense": Interval(1.0, 1.0),
+    "per-layer embeddings": Interval(0.62, 1.15),
+    "mixtures": Interval(0.70, 1.36),
+    "hybrids": Interval(0.67, 1.20),
+}
+"""Measured speed divided by that of the formula by the kind of base, nine in ten runs of sources left out."""
+KIND_PREFILL: dict[BaseKind, Interval] = {
+    "dense": Interval(1.0, 1.0),
+    "per-layer embeddings": Interval(0.5, 1.6),
+    "mixtures": Interval(0.60, 1.32),
+    "hybrids": Interval(0.60, 1.25),
+}
+KINDS_WITH_PREFILL_SOURCES = ("dense", "mixtures")
+"""Kinds of bases whose prompts were read in the runs of two sources or more."""
 
 
 def get_serving_fit_hardware_key(gpu: GpuSpec) -> str:
     """Return the kind of hardware that a fit is for: a vendor, and the kind of memory or the generation."""
+    if gpu.vendor == "apple":
+        return "apple m1, m2" if gpu.architecture in ("m1", "m2") else "apple"
+    if gpu.vendor in ("nvidia", "amd") and gpu.unified:
+        return f"{gpu.vendor} unified"
+    if gpu.architecture == "pascal":
+        return "nvidia pascal"
     if gpu.vendor == "nvidia" and gpu.kind == "datacentre" and (gpu.bandwidth or 0) > HBM:
         return "nvidia hbm"
-    return "apple m1, m2" if gpu.architecture in ("m1", "m2") else gpu.vendor
+    return gpu.vendor
 
 
 def estimate_decode_and_prefill_speed(
     gpu: GpuSpec, engine: str, *, weight_bytes_per_token: float, kv_bytes_per_request: float,
     matmul_weight_count: float, layers: int, vocab_size: int, concurrent_requests: int = 1, precision: str = "Q4_K_M",
+    structure: LayerStructure = LayerStructure(), batch_tokens: int = BATCH_TOKENS,
 ) -> ServingSpeed | None:  # fmt: skip
     """Return the speed of one request; None if the GPU's rates are unknown, or no runs of its kind are.
 
@@ -93,12 +158,14 @@ def estimate_decode_and_prefill_speed(
         gpu: where it runs; the weights are on it.
         engine: ollama, llama.cpp or vllm.
         weight_bytes_per_token: of the weights that a decoded token reads.
-        kv_bytes_per_request: of keys and values that it reads, of one request.
+        kv_bytes_per_request: of keys, values and states that it reads, of one request.
         matmul_weight_count: in matrices that a token is multiplied with.
         layers: of the model.
         vocab_size: entries of its vocabulary, which count where the machine was measured.
         concurrent_requests: requests decoded together.
         precision: of the weights, by which a measurement of this machine is chosen.
+        structure: what of the model is not dense layers of attention.
+        batch_tokens: of a prompt that are computed at once.
     """
     cached = concurrent_requests * kv_bytes_per_request
     if gpu.measured is not None and (found := gpu.measured.find_serving_fit(engine, precision)) is not None:
@@ -110,17 +177,34 @@ def estimate_decode_and_prefill_speed(
             Interval(*(end / seconds for end in fit.spread)),
             Interval(*(end / prompt_seconds for end in fit.spread)),
             evidence,
+            evidence,
         )
     key = (ENGINES[engine].fitted_speeds_engine, get_serving_fit_hardware_key(gpu))
+    if key not in DECODING:  # vLLM on unified memory and on old GPUs is not known apart
+        key = (key[0], gpu.vendor)
     if key not in DECODING or not gpu.rates or not gpu.bandwidth:
         return None
     decoding, prefill = DECODING[key], PREFILL[key]
-    prompt_seconds = 2 * matmul_weight_count / (prefill.rate_share * gpu.rates[prefill.rate_dtype])
+    # An expert sees few tokens of a batch, too few for the rate; the batch reads every expert once.
+    tokens = batch_tokens * structure.expert_share
+    macs = matmul_weight_count + structure.expert_macs * EXPERT_TOKENS / tokens
+    rate = prefill.rate_share * gpu.rates[prefill.rate_dtype] * (RECURRENT_RATE if structure.recurrent_layers else 1)
+    prompt_seconds = 2 * macs / rate
+    prompt_seconds += structure.all_expert_bytes / batch_tokens / (EXPERT_BANDWIDTH_SHARE * gpu.bandwidth)
     # Decoded together, requests share the reading of the weights, until their arithmetic takes longer.
     read_seconds = (weight_bytes_per_token + cached) / (decoding.bandwidth_share * gpu.bandwidth)
-    seconds = max(read_seconds, concurrent_requests * prompt_seconds) + layers * decoding.layer_s
-    return ServingSpeed(
-        Interval(*(end / seconds for end in decoding.spread)),
-        Interval(*(end / prompt_seconds for end in prefill.spread)),
-        "published" if decoding.fitted_run_count and prefill.fitted_run_count else "guessed",
+    layers_s = decoding.layer_s * (
+        layers + EXPERT_LAYER * structure.expert_layers + RECURRENT_LAYER * structure.recurrent_layers
     )
+    seconds = max(read_seconds, concurrent_requests * 2 * matmul_weight_count / rate) + layers_s
+    kind = structure.kind
+    return ServingSpeed(
+        Interval(*(end / seconds for end in _unite(decoding.spread, KIND_DECODING[kind]))),
+        Interval(*(end / prompt_seconds for end in _unite(prefill.spread, KIND_PREFILL[kind]))),
+        "published" if decoding.fitted_source_count > 1 else "guessed",
+        "published" if prefill.fitted_source_count > 1 and kind in KINDS_WITH_PREFILL_SOURCES else "guessed",
+    )
+
+
+def _unite(one: Interval, other: Interval) -> Interval:
+    return Interval(min(one.low, other.low), max(one.high, other.high))
