@@ -9,8 +9,8 @@ A token of a prompt takes `2 · weights` operations at a share of a rate; expert
 costs rate, and all of them are read once for a batch. Shares are fitted to published runs (benchmarks/data,
 `python benchmarks/published_serving.py`) by engine and kind of hardware. A range is what held for sources left out of
 the fit, by the kind of hardware and of base, whichever is wider; of fewer than six sources, it is wider by what a
-t distribution of so few adds (its logarithm is up to 1.5 times as wide). It imports no torch, so that machines are compared at
-once.
+t distribution of so few adds (its logarithm is up to 1.5 times as wide). It imports no torch, so that machines are
+compared at once.
 """
 
 from dataclasses import dataclass, field
@@ -55,6 +55,9 @@ class LayerStructure(NamedTuple):
         if self.expert_layers:
             return "mixtures"
         return "per-layer embeddings" if self.per_layer_embeddings else "dense"
+
+
+DENSE_LAYERS = LayerStructure()
 
 
 class DecodingSpeedFit(NamedTuple):
@@ -151,7 +154,7 @@ def get_serving_fit_hardware_key(gpu: GpuSpec) -> str:
 def estimate_decode_and_prefill_speed(
     gpu: GpuSpec, engine: str, *, weight_bytes_per_token: float, kv_bytes_per_request: float,
     matmul_weight_count: float, layers: int, vocab_size: int, concurrent_requests: int = 1, precision: str = "Q4_K_M",
-    structure: LayerStructure = LayerStructure(), batch_tokens: int = BATCH_TOKENS,
+    structure: LayerStructure = DENSE_LAYERS, batch_tokens: int = BATCH_TOKENS,
 ) -> ServingSpeed | None:  # fmt: skip
     """Return the speed of one request; None if the GPU's rates are unknown, or no runs of its kind are.
 
