@@ -8,8 +8,11 @@ import shutil
 
 import pytest
 
-from slimtune.ui import column_choices, workspace
+from slimtune.core.config.objective_registry import list_objectives
+from slimtune.ui import column_choices, form_fields, workspace
 from slimtune.ui import command_jobs as jobs
+from slimtune.ui.base_choices import list_base_choices
+from slimtune.ui.field_help import FIELD_HELP, OBJECTIVE_HELP
 from slimtune.ui.field_names import list_page_fields, name_page_fields
 from slimtune.ui.markdown import render_markdown
 
@@ -406,3 +409,68 @@ def test_every_field_has_a_label_and_its_help(browser, commands, finish):
         assert [i for i in ids if f'<label for="{i}">' not in text] == []
         every = re.findall(r"<(?:input|select|textarea) [^>]*", text)
         assert [e for e in every if " id=" not in e and 'type="hidden' not in e and "checkbox" not in e] == []
+
+
+# --- what a newcomer meets
+
+
+def test_a_report_on_other_rows_says_so(browser, pages, commands, finish):
+    commands({**REPORT, "verdict": "errors"}, code=1)
+    browser.post("/rows", data=FORM)
+    finish("data")
+    assert not pages.job_view("data").is_outdated
+    browser.post("/upload", files={"file": ("mended.csv", CSV)})
+    assert pages.job_view("data").is_outdated
+
+
+def test_a_plan_of_other_settings_says_so_and_leads_to_no_training(browser, commands, finish):
+    commands({**PLAN, "verdict": "fits"})
+    browser.post("/rows", data=FORM)
+    finish("data")
+    browser.post("/plan", data={"train.epochs": "2"})
+    finish("plan")
+    assert 'href="/train">Next' in browser.get("/plan").text
+    browser.post("/rows", data={**FORM, "data.max_seq_len": "64"})
+    finish("data")
+    assert 'href="/train">Next' not in browser.get("/plan").text
+
+
+def test_bases_on_this_machine_come_first_then_the_smallest(monkeypatch, tmp_path):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    (tmp_path / "models--Qwen--Qwen3-8B" / "snapshots").mkdir(parents=True)
+    here = [base.name for base in list_base_choices() if base.is_here]
+    assert "qwen3-8b" in here
+    bases = list_base_choices()
+    assert [base.is_here for base in bases] == sorted((base.is_here for base in bases), reverse=True)
+    others = [base.params for base in bases if not base.is_here]
+    assert others == sorted(others)
+
+
+def test_every_objective_and_field_is_said_in_plain_words():
+    assert OBJECTIVE_HELP.keys() == {*list_objectives()}
+    fields = {**form_fields.ROWS_FIELDS, **form_fields.RUN_FIELDS}.keys() - {"data.format", "task.name"}
+    assert FIELD_HELP.keys() == fields
+
+
+def test_automatic_may_be_typed(browser, finish):
+    browser.post("/rows", data=FORM)
+    finish("data")
+    browser.post("/plan", data={"train.learning_rate": "Automatic"})
+    assert finish("plan").args == ["plan", "smollm2-135m", "--data=rows.jsonl"]
+
+
+def test_a_decimal_comma_is_named():
+    assert "0.0002" in form_fields.find_value_error("train.learning_rate", "0,0002")
+
+
+def test_the_plan_counts_the_rows_that_are_kept(browser, pages, folder, finish):
+    (folder / "rows.csv").write_text(CSV + CSV.partition("\n")[2] * 3)  # 36 rows
+    browser.post("/rows", data={**FORM, "data.train": "rows.csv"})
+    finish("data")
+    for form, kept in (({}, 2), ({"data.test_fraction": "0.2"}, 7), ({"data.validation_fraction": "0"}, None)):
+        browser.post("/plan", data=form)
+        finish("plan")
+        found = pages.count_held_out_rows()
+        assert (found and found.kept) == kept

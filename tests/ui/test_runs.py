@@ -12,10 +12,18 @@ import pytest
 from full_run import make_full_run
 from waiting import wait_until
 
+from slimtune.core.config import Recipe
 from slimtune.core.foundation.files import write_json
 from slimtune.errors import UsageError
+from slimtune.evaluation.run_results import RunResults
 from slimtune.extras.row_files import read_rows
-from slimtune.ui.run_pages import estimate_seconds_left, read_last_log_lines, read_run_status
+from slimtune.ui.run_pages import (
+    estimate_seconds_left,
+    find_log_warnings,
+    list_set_aside_splits,
+    read_last_log_lines,
+    read_run_status,
+)
 
 BAD = '<script>alert("x")</script>'
 FORM = {"model.name": "smollm2-135m", "data.train": "rows.jsonl"}
@@ -391,3 +399,44 @@ def test_a_classifier_predicts_where_others_chat(browser, run, pages, commands, 
     assert 'value="ollama"' not in export
     browser.post("/evaluate", data={"run": "runs/first", "split": "test", "generate": "2"})
     assert finish("eval").args == ["eval", "runs/first", "--split=test"]  # no answers, which it does not write
+
+
+# --- what a newcomer meets
+
+
+def test_what_the_log_warns_of_is_shown_once():
+    lines = ["10:00:00 warning: few rows", "10:00:01 rows: 3", "10:00:02 warning: few rows", "10:00:03 warning: x"]
+    assert find_log_warnings(lines) == ["few rows", "x"]
+
+
+def test_a_resumed_run_loads_until_its_next_step(pages, commands, run):
+    commands(seconds=20)
+    own = pages.jobs.start("train", ["train", "--out=runs/first", "--resume"], subject="runs/first")
+    assert pages.run_view("runs/first").is_loading
+    os.utime(run.metrics_file, (own.started + 1, own.started + 1))
+    assert not pages.run_view("runs/first").is_loading
+    own.stop()
+    assert pages.run_view("runs/first").stop_requested
+    own.wait(20)
+
+
+def test_a_training_of_another_page_that_was_told_to_stop_says_so(browser, pages, run):
+    run.result_file.unlink()
+    trainer = start_trainer(run, "slimtune", "train")
+    write_writer(run, trainer.pid)
+    assert not pages.run_view("runs/first").stop_requested
+    pages.interrupted_processes.add(trainer.pid)
+    assert pages.run_view("runs/first").stop_requested
+    trainer.kill()
+    trainer.wait()
+
+
+@pytest.mark.parametrize(
+    ("settings", "splits"),
+    [({}, ["validation"]), ({"test_fraction": 0.2}, ["test", "validation"]), ({"validation_fraction": 0.0}, [])],
+)
+def test_only_rows_that_were_kept_can_be_chosen(settings, splits):
+    recipe = Recipe.from_dict(
+        {"output_dir": "runs/a", "model": {"name": "m"}, "data": {"train": "rows.jsonl", **settings}}
+    )
+    assert list_set_aside_splits(RunResults(recipe=recipe)) == splits

@@ -214,7 +214,7 @@ class Visit:
 
     def evaluate(self, run: str) -> None:
         self.go(f"/evaluate?run={run}")
-        self.page.get_by_label("Rows of its recipe").select_option("validation")
+        self.page.get_by_label("Rows that were kept").select_option("validation")
         self.run_command("Evaluate")
         self.page.get_by_role("link", name="Next: talk to it").wait_for()
 

@@ -179,6 +179,8 @@ def _read_csv(path: Path, delimiter: str | None = None) -> Iterator[Located]:
                 _check_header(path, header, delimiter)
             elif len(cells) != len(header):
                 cause = f"has {len(cells)} cells, and the header names {len(header)} columns"
+                if len(cells) > len(header) and delimiter == ",":
+                    cause += ': a text with a comma in it needs "quotes" around it'
                 yield InvalidRow(line, cause, "bad-csv")
             elif len(text := delimiter.join(cells)) > MAX_ROW:
                 yield InvalidRow(line, _TOO_LONG, "too-large")

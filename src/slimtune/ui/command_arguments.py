@@ -9,7 +9,7 @@ from .column_choices import make_column_arguments
 from .form_fields import BASE, MORE, ROWS, ROWS_FIELDS, RUN_FIELDS, SETTINGS, find_value_error
 from .workspace import WorkspaceFolder
 
-NO_PLAN_FLAG = ("train.learning_rate", "data.validation_fraction")
+NO_PLAN_FLAG = ("train.learning_rate", "data.validation_fraction", "data.test_fraction")
 """The settings for which `slimtune plan` has no flag; `--set` takes them."""
 
 

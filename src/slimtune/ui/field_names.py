@@ -21,7 +21,7 @@ PAGE_FLAGS = {
     "gpu": "Machine",
     "generate": "Answers to read",
     "resume": "Resume",
-    "split": "Rows of its recipe",
+    "split": "Rows that were kept",
 }
 """What the page has in place of flags that are no settings."""
 

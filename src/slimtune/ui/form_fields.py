@@ -10,6 +10,7 @@ from ..core.config import Recipe
 from ..core.foundation.strict_yaml import parse_yaml
 from ..core.foundation.type_hints import describe_type_hint
 from ..errors import SlimtuneError
+from .field_help import AUTOMATIC, NULL_MEANS, hint_at_decimal_comma
 
 SETTINGS = {s.path: s for s in list_settings(Recipe)}
 BASE, ROWS, MORE = "model.name", "data.train", "more"
@@ -28,12 +29,11 @@ RUN_FIELDS = {
     "train.batch_size": "Batch size",
     "train.learning_rate": "Learning rate",
     "data.validation_fraction": "Validation share",
+    "data.test_fraction": "Test share",
     "model.quantization": "Quantization",
 }
 """Label of each setting that changes the run and has a field of its own: the objective on the first page, the others on
 the second, whose last field, `more`, takes all others."""
-NULL_MEANS = {"train.max_steps": "as many as the epochs have", "model.quantization": "as the base is"}
-"""What an empty field means where null is the default and the setting itself does not say it."""
 
 
 class FormField(NamedTuple):
@@ -71,7 +71,7 @@ def make_form_fields(
 def _describe_default(setting: SettingSpec, automatic: float | None) -> str:
     """Return what an empty field means: a value, or what null means; `automatic` is what "auto" is."""
     if setting.default == "auto":
-        return "automatic" if automatic is None else f"automatic ({automatic:g})"
+        return AUTOMATIC if automatic is None else f"{AUTOMATIC} ({automatic:g})"
     if setting.default is None:
         return NULL_MEANS.get(setting.path) or setting.when_null or "not set"
     return f"{setting.default:g}" if isinstance(setting.default, float) else str(setting.default)
@@ -79,13 +79,14 @@ def _describe_default(setting: SettingSpec, automatic: float | None) -> str:
 
 def find_value_error(path: str, text: str) -> str:
     """Return what is wrong with a value as a person typed it, by the recipe's own checks; empty: nothing."""
-    if not text.strip() or (setting := SETTINGS.get(path)) is None:
+    if text.strip().lower() in ("", AUTOMATIC) or (setting := SETTINGS.get(path)) is None:
         return ""
     try:
         value = text if set(setting.kinds) & {str, Path} else parse_yaml(text, path)
     except SlimtuneError as e:
         return e.message
-    return f"It takes {_describe_values(setting)}." if setting.find_error(setting.read(value)) else ""
+    said = f"It takes {_describe_values(setting)}{hint_at_decimal_comma(text)}."
+    return said if setting.find_error(setting.read(value)) else ""
 
 
 def _describe_values(setting: SettingSpec) -> str:

@@ -9,24 +9,26 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from starlette.datastructures import UploadFile
 from starlette.responses import HTMLResponse, Response
 
 from ..core.config.objective_registry import list_objectives, load_objective_class
 from ..core.foundation.version import __version__
+from ..core.training.held_out_rows import MIN_EVAL_ROWS
 from ..core.training.run_dir import RunDir
 from ..errors import SlimtuneError, UsageError
 from ..evaluation.charts import is_finite_number, make_jinja_environment
 from ..evaluation.run_report import make_report_template_functions, render_memory_charts, render_run_report_html
 from ..evaluation.run_results import RunResults, find_held_out_evaluation, load_run_results, parse_evaluations_of_run
 from ..extras.column_preview import ColumnPreview
-from ..extras.known_models import load_known_models_by_alias
+from .base_choices import list_base_choices
 from .chat_session import CHAT_WORKER, MAX_TEXT, ChatSession
 from .column_choices import COLUMN, FORMAT, TASK, ColumnFormBuilder, run_preview_process
 from .command_arguments import make_args_except_base_and_rows
 from .command_jobs import SLIMTUNE, LatestCommandJobs, StartedCommand
+from .field_help import AUTOMATIC, OBJECTIVE_HELP, describe_field
 from .field_names import list_page_fields, name_page_fields
 from .form_fields import (
     BASE,
@@ -34,6 +36,7 @@ from .form_fields import (
     ROWS,
     ROWS_FIELDS,
     RUN_FIELDS,
+    SETTINGS,
     find_value_error,
     make_form_fields,
 )
@@ -45,6 +48,7 @@ from .run_pages import (
     find_training_process,
     interrupt_training,
     is_classifier_or_reward_model,
+    list_set_aside_splits,
     make_loss_and_gain_comparison_charts,
     make_run_page_data,
     make_run_table_rows,
@@ -97,6 +101,17 @@ FIELDS_WITH_ERRORS = {
 }
 """Names of the fields of each page that show themselves why their form was refused."""
 Form = Mapping[str, str]
+
+
+class HeldOutRows(NamedTuple):
+    """The rows that a run keeps for its evaluation, as the settings say."""
+
+    field: str  # whose share they are
+    share: float
+    kept: int
+    all_rows: int
+
+
 REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; frame-ancestors 'none'; sandbox"
 """For report.html, which has its style inside and no script."""
 
@@ -136,10 +151,12 @@ class UiPages:
         self.conversation: ChatSession | None = None
         self.rating_lock = threading.Lock()
         self.choices = workspace.load_choices()
+        self.interrupted_processes: set[int] = set()  # trainings of an earlier page, or of a terminal
         self.notice = ""  # what could not be kept, shown until it can
         self.templates = make_jinja_environment("ui/templates")
         self.templates.filters |= {
             "fields": name_page_fields,
+            "help": describe_field,
             "page_fields": list_page_fields,
             "markdown": render_markdown,
         }
@@ -153,7 +170,9 @@ class UiPages:
 
     def choose(self, form: Form, names: Sequence[str]) -> None:
         """Keep the fields of a form, for every tab and the next start."""
-        self.choices = {**self.choices, **{name: str(form.get(name, "")).strip() for name in names}}
+        typed = {name: str(form.get(name, "")).strip() for name in names}
+        empty = {name: "" for name, value in typed.items() if name in SETTINGS and value.lower() == AUTOMATIC}
+        self.choices = {**self.choices, **typed, **empty}
         try:
             self.workspace.save_choices(self.choices)
             self.notice = ""
@@ -173,9 +192,9 @@ class UiPages:
         return self.render(
             "rows.html.j2",
             page="rows",
-            bases=load_known_models_by_alias(),
+            bases=list_base_choices(),
             files=self.workspace.list_rows(),
-            tasks={name: load_objective_class(name).summary for name in list_objectives()},
+            tasks={name: OBJECTIVE_HELP.get(name) or load_objective_class(name).summary for name in list_objectives()},
             columns=self.column_forms.build(self.choices.get(ROWS, ""), self.choices),
             fields=make_form_fields({p: label for p, label in ROWS_FIELDS.items() if p != FORMAT}, self.choices),
             job=self.job_view("data"),
@@ -186,18 +205,20 @@ class UiPages:
         """Start the report on rows."""
         self.choose_columns(form)
         self.choose(form, (BASE, ROWS, TASK, *ROWS_FIELDS))
-        base, rows = self.base_and_rows()
+        self.base_and_rows()
         if (chosen := self.choices[FORMAT]) and not load_objective_class(self.choices[TASK] or "sft").takes_format(
             chosen
         ):
             raise UsageError(
                 f"rows of the format {chosen} are not for this objective", hint="look at the columns again"
             )
-        self.jobs.start(
-            "data",
-            ["data", rows, f"--model={base}", *make_args_except_base_and_rows(self.workspace, self.choices, "data")],
-        )
+        self.jobs.start("data", self.make_rows_args())
         return "/#job"
+
+    def make_rows_args(self) -> list[str]:
+        """Return the arguments that check the rows that are chosen; raise UsageError for a wrong choice."""
+        base, rows = self.base_and_rows()
+        return ["data", rows, f"--model={base}", *make_args_except_base_and_rows(self.workspace, self.choices, "data")]
 
     def upload(self, form: Mapping[str, Any]) -> str:
         """Keep an uploaded file, and choose it; what was typed beside it is kept, too."""
@@ -238,6 +259,8 @@ class UiPages:
             page="plan",
             fields=make_form_fields(PLAN_FIELDS, self.choices, self.find_automatic_learning_rate()),
             gpus=self.gpus,
+            held_out=self.count_held_out_rows(),
+            least_held_out=MIN_EVAL_ROWS,
             job=self.job_view("plan"),
             **values,
         )
@@ -258,12 +281,28 @@ class UiPages:
     def find_automatic_learning_rate(self) -> float | None:
         """Return the learning rate that training takes by itself; None unless what is chosen was planned so."""
         job = self.jobs.get("plan")
-        rate = job.printed.get("learning_rate") if job is not None else None
+        rate = job.printed.get("learning_rate") if job is not None and self.is_about_choices(job) else None
+        return rate if is_finite_number(rate) and not self.choices.get("train.learning_rate") else None
+
+    def is_about_choices(self, job: StartedCommand) -> bool:
+        """Return whether a report on rows, or a plan, is about what is chosen now."""
         try:
-            is_planned = job is not None and job.args == self.make_plan_args()
+            return job.args == (self.make_rows_args() if job.kind == "data" else self.make_plan_args())
         except UsageError:
+            return False
+
+    def count_held_out_rows(self) -> HeldOutRows | None:
+        """Return how many rows the settings keep for the evaluation; None: not known before the rows are split."""
+        preview = self.column_forms.build(self.choices.get(ROWS, ""), self.choices).preview
+        if not preview.rows or preview.has_more_rows or self.choices.get(MORE):
             return None
-        return rate if is_planned and is_finite_number(rate) and not self.choices.get("train.learning_rate") else None
+        for path in ("data.test_fraction", "data.validation_fraction"):
+            value = self.choices.get(path, "")
+            if find_value_error(path, value):
+                return None
+            if share := float(value or SETTINGS[path].default):
+                return HeldOutRows(RUN_FIELDS[path], share, round(preview.rows * share), preview.rows)
+        return None
 
     def check_field(self, path: str, text: str) -> Response:
         """Return what is wrong with the value of a field, to be shown below it."""
@@ -289,7 +328,9 @@ class UiPages:
     def run_view(self, run: str = "") -> RunPageData | None:
         """Return what is shown of a run, by default of the one that was chosen last."""
         name = run or self.choices.get(RUN, "")
-        return make_run_page_data(self.workspace, name, self.jobs.get("train")) if name else None
+        if not name:
+            return None
+        return make_run_page_data(self.workspace, name, self.jobs.get("train"), self.interrupted_processes)
 
     def start_training(self, form: Form) -> str:
         """Start a training."""
@@ -327,6 +368,7 @@ class UiPages:
             job.stop()
         elif process is not None:
             interrupt_training(process)
+            self.interrupted_processes.add(process)
         else:
             raise UsageError(f"{self.open_run(form).path} is not being trained on this machine")
         return "/train#run"
@@ -344,15 +386,23 @@ class UiPages:
 
     def evaluate(self, run: str = "", **values: Any) -> Response:
         """Show what was measured of a run."""
+        chosen = self.chosen(run)
         return self.render(
-            "evaluate.html.j2", page="evaluate", job=self.job_view("eval"), **vars(self.chosen(run)), **values
+            "evaluate.html.j2",
+            page="evaluate",
+            job=self.job_view("eval"),
+            splits=list_set_aside_splits(chosen.results),
+            least_held_out=MIN_EVAL_ROWS,
+            **vars(chosen),
+            **values,
         )
 
     def start_evaluation(self, form: Form) -> str:
         """Start an evaluation."""
         run = self.open_run(form)
         self.choose(form, (RUN, "split", "held_out", "generate"))
-        where = [f"--split={self.choices['split'] or 'test'}"]
+        splits = list_set_aside_splits(load_run_results(run, raise_if_damaged=False))
+        where = [f"--split={self.choices['split'] or next(iter(splits), 'test')}"]
         if self.choices["held_out"]:
             with blame_field("held_out"):
                 where = [f"--data={self.workspace.resolve_rows(self.choices['held_out'])}"]
@@ -600,7 +650,8 @@ class UiPages:
         if isinstance(issues := result.get("issues"), list):
             named = [{**i, "hint": name_page_fields(str(i.get("hint") or ""))} for i in issues if isinstance(i, dict)]
             result = {**result, "issues": named}
-        return JobPageData(kind, job.state, job, job.error, result, charts)
+        is_outdated = kind in ("data", "plan") and job.state != "running" and not self.is_about_choices(job)
+        return JobPageData(kind, job.state, job, job.error, result, charts, is_outdated)
 
     def latest_job_view(self, page: str) -> JobPageData | None:
         """Return what the templates show of the command of a page that was started last."""

@@ -5,7 +5,7 @@ import contextlib
 import os
 import signal
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -129,6 +129,12 @@ def read_last_log_lines(run: RunDir) -> list[str]:
     return lines[1:] if size > LOG_BYTES else lines
 
 
+def find_log_warnings(lines: Sequence[str]) -> list[str]:
+    """Return what the lines of a log warn of, each once."""
+    found = (line.partition(" warning: ") for line in lines)
+    return list(dict.fromkeys(warning for _, mark, warning in found if mark))
+
+
 @dataclass(frozen=True)
 class RunPageData:
     """What the page of a training shows."""
@@ -139,7 +145,11 @@ class RunPageData:
     """The training, if the page started it."""
     active: bool
     """Whether it trains."""
-    every: int
+    stop_requested: bool = False
+    """Whether it was asked to stop, after the step it is in."""
+    is_loading: bool = False
+    """Whether it trains, and its first step since it was started or resumed is not done."""
+    every: int = 2
     """Seconds until the page asks again."""
     missing_run_error: SlimtuneError | None = None
     """Why there is no run folder yet; the fields below are then not known."""
@@ -161,6 +171,8 @@ class RunPageData:
     """Losses and other curves."""
     log: Sequence[str] = ()
     """The last lines of its log."""
+    warnings: Sequence[str] = ()
+    """What its log warns of."""
     events: Sequence[Mapping[str, Any]] = ()
     """The last events in its metrics, such as memory that ran out."""
 
@@ -181,6 +193,8 @@ class JobPageData:
     """What it printed with --json."""
     charts: Sequence[Markup] = ()
     """Of a plan."""
+    is_outdated: bool = False
+    """Whether base, rows or settings were changed since."""
 
 
 @dataclass(frozen=True)
@@ -233,10 +247,18 @@ class RunComparisonCharts:
     """Runs that were not measured."""
 
 
-def make_run_page_data(workspace: WorkspaceFolder, name: str, last_job: StartedCommand | None) -> RunPageData:
-    """Return what the page of a training shows; `last_job` is the last training that the page started.
+def make_run_page_data(
+    workspace: WorkspaceFolder, name: str, last_job: StartedCommand | None, interrupted: Collection[int] = ()
+) -> RunPageData:
+    """Return what the page of a training shows.
 
     Until the base is loaded a run has no folder: then there is only the job.
+
+    Args:
+        workspace: the working folder.
+        name: the run.
+        last_job: the last training that the page started.
+        interrupted: processes that got Ctrl-C from the page.
     """
     own = last_job if last_job is not None and last_job.subject == name else None
     active = own is not None and own.state == "running"
@@ -244,7 +266,7 @@ def make_run_page_data(workspace: WorkspaceFolder, name: str, last_job: StartedC
         run = workspace.open_run(name)
         results = load_run_results(run, raise_if_damaged=False)
     except SlimtuneError as e:
-        return RunPageData(name, own, active, every=2, missing_run_error=e)
+        return RunPageData(name, own, active, missing_run_error=e)
     assert results.recipe is not None
     status, train = read_run_status(run), results.recipe.train
     metrics = [m for m in results.metrics if is_finite_number(m.get("step")) and not m.get("event")]
@@ -258,6 +280,8 @@ def make_run_page_data(workspace: WorkspaceFolder, name: str, last_job: StartedC
         own,
         active or status.state == "training",
         every=2 if size < BIG else 15,
+        stop_requested=status.process in interrupted or (own is not None and own.stop_requested),
+        is_loading=active and own is not None and (not size or run.metrics_file.stat().st_mtime < own.started),
         status=status,
         results=results,
         latest_figures={
@@ -267,9 +291,10 @@ def make_run_page_data(workspace: WorkspaceFolder, name: str, last_job: StartedC
         done=done,
         total=total,
         seconds_left=estimate_seconds_left(last, done, total),
+        warnings=find_log_warnings(log := read_last_log_lines(run)),
         unit="steps" if train.max_steps is not None else "epochs",
         charts=render_training_charts(results, results.recipe),
-        log=read_last_log_lines(run)[-10:],
+        log=log[-10:],
         events=[m for m in results.metrics if m.get("event")][-3:],
     )
 
@@ -285,6 +310,14 @@ def estimate_seconds_left(metrics: Mapping[str, Any], done: float, total: float)
 def is_classifier_or_reward_model(results: RunResults) -> bool:
     """Return whether a run trained a classifier or a reward model, which write no text."""
     return results.recipe is not None and results.recipe.objective().task_type == "SEQ_CLS"
+
+
+def list_set_aside_splits(results: RunResults) -> list[str]:
+    """Return the names of the rows that a run has for its evaluation, the better ones first."""
+    if results.recipe is None:
+        return []
+    data = results.recipe.data
+    return [s for s in ("test", "validation") if getattr(data, s) is not None or getattr(data, f"{s}_fraction") > 0]
 
 
 def make_run_table_rows(workspace: WorkspaceFolder, names: Sequence[str]) -> list[RunTableRow]:

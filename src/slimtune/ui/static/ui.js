@@ -8,6 +8,8 @@ document.addEventListener("htmx:afterSwap", () => {
 });
 for (const failed of ["htmx:sendError", "htmx:responseError"])
   document.addEventListener(failed, () => { document.getElementById("offline").hidden = false; });
+for (const input of document.querySelectorAll("[data-send]"))  // a chosen file is sent at once: its button is for browsers without scripts
+  document.getElementById(input.dataset.send).hidden = true;
 document.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && event.target.matches("textarea"))
     event.target.form.requestSubmit();
