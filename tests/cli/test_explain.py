@@ -9,6 +9,11 @@ if nothing is), written before the search and split by a seed. The search was ma
 looked at, 50 of its 60 had the right answer, 9 none and 1 a wrong one. forum_questions.jsonl has titles of threads:
 when it was new, 33 of 60 were answered by the right page, 22 by none and 5 by a wrong one; of a later collection of 52
 titles 32, 14 and 6. All of them were then used to add wordings, so the numbers below are no measure of new questions.
+
+issue_texts.jsonl has 239 titles of issues and error texts from them, each with the answers that are right. The pages
+and the search were improved with the half "work". Before and after that, 17 and 27 of the 27 errors and 39 and 58 of
+the 72 titles of the half "held out" had the right answer (1 and 0, 5 and 2 a wrong one), and 17 and 18 of 19 errors and
+22 and 31 of 38 titles of "fresh" (0 and 0, 3 and 3). foreign_texts.txt is about other subjects.
 """
 
 import json
@@ -82,10 +87,33 @@ def test_questions_in_many_words_find_the_right_answer_or_none(rows, least_right
     assert sum(name in right for _, name, right in answers) >= least_right
 
 
+@pytest.mark.parametrize(
+    ("half", "kind", "least_right", "most_wrong"),
+    [
+        ("work", "error", 27, 0),
+        ("work", "question", 53, 0),
+        ("held out", "error", 27, 0),
+        ("held out", "question", 61, 1),
+        ("fresh", "error", 18, 0),
+        ("fresh", "question", 33, 2),
+    ],
+)
+def test_texts_of_issues_find_the_right_answer_or_none(half, kind, least_right, most_wrong):
+    rows = [row for row in read_lines("issue_texts.jsonl") if (row["half"], row["kind"]) == (half, kind)]
+    answers = [(row["text"], name_answer(row["text"]), row["right"]) for row in rows]
+    wrong = [(text, name) for text, name, right in answers if name != "none" and name not in right]
+    assert len(wrong) <= most_wrong, wrong
+    assert sum(name in right for _, name, right in answers) >= least_right
+
+
+def test_texts_about_other_subjects_find_nothing():
+    texts = (Path(__file__).parent / "foreign_texts.txt").read_text().splitlines()
+    assert [text for text in texts if name_answer(text) != "none"] == []
+
+
 def test_questions_name_answers_that_exist():
-    named = {
-        name for file in ("asked", "forum") for row in read_lines(f"{file}_questions.jsonl") for name in row["right"]
-    }
+    files = ("asked_questions", "forum_questions", "issue_texts")
+    named = {name for file in files for row in read_lines(f"{file}.jsonl") for name in row["right"]}
     assert named - PAGES.keys() - load_docs_sections_by_heading().keys() - {"none"} == set()
 
 
@@ -104,6 +132,9 @@ def test_each_heading_of_the_docs_is_answered_by_its_section():
         ("which rank", "Which rank? Rank 16."),
         ("which model should I use", "`slimtune models` lists bases"),
         ("what is lora?", "LoRA: Low-rank adaptation"),
+        ("what is a MoE model", "Mixture of experts: A model whose layers"),
+        ("what is Q4_K_M", "Q4_K_M: A GGUF format"),
+        ("what is the bandwidth", "Bandwidth: How many bytes"),
         ("what is an epoch", "Epoch: One pass over all training rows."),
         ("What does overfitting mean?", "Overfitting: Learning the training rows by heart"),
         ("target module", "Target modules: The layers that a method changes"),
@@ -111,7 +142,7 @@ def test_each_heading_of_the_docs_is_answered_by_its_section():
 )
 def test_questions_about_no_error_name_what_answers_them(question, answer, slimtune):
     done = slimtune("explain", question)
-    assert (done.exit_code, answer in done.stdout) == (1, True)
+    assert (done.exit_code, answer in done.stdout) == (0, True)
     assert not any(code in done.stdout for code in PAGES)
     assert not re.search(r"\.md|\]\(", done.stdout)  # a link would lead to a file that pip does not install
 
@@ -188,6 +219,12 @@ def test_real_errors_are_many_and_name_their_threads():
         ("CUDA-OUT-OF-MEMORY", "cuda-out-of-memory"),
         ("my Ollama model answers nonsense", "template-mismatch"),
         ("my model talks gibberish in ollama", "template-mismatch"),
+        ("vllm is slow", "vllm-slow"),
+        ("Cannot copy out of meta tensor; no data!", "meta-tensor"),
+        ("llama tokenizer has no padding token", "pad-token"),
+        ("cannot import name 'PolyConfig' from 'slimtune'; slimtune lacks this method", "peft-name-missing"),
+        ("LoraConfig.__init__() got an unexpected keyword argument 'eva_config'", "adapter-newer-peft"),
+        ("push_to_hub fails", "hub-upload"),
     ],
 )
 def test_questions(question, code):
@@ -217,6 +254,12 @@ def test_any_text_is_searched_in_bounded_time(text):
     start = time.perf_counter()
     find_answers(text)
     assert time.perf_counter() - start < 10
+
+
+def test_a_warning_that_can_be_ignored_hides_no_error():
+    warning = "`torch_dtype` is deprecated! Use `dtype` instead!"
+    codes = [name_answer(text) for text in (warning, f"RuntimeError: CUDA out of memory\n{warning}")]
+    assert codes == ["harmless-warning", "cuda-out-of-memory"]
 
 
 def all_errors(kind: type) -> list[type]:

@@ -59,25 +59,25 @@ class ExplainResult:
 
 @dataclass(frozen=True)
 class NoPageResult:
-    """What `slimtune explain TEXT --json` prints if no page is about the text."""
+    """What `slimtune explain TEXT --json` prints if no page of an error is about the text."""
 
     code: None
     """No page."""
     nearest: list[PageTitle]
     """Pages that may be meant."""
     guides: list[QuestionGuide]
-    """What answers the text if it is a question and no error."""
+    """What answers the text if it is a question and no error; empty if nothing does, with exit code 1."""
     related: list[str]
     """Headings of the docs that may be meant; `explain HEADING` prints what is under one."""
 
 
 def explain_error(
     text: Words = None, as_json: Json = False
-) -> ErrorPagesResult | ExplainResult | NegativeVerdictResult:
+) -> ErrorPagesResult | ExplainResult | NoPageResult | NegativeVerdictResult:
     """Explain an error: its cause, how to check it, and what mends it.
 
     CODE is what an error names in its last line. TEXT is any error or question; a pasted traceback finds its page.
-    Without both, all pages are listed. Exit code 1 if no page is about it.
+    Without both, all pages are listed. Exit code 1 if nothing answers it.
     """
     words = " ".join(text or [])
     if words == "-":
@@ -99,7 +99,8 @@ def explain_error(
     found = answers.found
     if isinstance(found, ErrorPage):
         return ExplainResult(found.code, found.title, found.body, nearest, [], related)
-    return NegativeVerdictResult(NoPageResult(None, nearest, [found] if found else [], related))
+    result = NoPageResult(None, nearest, [found] if found else [], related)
+    return result if found else NegativeVerdictResult(result)
 
 
 def _list_titles(pages: list[ErrorPage]) -> list[PageTitle]:

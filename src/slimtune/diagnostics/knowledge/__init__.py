@@ -7,7 +7,7 @@ linear time.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -20,8 +20,12 @@ MOST_TEXT = 50_000
 _MOST_QUESTION = 300
 """Characters of a question; a longer text is a log, which only patterns find."""
 _GAP = 300
-_LEAST_SCORE, _LEAST_NEAR, _SURE_SCORE = 0.6, 0.55, 0.9
-"""The score, between 0 and 1, from which on an answer is given; is named as perhaps meant; outweighs a pattern."""
+_LEAST_SCORE, _LEAST_CLEAR_SCORE, _SURE_SCORE = 0.6, 0.4, 0.9
+"""The score, between 0 and 1, from which on an answer is given; is given if it leads; outweighs a pattern."""
+_LEAST_NEAR, _LEAST_LEAD = 0.55, 0.1
+"""The score from which on an answer is perhaps meant; by how much an answer leads the next one about something else."""
+_WARNINGS_PAGE = "harmless-warning"
+"""The page of texts that stand in many logs beside the error that counts: any other page comes before it."""
 _QUOTES = str.maketrans("", "", "\"'`\\")
 
 
@@ -60,7 +64,7 @@ def _read_texts(lines: str) -> list[str]:
 def infer_error_code(text: str, default: str) -> str:
     """Return the code of the page whose patterns fit an error's text best; `default` if none fits."""
     scores = {page.code: _score_patterns(text, page.patterns) for page in load_error_pages().values()}
-    best = max(scores, key=lambda code: scores[code])
+    best = max(scores, key=lambda code: (code != _WARNINGS_PAGE and scores[code] > 0, scores[code]))
     return best if scores[best] else default
 
 
@@ -86,17 +90,38 @@ def find_answers(text: str, max_near: int = 2) -> AnswerAndNearPages:
     fits = {
         code: (_score_patterns(text, page.patterns), _score_patterns(text, page.hints)) for code, page in pages.items()
     }
-    by_pattern = sorted((code for code in fits if any(fits[code])), key=lambda code: fits[code], reverse=True)
+    by_pattern = sorted(
+        (code for code in fits if any(fits[code])),
+        key=lambda code: (code != _WARNINGS_PAGE and fits[code][0] > 0, fits[code]),
+        reverse=True,
+    )
     is_sure = bool(ranked) and scores[ranked[0]] >= _SURE_SCORE
     if by_pattern and fits[by_pattern[0]][0] and not is_sure:
         first, *others = by_pattern
         others += [name for name in ranked if scores[name] >= _LEAST_SCORE]
-    elif ranked and scores[ranked[0]] >= _LEAST_SCORE:
-        first, *others = (name for name in ranked if scores[name] >= _LEAST_SCORE)
+    elif ranked and (scores[ranked[0]] >= _LEAST_SCORE or _leads_clearly(text, ranked, scores)):
+        first, *others = (name for name in ranked if name == ranked[0] or scores[name] >= _LEAST_SCORE)
     else:
         first, others = "", [*by_pattern, *(name for name in ranked if scores[name] >= _LEAST_NEAR)]
     near = list(dict.fromkeys(name for name in others if name != first))[:max_near]
     return AnswerAndNearPages(_get_answers([first])[0] if first else None, _get_answers(near))
+
+
+def _leads_clearly(question: str, ranked: Sequence[str], scores: Mapping[str, float]) -> bool:
+    """Return whether the first answer to a question about language models has no rival; one that names it is none."""
+    first, *others = ranked
+    rival = next((scores[name] for name in others if not _are_linked(first, name)), 0.0)
+    return (
+        scores[first] >= _LEAST_CLEAR_SCORE
+        and scores[first] - rival >= _LEAST_LEAD
+        and _build_index().is_about_language_models(question)
+    )
+
+
+def _are_linked(first: str, second: str) -> bool:
+    """Return whether one of two answers leads to the other: its text names the other's code or heading."""
+    texts = _load_texts()
+    return first in texts[second] or second in texts[first]
 
 
 def _get_answers(names: list[str]) -> tuple[ErrorPage | QuestionGuide, ...]:
@@ -112,9 +137,15 @@ def _score_questions(text: str) -> dict[str, float]:
 def _build_index() -> WordingIndex:
     pages, sections = load_error_pages(), load_docs_sections_by_heading()
     wordings = {code: (page.title, code.replace("-", " "), *page.asked) for code, page in pages.items()}
-    wordings |= {name: section.wordings for name, section in sections.items()}
-    texts = {code: page.body for code, page in pages.items()}
-    return WordingIndex(wordings, texts | {name: section.guide.what for name, section in sections.items()})
+    return WordingIndex(wordings | {name: section.wordings for name, section in sections.items()}, _load_texts())
+
+
+@cache
+def _load_texts() -> dict[str, str]:
+    """Return what each answer says, by its code or heading."""
+    sections = load_docs_sections_by_heading()
+    texts = {code: page.body for code, page in load_error_pages().items()}
+    return texts | {name: section.guide.what for name, section in sections.items()}
 
 
 def _score_patterns(text: str, patterns: Sequence[str]) -> float:
@@ -131,9 +162,14 @@ def _normalize(text: str) -> tuple[str, str]:
     return " ".join(text.split()), " ".join(text.rpartition("\n")[2].split())
 
 
+@cache
+def _split_pattern(pattern: str) -> tuple[str, ...]:
+    return tuple(" ".join(piece.split()) for piece in pattern.lower().translate(_QUOTES).split("*"))
+
+
 def _contains(text: str, pattern: str) -> bool:
     """Return whether the pieces of a pattern follow each other in a text; a short pattern must be whole words."""
-    first, *rest = (" ".join(piece.split()) for piece in pattern.lower().translate(_QUOTES).split("*"))
+    first, *rest = _split_pattern(pattern)
     start = text.find(first)
     while start >= 0:
         end = start + len(first)

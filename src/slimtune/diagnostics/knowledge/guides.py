@@ -30,6 +30,8 @@ _DEFINITION = re.compile(
     r"(?: (?:good|used|useful) for| to me| mean| please| in simple terms| in simple words)*"
     r"|what do(?:es)? (?:an? |the )?(.+) (?:mean|do)"
 )
+_KIND = re.compile(r" (?:adapter|cache|file|format|method|model|number|quantization|token|training)$")
+"""What a word of the glossary may be called beside its name: "a LoRA adapter"."""
 _TRAILING_LINKS = re.compile(r"(?: (?:See |· )?\[[^\]]*\]\([^)]*\)\.?)+$")
 _ASKED = re.compile(r"<!-- asked:\s(.*?)\s-->\n?", re.DOTALL)
 
@@ -72,8 +74,9 @@ def load_docs_sections_by_heading() -> dict[str, DocsSection]:
 @cache
 def load_terms() -> dict[str, DocsSection]:
     """Return the glossary's definitions by word, in lower case."""
-    sections = _split_page(_find_docs() / "glossary.md", "###")
-    return {normalize_heading(section.guide.answer): section for section in sections}
+    sections = list(_split_page(_find_docs() / "glossary.md", "###"))
+    other_words = {normalize_heading(words): section for section in sections for words in section.wordings}
+    return other_words | {normalize_heading(section.guide.answer): section for section in sections}
 
 
 def find_section_by_exact_heading(question: str) -> QuestionGuide | None:
@@ -84,7 +87,8 @@ def find_section_by_exact_heading(question: str) -> QuestionGuide | None:
     if guide := _load_headings().get(question.strip().lower()) or _load_headings().get(normalize_heading(question)):
         return guide
     asked = _DEFINITION.fullmatch(" ".join(re.findall(r"[a-z0-9]+", question.lower())))
-    term = load_terms().get(normalize_heading(asked[1] or asked[2])) if asked else None
+    word = normalize_heading(asked[1] or asked[2]) if asked else ""
+    term = load_terms().get(word) or load_terms().get(_KIND.sub("", word))
     return term.guide if term else None
 
 

@@ -10,6 +10,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cache
 
 _STOP_WORDS_TEXT = (
     "a about after again all also always am an and any anyone are as at be because been being but by can could d did "
@@ -18,24 +19,27 @@ _STOP_WORDS_TEXT = (
     "out please put really s say says she should so some somebody someone something still such t than that the their "
     "them then there these they thing things this those to too try up us use used using ve very want was way we well "
     "were what whats when where which while who why will with within would you your yours issue problem bug help "
-    "helping critical fixed cause keep keeps seem seems during sudden suddenly already another quite way weird "
-    "strange"
+    "documentation docs helping critical fixed cause keep keeps seem seems during sudden suddenly already another "
+    "quite way weird strange"
 )
 _STOP_WORDS = frozenset(_STOP_WORDS_TEXT.split())
 _NAMES_TEXT = (
-    "alpaca axolotl bert chatglm colab deepseek falcon gemma glm gpt gpt2 kohya llama llama2 llama3 llamafactory "
-    "mistral mixtral notebook openchat phi qwen qwen2 qwen3 sft sfttrainer slimtune smollm smollm2 tinyllama trainer "
-    "unsloth vicuna"
+    "alpaca axolotl bert chatglm deepseek factory falcon gemma glm google gpt gpt2 kohya llama llama2 llama3 "
+    "llamafactory meta mistral mixtral openchat oss phi qwen qwen2 qwen3 sft sfttrainer slimtune smollm smollm2 "
+    "tinyllama trainer unsloth vicuna"
 )
 _NAMES = frozenset(_NAMES_TEXT.split())
 """Names of models and tools, which seldom tell what a question is about."""
 _JARGON_TEXT = (
-    "adapter ckpt checkpoint cuda dpo eo epoch finetun gguf gpu hyperparameter kto llm lora lr merge nan nf4 ollama "
-    "oom overfit peft pretrain qlora quantiz token tokenizer vllm vram"
+    "adapter attn bf16 bfloat16 bitsandbyt ckpt checkpoint cuda dpo eo epoch finetun float16 fp16 gguf gpu huggingface "
+    "hyperparameter kaggl kto llama llm lora lr mlx moe mps mxfp4 nan nf4 ollama oom overfit peft pretrain qlora "
+    "quantiz rocm sft sglang tgi token tokenizer torch transformer trl unsloth vllm vram"
 )
 _JARGON = frozenset(_JARGON_TEXT.split())
 """Stems that only a question about language models has, or two of these: stems that have another meaning elsewhere."""
-_AMBIGUOUS_JARGON_TEXT = "train model loss dataset row answer prompt memory rate rank template base inferenc infer"
+_AMBIGUOUS_JARGON_TEXT = (
+    "train model loss dataset row answer prompt memory merge rate rank template base inferenc infer"
+)
 _AMBIGUOUS_JARGON = frozenset(_AMBIGUOUS_JARGON_TEXT.split())
 _SAME_WORDS = (
     "row sample example record datapoint pair instance",
@@ -93,7 +97,12 @@ _SAME_WORDS = (
     "different differ differs difference vs versus",
     "reduce lower",
     "remove delete",
-    "allowed permitted permission",
+    "allowed permitted permission legal legally lawful",
+    "hang hung stuck freeze frozen stall",
+    "active activated",
+    "switch swap",
+    "infer inference inferring",
+    "throughput speed fast faster",
 )
 _PHRASES = (
     (r"\bfine[- ]?tun\w*|\btun(?:e|ed|ing)\b", "finetun train"),
@@ -109,10 +118,12 @@ _PHRASES = (
     (r"\b(?:memory|vram) (?:is )?full\b|outofmemory\w*", "oom"),
 )
 
-_SMALL, _NAME, _UNASKED, _UNKNOWN_BESIDE_JARGON, _UNKNOWN, _TELLING = 0.04, 0.12, 0.4, 0.6, 1.6, 0.45
+_SMALL, _NAME, _UNASKED, _TELLING = 0.04, 0.12, 0.4, 0.45
 """Weights, as shares of the weight of the rarest word of the wordings: of a small word, of a name, of a word that only
-the texts of answers have, of a word that nothing has (beside jargon, and else), and from which on a word tells what a
-question is about."""
+the texts of answers have, and from which on a word tells what a question is about."""
+_UNKNOWN = (1.6, 0.6, 0.2)
+"""The same of a word that nothing has, in a question without jargon, with ambiguous jargon, and with jargon."""
+_SIZE = re.compile(r"\d+(?:b|gb|k|x)?")
 
 
 def split_into_stems_marking_small_words(text: str) -> list[str]:
@@ -124,8 +135,9 @@ def split_into_stems_marking_small_words(text: str) -> list[str]:
     return [f"~{word}" if word in _STOP_WORDS else _stem(word) for word in words]
 
 
+@cache
 def _stem(word: str) -> str:
-    if word.isdigit():
+    if _SIZE.fullmatch(word):
         return "#"
     return _SYNONYMS.get(word) or _SYNONYMS.get(_strip_ending(word)) or _strip_ending(word)
 
@@ -146,6 +158,11 @@ for _group in _SAME_WORDS:
     for _word in (_first, *_others):
         _SYNONYMS.setdefault(_word, _first)
         _SYNONYMS.setdefault(_strip_ending(_word), _first)
+
+
+def _rate_jargon(stems: set[str]) -> int:
+    """Return 2 if a question is surely about language models by its words, 1 if it may be, else 0."""
+    return 2 if stems & _JARGON else int(len(stems & _AMBIGUOUS_JARGON) > 1)
 
 
 class WordingIndex:
@@ -169,22 +186,22 @@ class WordingIndex:
         counts = Counter(word for words in self.known.values() for word in words if word[0] != "~")
         self.weights = {word: math.log(1 + len(counts) / count) for word, count in counts.items()}
         most = max(self.weights.values())
-        self.weights |= {"#": 0.3 * most, "not": 0.3 * most}
+        self.weights |= dict.fromkeys(("#", "not", "error"), 0.3 * most)
         self.least_telling = _TELLING * most
-        self.unknown_weight, self.unknown_weight_of_jargon = _UNKNOWN * most, _UNKNOWN_BESIDE_JARGON * most
+        self.unknown_weights = [share * most for share in _UNKNOWN]
         self.weights |= {f"~{word}": _SMALL * most for word in _STOP_WORDS} | dict.fromkeys(_NAMES, _NAME * most)
         for word in set().union(*self.texts.values()):
             self.weights.setdefault(word, _UNASKED * most)
         self.long_words = [word for word in (*counts, *_SYNONYMS) if len(word) >= 5]
+        self.corrected: dict[str, str] = {}
 
     def score(self, question: str) -> dict[str, float]:
         """Return the score of each answer that shares a word with a question."""
-        asked = {self._correct(word) for word in split_into_stems_marking_small_words(question)}
-        is_jargon = bool(asked & _JARGON) or len(asked & _AMBIGUOUS_JARGON) > 1
+        asked = self._split(question)
         unknown = {word for word in asked if word not in self.weights}
-        unknown_weight = sum(self._weigh_unknown(word, is_jargon) for word in unknown)
+        unknown_weight = self.unknown_weights[_rate_jargon(asked)]
+        total = self._weigh(asked - unknown) + sum(self._weigh_unknown(word, unknown_weight) for word in unknown)
         asked -= unknown
-        total = self._weigh(asked) + unknown_weight
         scores: dict[str, float] = {}
         for name, wordings in self.wordings.items():
             if near := max(
@@ -193,6 +210,13 @@ class WordingIndex:
                 known, told = (self._weigh(asked & words[name]) / total for words in (self.known, self.texts))
                 scores[name] = 0.7 * near + 0.2 * known + 0.1 * told
         return scores
+
+    def is_about_language_models(self, question: str) -> bool:
+        """Return whether a question has words that only questions about language models have."""
+        return _rate_jargon(self._split(question)) == 2
+
+    def _split(self, question: str) -> set[str]:
+        return {self._correct(word) for word in split_into_stems_marking_small_words(question)}
 
     def _compare(self, asked: set[str], words: set[str], total: float, has_unknown: bool) -> float:
         """Return how alike two sets of words are, 0 to 1; one common word, or common ones that are all frequent in
@@ -211,14 +235,15 @@ class WordingIndex:
         """Return a known stem for a long word that differs from it by a typing error."""
         if word in self.weights or len(word) < 6:
             return word
-        near = difflib.get_close_matches(word, self.long_words, 1, 0.8)
-        return _SYNONYMS.get(near[0], near[0]) if near else word
+        if word not in self.corrected:
+            alike = [each for each in self.long_words if each[0] == word[0] and abs(len(each) - len(word)) < 4]
+            near = difflib.get_close_matches(word, alike, 1, 0.8)
+            self.corrected[word] = _SYNONYMS.get(near[0], near[0]) if near else word
+        return self.corrected[word]
 
-    def _weigh_unknown(self, word: str, is_jargon: bool) -> float:
+    def _weigh_unknown(self, word: str, weight: float) -> float:
         """Return the weight of a word that nothing here has; beside jargon it is a detail, else another subject."""
-        if any(sign.isdigit() for sign in word):  # 8b, t4
-            return self.weights["#"]
-        return self.unknown_weight_of_jargon if is_jargon else self.unknown_weight
+        return self.weights["#"] if any(sign.isdigit() for sign in word) else weight  # 8b, t4
 
     def _weigh(self, words: set[str]) -> float:
         return sum(self.weights[word] for word in words)
