@@ -234,6 +234,17 @@ def test_an_evaluation_shows_the_verdict_of_the_run(browser, run, finish):
     assert browser.post("/evaluate", data={**form, "held_out": "/etc/passwd"}).status_code == 400
 
 
+def test_what_mends_an_evaluation_is_said_once_in_fields_of_the_page(browser, run):
+    values = json.loads(run.evaluation_file("test").read_text())
+    steps = [{"why": "measure on more rows", "command": "slimtune eval runs/first --data held_out.jsonl"},
+             {"why": "train longer", "command": "slimtune train r/recipe.yaml --out runs/b --epochs 6"}]  # fmt: skip
+    verdict = {**values["verdict"], "passed": False, "next_steps": steps}
+    write_json(run.evaluation_file("test"), {**values, "verdict": verdict})
+    text = browser.get("/evaluate?run=runs/first").text
+    assert [text.count(step["why"]) for step in steps] == [1, 1]
+    assert not any(step["command"] in text for step in steps)
+
+
 @pytest.mark.parametrize(
     ("passed", "shown"), [(True, "passed</span>"), (False, "do not use this export"), (None, "no engine")]
 )
