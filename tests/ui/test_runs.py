@@ -270,6 +270,14 @@ def test_an_export_shows_its_gate(browser, run, commands, finish, passed, shown)
         assert browser.post("/export", data={**form, **wrong}).status_code == 400
 
 
+@pytest.mark.parametrize(
+    ("out", "name"), [("for Ollama", "for-ollama"), ("exports/first", "first"), ("Éa b.", "a-b"), ("é", "tuned")]
+)
+def test_an_export_for_ollama_has_a_name_that_ollama_takes(browser, run, finish, out, name):
+    browser.post("/export", data={"run": "runs/first", "target": "ollama", "out": out})
+    assert f"--name={name}" in finish("export").args
+
+
 def test_an_export_is_checked_again(browser, run, folder, commands, finish):
     (folder / "exports/x").mkdir(parents=True)
     (folder / "exports/x/export_manifest.json").write_text("{}")

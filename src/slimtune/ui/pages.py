@@ -126,6 +126,11 @@ def blame_field(name: str) -> Iterator[None]:
         raise
 
 
+def make_ollama_name(folder: str) -> str:
+    """Return the name of the model in Ollama for an export's folder, whose name may have what Ollama's may not."""
+    return re.sub(r"[^a-z0-9_.-]+", "-", Path(folder).name.lower()).strip(".-")[:80] or "tuned"
+
+
 class UiPages:
     """The pages over one working folder.
 
@@ -633,7 +638,8 @@ class UiPages:
         else:
             to, *merged = target.split()
             proof = ["--require-proof"] if form.get("require_proof") else []
-            args = ["export", str(run.path), f"--to={to}", f"--out={out}", *merged, *proof]
+            name = [f"--name={make_ollama_name(out)}"] if to == "ollama" else []
+            args = ["export", str(run.path), f"--to={to}", f"--out={out}", *merged, *name, *proof]
         self.jobs.start("export", args, subject=str(run.path))
         return "/export#job"
 
