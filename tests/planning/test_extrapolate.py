@@ -7,9 +7,11 @@ import pytest
 import tiny_families
 import torch
 from method_cases import CASES
+from transformers import AutoConfig
 
 import slimtune
 from slimtune.core.attention.packed_attention import MAX_SPLIT_TOKENS, PART
+from slimtune.planning import extrapolation
 from slimtune.planning.extrapolation import (
     TOKENS,
     extrapolate_merge_cpu_peak,
@@ -152,3 +154,43 @@ def test_layers_that_share_keys_are_planned_without_them(family):
     trace, extrapolated = trace_training_step(job), extrapolate_step_trace(job, model)
     assert extrapolated.state_bytes_by_part == trace.state_bytes_by_part
     assert extrapolated.counts_by_operator_cost == trace.counts_by_operator_cost
+
+
+HYBRID = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 32, "linear_value_head_dim": 32,
+    "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 4, "num_hidden_layers": 16,
+}  # fmt: skip
+LATENT = {
+    "moe_intermediate_size": 32, "n_routed_experts": 4, "num_experts_per_tok": 2, "kv_lora_rank": 16, "q_lora_rank": 16,
+    "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "num_hidden_layers": 10,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "traced_layers"),
+    [
+        ("glm4_moe_lite", LATENT, [3, 4]),  # the first layer has no experts
+        pytest.param("qwen3_5_text", HYBRID, [4, 5, 5], marks=pytest.mark.slow),
+    ],
+)
+def test_layers_of_several_kinds(monkeypatch, family, sizes, traced_layers):
+    monkeypatch.setenv("SLIMTUNE_TRACES", "/dev/null")
+    config = AutoConfig.for_model(
+        family, hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=4, vocab_size=200,
+        head_dim=16, tie_word_embeddings=False, **sizes,
+    )  # fmt: skip
+    method = slimtune.LoraConfig(target_modules="all-linear")
+    job = MicroBatchWorkload(config, method, torch.bfloat16, (200,), device="cuda", packing=False)
+    whole, model, traced = trace_training_step(job), job.build_model(), []
+    job = replace(job, layer_kinds=extrapolation.find_layer_kinds(job, model))
+
+    def trace(few, *args, **options):
+        traced.append(few.num_layers)
+        return trace_training_step(few, *args, **options)
+
+    monkeypatch.setattr(extrapolation, "trace_training_step", trace)
+    computed = extrapolation.extrapolate_step_trace(job, model)
+    assert traced == traced_layers
+    assert computed.state_bytes == whole.state_bytes
+    assert computed.peaks == pytest.approx(whole.peaks, rel=0.01)
+    assert computed.counts_by_operator_cost.total() == whole.counts_by_operator_cost.total()

@@ -1,6 +1,7 @@
-"""Extrapolate from models of two and three layers to all layers, and from a few lengths to any length.
+"""Extrapolate from models of few layers to all layers, and from a few lengths to any length.
 
-Layers are alike, and so are tokens, so what a phase of the step takes beside the state is
+Layers are alike, or of a few kinds (attention and Mamba, with experts and without), and so are tokens, so what a phase
+of the step takes beside the state is, with layers of one kind
 
     bytes = (a + a' d) + (b + b' d) T + (c + c' d) F + (e + e' d) S      d layers, T tokens, S = Σ (tokens of a row)²
 
@@ -12,13 +13,15 @@ of an MLP tile, and of a chunk of logits, it is an upper bound.
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Self
 
 import numpy as np
 import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..core.attention.attention_functions import get_original_attention_name, layout_unsupported_reason_or_empty
 from ..core.attention.packed_attention import MAX_SEGMENT_TOKENS, round_up_to_power_of_two_blocks
@@ -42,10 +45,10 @@ MOST_TOKENS = 1 << 14
 def extrapolate_step_trace(
     job: MicroBatchWorkload, full_meta_model: Any = None, *, stop_after_backward: bool = False
 ) -> StepTrace:
-    """Return the trace of a job, computed from traces of its first two and three layers.
+    """Return the trace of a job, computed from traces of few of its layers: of two and of three if all are alike.
 
     A model of up to three layers is traced whole. So is one whose targets are not in those layers, and one whose
-    weights do not grow evenly with the layers.
+    weights are not what those of the few layers make.
 
     Args:
         job: what to train.
@@ -60,33 +63,96 @@ def extrapolate_step_trace(
         traced = partial(trace_training_step, job, model, stop_after_backward=stop_after_backward)
         return load_or_compute_trace(job, traced, backward_only=stop_after_backward)
 
-    if job.num_layers <= 3:
+    if not (samples := _list_layer_samples(job)):
         return trace(job, full_meta_model)
     try:
-        two, three = (trace(job.with_num_layers(d)) for d in (2, 3))
+        traces = [(factor, trace(sample)) for factor, sample in samples]
     except UsageError:
         return trace(job, full_meta_model)
 
-    def extrapolate(a: Mapping[Any, int], b: Mapping[Any, int]) -> dict[Any, int]:
-        return {key: _at_depth(job, a.get(key, 0), b.get(key, 0)) for key in {**a, **b}}
+    def extrapolate(get_values: Callable[[StepTrace], Mapping[Any, int]]) -> dict[Any, int]:
+        values = [(factor, get_values(traced)) for factor, traced in traces]
+        keys = dict.fromkeys(key for _, some in values for key in some)
+        return {key: sum(factor * some.get(key, 0) for factor, some in values) for key in keys}
 
-    state = extrapolate(two.state_bytes_by_part, three.state_bytes_by_part)
+    state = extrapolate(lambda traced: traced.state_bytes_by_part)
     if full_meta_model is not None:
         block = ALLOCATION_BLOCK.get(job.device, 1)
         sizes = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in list_module_tensors(full_meta_model)}
         if state["weights"] + state.get("adapters", 0) != sum(-(-size // block) * block for size in sizes.values()):
             return trace(job, full_meta_model)
-    phases = {
-        phase: extrapolate(two.bytes_by_phase_and_part[phase], three.bytes_by_phase_and_part[phase])
-        for phase in two.bytes_by_phase_and_part
-    }
+    phases = {}
+    for phase in traces[0][1].bytes_by_phase_and_part:
+        phases[phase] = extrapolate(partial(_get_phase, phase))
     return StepTrace(
         state,
         phases,
-        Counter(extrapolate(two.counts_by_operator_cost, three.counts_by_operator_cost)),
-        Counter(extrapolate(two.attention_flops_by_dtype, three.attention_flops_by_dtype)),
-        _at_depth(job, two.host_bytes, three.host_bytes),
+        Counter(extrapolate(lambda traced: traced.counts_by_operator_cost)),
+        Counter(extrapolate(lambda traced: traced.attention_flops_by_dtype)),
+        sum(factor * traced.host_bytes for factor, traced in traces),
     )
+
+
+def _get_phase(phase: str, traced: StepTrace) -> dict[str, int]:
+    return traced.bytes_by_phase_and_part[phase]
+
+
+def find_layer_kinds(job: MicroBatchWorkload, model: Any) -> tuple[int, ...]:
+    """Return a number for each layer of a job's model, the same for layers whose weights have the same shapes.
+
+    () if all layers are alike, or if a base of some of them would not have these layers.
+    """
+    if (shapes := _list_layer_shapes(model, job.num_layers)) is None or len(different := {*shapes}) == 1:
+        return ()
+    numbers = {shape: i for i, shape in enumerate(sorted(different, key=shapes.index))}
+    kinds = tuple(numbers[shape] for shape in shapes)
+    if samples := _choose_layers(kinds):
+        _, indices = samples[0]
+        try:
+            few = _list_layer_shapes(job.with_layers(indices).build_model(), len(indices))
+        except Exception:  # a config that cannot have these layers fails in transformers' code in many ways
+            return ()
+        return kinds if few == [shapes[i] for i in indices] else ()
+    return ()
+
+
+def _list_layer_shapes(model: Any, num_layers: int) -> list[Any] | None:
+    """Return names and shapes of the weights of each layer; None if the layers are not found."""
+    for module in model.modules():
+        is_list = isinstance(module, nn.ModuleList) and len(module) == num_layers
+        if is_list and all(isinstance(layer, GradientCheckpointingLayer) for layer in module):
+            return [tuple((name, tuple(p.shape)) for name, p in layer.named_parameters()) for layer in module]
+    return None
+
+
+def _list_layer_samples(job: MicroBatchWorkload) -> list[tuple[int, MicroBatchWorkload]]:
+    """Return jobs of few layers, and factors by which what they take adds up to what all layers take.
+
+    [] if the job is to be traced whole.
+    """
+    if job.num_layers <= 3:
+        return []
+    if job.layer_kinds:
+        return [(factor, job.with_layers(indices)) for factor, indices in _choose_layers(job.layer_kinds)]
+    return [(3 - job.num_layers, job.with_num_layers(2)), (job.num_layers - 2, job.with_num_layers(3))]
+
+
+def _choose_layers(kinds: Sequence[int]) -> list[tuple[int, list[int]]]:
+    """Return places of layers, and the factors of `_list_layer_samples`; [] if the whole base is not more to trace.
+
+    The first sample has the first layer, the last one, and the last of each kind between them, because a step takes
+    most memory at the first or the last layer, or at the most expensive kind between them. Each other sample has one
+    more layer of a kind.
+    """
+    last = len(kinds) - 1
+    common = {0, last, *(max(i for i in range(last) if kinds[i] == kind) for kind in kinds[:last])}
+    samples = [(1, sorted(common))]
+    for kind in dict.fromkeys(kinds):
+        others = [i for i, other in enumerate(kinds) if other == kind and i not in common]
+        if others:
+            samples.append((len(others), sorted({*common, others[-1]})))
+    samples[0] = (1 - sum(factor for factor, _ in samples[1:]), samples[0][1])
+    return samples if sum(len(indices) for _, indices in samples) < len(kinds) else []
 
 
 def extrapolate_merge_cpu_peak(job: MicroBatchWorkload, num_params: int) -> int | None:
@@ -96,17 +162,13 @@ def extrapolate_merge_cpu_peak(job: MicroBatchWorkload, num_params: int) -> int 
     def trace(job: MicroBatchWorkload) -> int | None:
         return load_or_compute_trace(job, partial(trace_merge_peak, job, dtype), dtype=dtype)
 
-    if job.num_layers <= 3:
+    if not (samples := _list_layer_samples(job)):
         return trace(job)
     try:
-        two, three = (trace(job.with_num_layers(d)) for d in (2, 3))
+        peaks = [(factor, trace(sample)) for factor, sample in samples]
     except UsageError:
         return trace(job)
-    return None if two is None or three is None else _at_depth(job, two, three)
-
-
-def _at_depth(job: MicroBatchWorkload, two: int, three: int) -> int:
-    return two + (job.num_layers - 2) * (three - two)
+    return None if any(peak is None for _, peak in peaks) else sum(factor * (peak or 0) for factor, peak in peaks)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """What to plan: a base, a GPU, a method and the settings of a run."""
 
-import contextlib
 import copy
 import heapq
 from collections.abc import Sequence
@@ -30,6 +29,8 @@ from .packed_lengths import count_tokens_with_shared_prompt, remove_prefix_shari
 
 QUANTILES = 64
 """Examples that stand for all of the data in an estimate of the speed."""
+_FIRST_LAYERS_FIELDS = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
+"""Fields of configs with the number of a mixture's first layers that have no experts."""
 MAX_SEQ_LEN = 1 << 22
 """Longest row that a plan considers."""
 
@@ -51,6 +52,7 @@ class MicroBatchWorkload:
     quantization: str | None = None  # one of fake_quantization.KINDS for the base's linear layers
     packing: bool = True  # rows in one sequence; else padded
     supervised: float = 1.0  # share of the tokens, apart from prompts in `lengths`, that have a loss
+    layer_kinds: tuple[int, ...] = ()  # a number for each layer, the same for layers that are alike; (): all are
 
     @property
     def row_tokens(self) -> list[int]:
@@ -68,15 +70,22 @@ class MicroBatchWorkload:
 
     def with_num_layers(self, num_layers: int) -> Self:
         """Return the job for a base with only its first layers."""
+        return self.with_layers(range(num_layers))
+
+    def with_layers(self, indices: Sequence[int]) -> Self:
+        """Return the job for a base with only the layers at these places, in this order."""
         config = copy.deepcopy(self.base_config)
-        text = config.get_text_config()
-        text.num_hidden_layers = num_layers
-        if getattr(text, "layer_types", None):
-            with contextlib.suppress(AttributeError):  # Mamba and hybrids compute it from the number of layers
-                text.layer_types = text.layer_types[:num_layers]
+        text, num_layers = config.get_text_config(), self.num_layers
+        for name, value in list(vars(text).items()):
+            if isinstance(value, list) and len(value) == num_layers:
+                setattr(text, name, [value[i] for i in indices])
+        for name in _FIRST_LAYERS_FIELDS:
+            if isinstance(first := getattr(text, name, None), int):
+                setattr(text, name, sum(i < first for i in indices))
+        text.num_hidden_layers = len(indices)
         if getattr(text, "num_kv_shared_layers", 0):  # the last layers read the keys and values of earlier ones
             text.num_kv_shared_layers = 0
-        return replace(self, base_config=config)
+        return replace(self, base_config=config, layer_kinds=())
 
     def build_model(self) -> Any:
         """Return the job's model on `meta`, with its adapter attached.

@@ -22,7 +22,13 @@ from ..core.foundation.formatting import format_bytes
 from ..core.models.base_config import get_max_positions
 from ..core.training.loss import make_collator
 from ..errors import ModelError, SlimtuneError, is_out_of_memory
-from .extrapolation import MemoryFormula, extrapolate_merge_cpu_peak, extrapolate_step_trace, fit_memory_formula
+from .extrapolation import (
+    MemoryFormula,
+    extrapolate_merge_cpu_peak,
+    extrapolate_step_trace,
+    find_layer_kinds,
+    fit_memory_formula,
+)
 from .gpu_specs import GpuSpec
 from .interval import Interval
 from .memory_trace import StepTrace, apply_sharding_savings, estimate_sharding_savings_and_uncertainty
@@ -82,6 +88,7 @@ def estimate_resources(request: PlanRequest, *, advise: bool = True) -> Resource
 def _estimate_resources(request: PlanRequest, advise: bool) -> ResourceEstimate:
     gpu, job, positions = request.gpu, request.job(), get_max_positions(request.model.config)
     model = job.build_model()
+    job = replace(job, layer_kinds=find_layer_kinds(job, model))
     trainable_params, total_params = count_trainable_and_all_parameters(model)
     adapter_bytes, extra_bytes, at_most = estimate_adapter_file_and_method_state_sizes(model)
     saved, spread = estimate_sharding_savings_and_uncertainty(model, request.processes) if request.fsdp else (0, 0)

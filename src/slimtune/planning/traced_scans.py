@@ -2,7 +2,7 @@
 
 Without kernels of their own, layers of Mamba and of the gated delta rule go through a row in chunks of tokens: 16,000
 tokens of Qwen3.5 9B take more than 200,000 operators. What a scan takes follows from shapes, and grows with the number
-of chunks. So it is traced on rows of four, six and eight chunks, forward and backward, and `_TracedScan` stands in for
+of chunks. So it is traced on rows of three, four and five chunks, forward and backward, and `_TracedScan` stands in for
 it: it holds as many bytes for as long, and counts as many operators of as much work.
 """
 
@@ -25,8 +25,12 @@ from .memory_tracker import MemoryTracker
 SCANS = {"torch_chunk_gated_delta_rule": (1, 64), "mamba2_chunk_scan": (1, 256), "mamba_selective_scan": (-1, 8)}
 """The functions of transformers' models: the dimension of tokens in arguments of at least three dimensions, and the
 tokens of a chunk where the call does not say it. A scan of single tokens is linear in chunks of any number of them."""
-TRACED_CHUNKS = (4, 6, 8)
+TRACED_CHUNKS = (3, 4, 5)
 """Chunks of the rows that a scan is traced on."""
+
+
+_TRACES: dict[Any, list["_ScanTrace"]] = {}
+"""What was traced in this process, by the function and all of its arguments but the number of tokens."""
 
 
 class _OperatorKind(NamedTuple):
@@ -144,13 +148,12 @@ def _allocate(size: float) -> Tensor:
 @contextmanager
 def tracing_scans_as_one_operator(tracker: MemoryTracker) -> Iterator[None]:
     """Replace the scans of `SCANS` in transformers' loaded models, inside `fake_tensor_mode` and the tracker."""
-    traces: dict[Any, list[_ScanTrace]] = {}
     replaced: list[tuple[Any, str, Any]] = []
     for path, module in list(sys.modules.items()):
         if path.startswith("transformers.models.") and ".modeling_" in path:
             replaced += [(module, name, vars(module)[name]) for name in SCANS if name in vars(module)]
     for module, name, original in replaced:
-        setattr(module, name, partial(_run_scan, original, *SCANS[name], tracker, traces))
+        setattr(module, name, partial(_run_scan, original, *SCANS[name], tracker))
     try:
         yield
     finally:
@@ -159,8 +162,7 @@ def tracing_scans_as_one_operator(tracker: MemoryTracker) -> Iterator[None]:
 
 
 def _run_scan(
-    original: Callable[..., Any], dim: int, default_chunk: int, tracker: MemoryTracker,
-    traces: dict[Any, list[_ScanTrace]], *args: Any, **kwargs: Any,
+    original: Callable[..., Any], dim: int, default_chunk: int, tracker: MemoryTracker, *args: Any, **kwargs: Any,
 ) -> Any:  # fmt: skip
     """Run a scan as one operator; as it is if the row is short."""
     values, structure = tree_flatten((args, kwargs))
@@ -182,12 +184,19 @@ def _run_scan(
         leaf = torch.empty(shape, dtype=value.dtype, requires_grad=with_gradient and value.requires_grad)
         return leaf.mul(1)  # a tensor that lives on only if the scan saves it
 
-    described = [(tuple(v.shape), v.dtype, v.requires_grad) if isinstance(v, Tensor) else repr(v) for v in values]
-    key = (original, with_gradient, str(structure), str(described))
-    if key not in traces:
+    def describe(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return repr(value)
+        shape = [*value.shape]
+        if has_tokens(value):
+            shape[dim] = -1
+        return tuple(shape), value.dtype, value.requires_grad
+
+    key = (original, tracker.block, with_gradient, str(structure), str([describe(value) for value in values]))
+    if key not in _TRACES:
         tracker.paused = True
         try:
-            traces[key] = [
+            _TRACES[key] = [
                 _trace_scan(
                     original, [shorten(v, n * chunk) for v in values], structure, tracker.block,
                     with_gradient=with_gradient,
@@ -196,7 +205,7 @@ def _run_scan(
             ]  # fmt: skip
         finally:
             tracker.paused = False
-    found, chunks = traces[key], math.ceil(tokens / chunk)
+    found, chunks = _TRACES[key], math.ceil(tokens / chunk)
     outputs = [_lengthen(a, b, tokens) for a, b in zip(found[-2].outputs, found[-1].outputs, strict=True)]
     forward = _extrapolate(chunks, [trace.forward for trace in found])
     is_dropped = with_gradient and _is_checkpointed_forward()
