@@ -27,6 +27,7 @@ COMMAND_LINES = {
     "GpuComparisonResult": "gpus rtx-3090 m4-max-128gb --for base",
     "GpuVerdictsResult": "gpus --for base --kind laptop",
     "BenchResult": "bench",
+    "PublishedSpeedsResult": "benchmarks --gpu rtx-5090",
     "KnownBasesResult": "models",
     "MethodsResult": "methods --model base",
     "DataReport": "data rows.jsonl --model base",

@@ -17,6 +17,7 @@ from ..core.foundation.cpu import CPU_SETTINGS
 from ..core.foundation.version import __version__
 from ..errors import UsageError
 from .bench_command import bench_machine
+from .benchmarks_command import benchmarks_table
 from .choose_command import choose_machine, cost_of_training_run
 from .command_examples import EXAMPLES
 from .command_help import CommandWithOptionGroups, add_flags_of_loaded_runs
@@ -44,6 +45,7 @@ GROUPS = {
         cost_of_training_run,
         gpus_table,
         bench_machine,
+        benchmarks_table,
         models_table,
         methods_table,
     ),

@@ -21,6 +21,7 @@ JSON_TYPES: dict[str, Sequence[str]] = {
         "hardware.hardware_results:GpuVerdictsResult",
     ),
     "bench": ("hardware.hardware_results:BenchResult",),
+    "benchmarks": ("planning.published_speeds:PublishedSpeedsResult",),
     "models": ("planning.known_bases:KnownBasesResult",),
     "methods": ("cli.methods_command:MethodsResult",),
     "data": ("evaluation.data_report.data_report:DataReport",),
