@@ -21,7 +21,7 @@ PLANNING = ROOT / "src/slimtune/planning"
 PAGE = ROOT / "docs/published_speeds.md"
 TEXT = """# Published serving speeds
 
-The speeds that `slimtune plan --serve`, `choose` and `gpus` print are fitted to runs that others published
+The speeds that `slimtune plan MODEL --serve` and `choose` print are fitted to runs that others published
 ([how](plan.md)). `slimtune benchmarks` lists {count} of them, of {gpus} GPUs and Macs; `--sources` says where each
 was published.
 
