@@ -20,6 +20,7 @@ from slimtune.extras.row_files import read_rows
 from slimtune.ui.run_pages import (
     estimate_seconds_left,
     find_log_warnings,
+    find_setting_differences,
     list_set_aside_splits,
     read_last_log_lines,
     read_run_status,
@@ -459,3 +460,13 @@ def test_only_rows_that_were_kept_can_be_chosen(settings, splits):
         {"output_dir": "runs/a", "model": {"name": "m"}, "data": {"train": "rows.jsonl", **settings}}
     )
     assert list_set_aside_splits(RunResults(recipe=recipe)) == splits
+
+
+def test_settings_that_differ_stand_side_by_side():
+    def results(**train):
+        tree = {"output_dir": "r", "model": {"name": "m"}, "data": {"train": "a.csv"}, "train": train}
+        return RunResults(recipe=Recipe.from_dict(tree))
+
+    assert find_setting_differences([results(), results()]) == {}
+    found = find_setting_differences([results(max_steps=6), results(epochs=2.0)])
+    assert found == {"train.epochs": ["3.0", "2.0"], "train.max_steps": ["6", "–"]}

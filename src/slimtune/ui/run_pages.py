@@ -2,6 +2,7 @@
 a page that was started later."""
 
 import contextlib
+import itertools
 import os
 import signal
 import socket
@@ -235,6 +236,10 @@ class RunTableRow:
 class RunComparisonCharts:
     """Several runs side by side."""
 
+    names: list[str]
+    """The runs."""
+    differences: dict[str, list[str]]
+    """Settings that are not the same in all of them, with the value of each run."""
     losses: Markup
     """Training losses of the first two runs."""
     left_out: list[str]
@@ -335,6 +340,18 @@ def make_run_table_rows(workspace: WorkspaceFolder, names: Sequence[str]) -> lis
     return rows
 
 
+def find_setting_differences(runs: Sequence[RunResults]) -> dict[str, list[str]]:
+    """Return the settings that are not the same in all runs, with the value of each run as text."""
+    settings = [
+        {f"{section}.{name}": value for section, values in run.recipe.to_dict().items() if isinstance(values, dict)
+         for name, value in values.items()}
+        for run in runs if run.recipe is not None
+    ]  # fmt: skip
+    names = dict.fromkeys(itertools.chain(*settings))
+    values = {name: ["–" if s.get(name) is None else str(s[name]) for s in settings] for name in names}
+    return {name: texts for name, texts in values.items() if len(set(texts)) > 1}
+
+
 def make_loss_and_gain_comparison_charts(run_table_rows: Sequence[RunTableRow]) -> RunComparisonCharts:
     """Return charts of several runs side by side: the losses of the first two, what each gained on held-out rows."""
     known = [(row, row.results) for row in run_table_rows if row.results is not None]
@@ -357,6 +374,8 @@ def make_loss_and_gain_comparison_charts(run_table_rows: Sequence[RunTableRow]) 
         measured_on.add((result.data, measures.rows, results.recipe.model.name))
     losses = render_line_chart("Training loss", "nats per supervised token", series, tall=True) if series else Markup()
     return RunComparisonCharts(
+        names=[row.name for row, _ in known],
+        differences=find_setting_differences([results for _, results in known]),
         losses=losses,
         left_out=[row.name for row, _ in known[2:]],
         gains=render_interval_chart(estimates, [(0.0, "")]),
