@@ -98,6 +98,7 @@ def test_sizes_are_those_of_real_adapters(slimtune, slimtune_json, base, tmp_pat
         assert sizes[name]["trainable_params"] == trained
         assert sizes[name]["trainable_percent"] == pytest.approx(100 * trained / total)
         assert sizes[name]["adapter_bytes"] == sum(t.numel() * t.element_size() for t in tensors)
+    assert 99 < sizes["full"]["trainable_percent"] <= 100
     lines = slimtune("methods", "lora", "--model", base).stdout.splitlines()
     assert lines[0].split()[:4] == ["method", "trains", "%", "adapter"]
     assert lines[1].split()[:3] == ["lora", "14.8", "k"]

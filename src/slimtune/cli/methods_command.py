@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from typer import Argument, Option
 
-from ..core.foundation.formatting import format_bytes, format_count
+from ..core.foundation.formatting import compute_trained_share, format_bytes, format_count
 from ..core.foundation.json_results import INLINE, OMIT_NONE
 from .command_help import TrustFlag
 from .common import Json, make_console, make_table, print_fields
@@ -249,7 +249,7 @@ def _measure_sizes(classes: Iterable[Any], model: str, trust_remote_code: bool) 
             trained, total = adapted.get_nb_trainable_parameters()
             tensors = get_adapter_tensors(adapted, "default").values()
             size = sum(t.numel() * t.element_size() for t in tensors)
-            sizes.append(MethodSize(trained, 100 * trained / total, size))
+            sizes.append(MethodSize(trained, 100 * compute_trained_share(cls.name, trained, total), size))
             base = adapted.unload()
     return info.source, sizes
 

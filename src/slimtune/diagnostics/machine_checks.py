@@ -146,7 +146,7 @@ def _check_build(facts: MachineFacts) -> Iterator[MachineFinding]:
     if amd is not None and not torch.hip and not _has_nvidia(facts) and facts.system == "Linux":
         problem = f"torch is built for {f'CUDA {torch.cuda}' if torch.cuda else 'CPUs only'}, and the GPU is AMD's"
         page = "wheel-for-other-vendor" if torch.cuda else "torch-cpu-build"
-        yield MachineFinding(problem, f"torch {torch.version}; {amd.name}", [_install("rocm6.4")], page)
+        yield MachineFinding(problem, f"torch {torch.version}; {amd.name}", [_install("rocm7.2")], page)
 
 
 # --- NVIDIA ----------------------------------------------------------------------------------------------------------
@@ -338,7 +338,7 @@ def _check_gfx(facts: MachineFacts) -> Iterator[MachineFinding]:
         yield MachineFinding("HSA_OVERRIDE_GFX_VERSION names another architecture", evidence, [command], page)
     elif not override and built and gfx not in built:
         evidence = f"the GPU is {gfx}; torch {facts.torch.version}: {' '.join(sorted(built))}"
-        command = export if sibling in built else _install("rocm6.4")
+        command = export if sibling in built else _install("rocm7.2")
         yield MachineFinding(f"torch has no kernels for {gfx}", evidence, [command], page)
 
 

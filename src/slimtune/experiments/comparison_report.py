@@ -9,7 +9,7 @@ from typing import Any
 
 from ..core.config.objective_registry import load_objective_class
 from ..core.foundation.files import parse_json, read_json_object, read_regular_file
-from ..core.foundation.formatting import format_bytes, format_duration
+from ..core.foundation.formatting import compute_trained_share, format_bytes, format_duration
 from ..core.training.run_dir import RunDir
 from ..errors import RunError
 from ..evaluation.estimate import Estimate
@@ -137,7 +137,7 @@ def _summarize(grid: ComparisonGrid, candidate: ComparisonCandidate, seeds: Sequ
         trained_tokens=[r["trained_tokens"] for r in results],
         trainable_params=first["trainable_params"],
         total_params=first["total_params"],
-        trained_percent=100 * first["trainable_params"] / first["total_params"],
+        trained_percent=100 * compute_trained_share(candidate.method, first["trainable_params"], first["total_params"]),
         file_bytes=first["adapter_bytes"],
         peak_bytes=mean("peak_bytes"),
         train_seconds=mean("train_seconds"),

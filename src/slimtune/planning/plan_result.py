@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from ..core.foundation.formatting import format_bytes, format_count
+from ..core.foundation.formatting import compute_trained_share, format_bytes, format_count
 from ..core.foundation.json_results import NOT_IN_JSON, make_json_key_metadata
 from .interval import Interval, format_three_digits
 
@@ -119,7 +119,8 @@ class ResourceEstimate:
     """What the device needs: reserved and runtime; computed."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "trainable_fraction", self.trainable_params / self.total_params)
+        share = compute_trained_share(self.method, self.trainable_params, self.total_params)
+        object.__setattr__(self, "trainable_fraction", share)
         object.__setattr__(self, "need_bytes", self.reserved_bytes + self.runtime_bytes)
 
     @property

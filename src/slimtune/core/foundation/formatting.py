@@ -61,3 +61,8 @@ def format_duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest} s"
     return f"{minutes // 60} h {minutes % 60} min"
+
+
+def compute_trained_share(method: str, trained: int, total: int) -> float:
+    """Return the share of a model's numbers that a method trains; the copy that `full` trains counts once."""
+    return trained / (total - trained if method == "full" else total)
