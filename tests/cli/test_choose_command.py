@@ -2,13 +2,17 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from hand_plan import SIZES, hand_plan
 
 from slimtune.errors import ModelError
 from slimtune.extras.known_models import load_known_models_by_alias
+from slimtune.hardware.machine_choice import make_machine_offer, rank_fitting_machines_by_price
 from slimtune.planning import planner
+from slimtune.planning.gpu_specs import require_gpu_by_name
+from slimtune.planning.interval import Interval
 
 
 @pytest.fixture(autouse=True)
@@ -143,21 +147,34 @@ def test_licences_are_broken_between_words(slimtune):
 
 
 def test_machines_that_cannot_be_planned_are_left_out(slimtune_json, monkeypatch):
-    estimate = planner.estimate_resources
+    estimate, why = planner.estimate_resources, "its experts are bfloat16"
 
     def refuse_float32(request, **options):
         if request.gpu.device == "cuda" and not request.gpu.bf16:
-            raise ModelError("its experts are bfloat16")
+            raise ModelError(why)
         return estimate(request, **options)
 
     monkeypatch.setattr(planner, "estimate_resources", refuse_float32)
     chosen = slimtune_json("choose", "llama-3.1-8b")
     (left_out,) = chosen["unplanned"]
     assert "t4" in left_out["cards"]
-    assert left_out["why"] == "its experts are bfloat16"
+    assert left_out["why"] == why
     assert "rtx-3090" in {offer["card"] for offer in chosen["buy"]}
     listed = slimtune_json("gpus", "--for", "llama-3.1-8b")
     assert [group["group"] for group in listed["unplanned"]] == [left_out["group"]]
     assert "t4" not in {card["name"] for card in listed["cards"]}
     beside = slimtune_json("gpus", "t4", "rtx-3090", "--for", "llama-3.1-8b")["machines"]
     assert [machine["verdict"] for machine in beside] == [None, "fits"]
+
+
+def test_a_machine_without_room_for_its_screen_is_not_the_first_choice():
+    run = hand_plan("lora", require_gpu_by_name("rtx-3090"))
+    cheap, dear = (
+        replace(make_machine_offer(require_gpu_by_name("rtx-3090"), run, trained_tokens=1000), price=Interval(n, n))
+        for n in (100, 900)
+    )
+    crowded = replace(cheap, free_bytes=1 << 30)
+    roomy = replace(dear, free_bytes=3 << 30)
+    assert rank_fitting_machines_by_price([crowded, roomy]) == [roomy, crowded]
+    server = replace(crowded, kind="workstation")
+    assert rank_fitting_machines_by_price([server, roomy]) == [server, roomy]

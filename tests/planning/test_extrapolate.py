@@ -132,6 +132,15 @@ def test_layers_that_differ_are_traced_whole(settings):
     )
 
 
+def test_peak_of_a_merge_into_tied_weights():
+    """Merged weights that were tied are compared in the end, which a trace cannot."""
+    config = AutoConfig.for_model(
+        "llama", hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    assert trace_merge_peak(MicroBatchWorkload(config, slimtune.FullConfig(), torch.float32, (8,)), torch.float32) > 0
+
+
 def test_peak_of_a_merge():
     job = make_job()
     peak = trace_merge_peak(job, torch.float32)

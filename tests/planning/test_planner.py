@@ -107,6 +107,12 @@ def test_advice():
     assert (first.saves, first.verdict) == (plan.allocated_bytes - better.allocated_bytes, better.verdict)
 
 
+def test_no_activations_are_saved_where_the_weights_alone_are_too_large():
+    planned = plan_tiny(make_gpu_with_memory("1MiB"), advise=True, dtype="float32")
+    assert planned.verdict == "does not fit"
+    assert {saving.change.split()[0] for saving in planned.advice} <= {"--dtype", "--quantization"}
+
+
 def test_quantization_is_advised_last_where_it_is_not_proven():
     base = LoadedBaseConfig("wide", "wide", zoo.llama(layers=2, hidden_size=512, intermediate_size=2048).config, "")
     for vendor, proven in (("apple", False), ("nvidia", True)):

@@ -27,6 +27,10 @@ def tiny_base(monkeypatch):
     monkeypatch.setattr(request, "load_base_config", lambda *_, **__: LoadedBaseConfig("tiny", "tiny", GPT2, ""))
 
 
+def test_positions_of_a_decoder():
+    assert get_max_positions(AutoConfig.for_model("whisper")) == 448
+
+
 def test_names_of_positions():
     assert get_max_positions(GPT2) == 512
     assert get_max_positions(AutoConfig.for_model("mpt", max_seq_len=99)) == 99

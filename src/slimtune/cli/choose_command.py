@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from rich.text import Text
 from typer import Option
 
-from ..core.foundation.formatting import format_count
+from ..core.foundation.formatting import format_bytes, format_count
 from ..errors import SlimtuneError, UsageError, format_names, suggest
 from .common import Json, NegativeVerdictResult, make_console, make_table, print_fields, print_outdated_figures_notice
 from .cost_of_answers import compare_answer_costs
@@ -158,7 +158,13 @@ def choose_machine(
 
 def _name_pick(ranked: list[MachineOffer], way: str, names: Mapping[str, str]) -> str:
     """Return the best and the runner-up, and why."""
-    text = f"{names[ranked[0].gpu]} is the cheapest that fits: {ranked[0].explain_pick(way)}"
+    best = ranked[0]
+    room = (
+        f" and leaves {format_bytes(int(best.free_bytes))} for the screen"
+        if best.draws_screen and best.free_bytes
+        else ""
+    )
+    text = f"{names[best.gpu]} is the cheapest that fits{room if way == 'buy' else ''}: {best.explain_pick(way)}"
     return text + (f"; then {names[ranked[1].gpu]}" if len(ranked) > 1 else "")
 
 

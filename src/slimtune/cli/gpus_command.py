@@ -173,7 +173,7 @@ def _compare(
             try:
                 estimates[i] = estimate_runs_collecting_errors(jobs, gpu, advise=False)[0][0] if gpu.trains else None
             except SlimtuneError as error:
-                print_progress(f"the run is not planned on {gpu.name}: {' '.join(error.message.split())}")
+                print_progress(f"the run is not planned on {gpu.name}: {error.message}")
     offers = [
         make_machine_offer(g, estimate, trained_tokens=tokens, dollars_per_kwh=kwh_price or None)
         for g, estimate in zip(gpus, estimates, strict=True)

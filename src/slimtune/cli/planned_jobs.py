@@ -290,7 +290,7 @@ def estimate_run_by_gpu_and_class(
     if errors and not made:
         raise next(iter(errors.values()))
     unplanned = [
-        UnplannedGpus(str(key), [g.name for g in gpus if class_of(g) == key], " ".join(error.message.split()))
+        UnplannedGpus(str(key), [g.name for g in gpus if class_of(g) == key], error.message)
         for key, error in errors.items()
     ]
     found = []

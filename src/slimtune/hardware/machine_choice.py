@@ -31,6 +31,10 @@ REFERENCE: dict[str, Any] = {
 """An 8B model (Llama 3.1) in Q4_K_M behind 4096 tokens, as `plan --serve` computes it."""
 REFERENCE_BYTES = 6.0e9
 """What it needs on the device at most."""
+SCREEN_KINDS = ("desktop", "laptop", "mac", "mini")
+"""Kinds that also draw a screen."""
+SCREEN_BYTES = 2 << 30
+"""What a browser and an editor on a screen take of a GPU's memory; a machine with less left is not the first choice."""
 WHOLE_MACHINES = ("laptop", "mac", "mini")
 """Kinds whose price is of the machine; others need a computer around the GPU."""
 
@@ -133,6 +137,8 @@ class MachineOffer:
     """Of an 8B model in Q4_K_M; null if it does not fit or is not known."""
     verdict: MemoryVerdict | None
     """Whether the run fits; null if no run is asked about."""
+    free_bytes: float | None
+    """Of the GPU's memory as sold, that the run leaves at least; null if no run is asked about."""
     tokens_per_second: Interval | None
     """Trained tokens a second of the run; null: unknown."""
     cost: RunCost | None
@@ -160,6 +166,11 @@ class MachineOffer:
         kinds = "–".join(dict.fromkeys((by_dollars[0].condition, by_dollars[-1].condition)))
         oldest = min(p.date for p in by_dollars)
         return f"{kinds} {oldest[:7]}" if is_date_outdated(oldest) else kinds
+
+    @property
+    def draws_screen(self) -> bool:
+        """Whether the run shares the GPU's memory with what is on a screen."""
+        return self.kind in SCREEN_KINDS
 
     @property
     def electricity_dollars(self) -> Interval | None:
@@ -215,6 +226,7 @@ def make_machine_offer(
         purchases=purchases,
         serving=estimate_decode_and_prefill_speed(gpu, "llama.cpp", **REFERENCE) if fits else None,
         verdict=verdict,
+        free_bytes=gpu.memory - estimate.need_bytes.high if estimate is not None else None,
         tokens_per_second=estimate.tokens_per_second if estimate is not None else None,
         cost=cost,
         source=gpu.source,
@@ -245,7 +257,8 @@ def rank_fitting_machines_by_price(
     """Return the machines that a run fits on, within a budget and a time, the best first.
 
     The best is the cheapest that surely fits and is surely in time: to buy, or to rent for the run. Machines to buy of
-    which only the price at their launch is known follow the others: today's price is another one.
+    which only the price at their launch is known follow the others: today's price is another one. Last are those that
+    draw their screen in less than `SCREEN_BYTES` beside the run.
 
     Args:
         offers: with a verdict each.
@@ -258,8 +271,10 @@ def rank_fitting_machines_by_price(
         if offer.verdict != "fits" or offer.cost is None or (amount := _get_price_or_rent(offer, by_rent)) is None:
             continue
         if (budget is None or amount.high <= budget) and (max_hours is None or offer.cost.hours.high <= max_hours):
-            suited.append((not by_rent and offer.has_only_launch_price, amount.high, offer.cost.hours.high, offer))
-    return [offer for *_, offer in sorted(suited, key=lambda item: item[:3])]
+            is_crowded = not by_rent and offer.draws_screen and (offer.free_bytes or 0) < SCREEN_BYTES
+            is_old = not by_rent and offer.has_only_launch_price
+            suited.append((is_crowded, is_old, amount.high, offer.cost.hours.high, offer))
+    return [offer for *_, offer in sorted(suited, key=lambda item: item[:4])]
 
 
 def find_binding_limits(

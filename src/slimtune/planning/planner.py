@@ -300,8 +300,13 @@ def _suggest_memory_savings(job: MicroBatchWorkload, estimate: ResourceEstimate,
         return estimate.allocated_bytes - peak, judge_memory_fit(reserved + RUNTIME[changed.device], gpu.usable)
 
     useful, advice = [], []
+    # What a step holds beside the weights is no help where the weights alone are more than the card has.
+    too_large = estimate.parts["weights"] + RUNTIME[job.device].low > gpu.usable.high
     for text, change in list_memory_saving_changes(job, gpu):
-        saves, verdict = judge(change(job))
+        changed = change(job)
+        if too_large and (changed.dtype, changed.quantization) == (job.dtype, job.quantization):
+            continue
+        saves, verdict = judge(changed)
         if saves > 0:
             useful.append((text, change))
             advice.append(MemorySaving(text, saves, verdict))

@@ -125,10 +125,8 @@ def get_hidden_size(config: PreTrainedConfig) -> int:
 def get_max_positions(config: PreTrainedConfig) -> int | None:
     """Return how many positions a base has; None if it names no limit."""
     text: Any = config.get_text_config()
-    # MPT's name for it is its own.
-    return next(
-        (n for f in ("max_position_embeddings", "max_seq_len") if isinstance(n := getattr(text, f, None), int)), None
-    )
+    names = ("max_position_embeddings", "max_seq_len", "max_target_positions")  # MPT and Whisper have their own
+    return next((n for name in names if isinstance(n := getattr(text, name, None), int)), None)
 
 
 def read_config_file(path: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
