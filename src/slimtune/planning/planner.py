@@ -35,7 +35,7 @@ from .memory_trace import StepTrace, apply_sharding_savings, estimate_sharding_s
 from .packed_lengths import count_tokens_with_shared_prompt, remove_prefix_sharing, resize_example_rows
 from .plan_request import MAX_SEQ_LEN, MicroBatchWorkload, PlanRequest, pick_length_quantiles
 from .plan_result import PARTS, MemorySaving, MemoryVerdict, ResourceEstimate, TrainingWorkload
-from .throughput import estimate_training_speed
+from .throughput import UTILIZATION, estimate_training_speed
 
 RUNTIME = {"cuda": Interval(0.25e9, 0.75e9), "mps": Interval(0.2e9, 1.0e9), "cpu": Interval(0.45e9, 0.8e9)}
 """Bytes outside tensors: a CUDA context and loaded kernels; on a CPU, Python and its libraries."""
@@ -438,7 +438,8 @@ def _list_estimate_provenance(request: PlanRequest, host_peak_moment: str) -> di
         "usable_bytes": "measured on this machine" if gpu.kind == "cpu" else f"published ({gpu.source})",
         "host_bytes": f"computed, {host_peak_moment}; guessed runtime",
         "disk_bytes": "computed, an upper bound",
-        "tokens_per_second": f"computed from traced work and published rates ({gpu.source}); the range is guessed"
+        "tokens_per_second": f"computed from traced work and published rates ({gpu.source}); the range is "
+        + ("that of published runs" if gpu.vendor in UTILIZATION else "guessed")
         if gpu.measured is None
         else gpu.measured.evidence,
         "model": request.model.source,
