@@ -54,9 +54,6 @@ EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_nu
 GAESSLER = {"4766", "15131", "15525", "15631", "17505", "24127", "25441"}
 """Pull requests to llama.cpp whose runs are by one author, on the same machines."""
 
-MLX_BITS = {"4bit": 4.5, "8bit": 8.5}
-"""Bits of a weight with its share of a scale and an offset of 16 bits for 64 weights; MLX quantizes the head, too."""
-
 
 def name_source(text: str) -> str:
     """Return the author, site or repository that a point's source is of.
@@ -121,16 +118,15 @@ def count_work_of(name: str, precision: str) -> tuple[float, float, Any, int, in
 def predict(point: dict[str, Any]) -> Interval:
     """Return the tokens a second that a plan gives for a published run."""
     model, decodes = model_of(point["model"]), point["test"] == "decode"
-    precision = {"BF16": "F16", **dict.fromkeys(MLX_BITS, "Q4_0")}.get(point["precision"], point["precision"])
+    engine = point["engine"] if point["engine"] in ("vllm", "mlx") else "llama.cpp"
+    precision = point["precision"]
+    if engine != "vllm":
+        precision = {"BF16": "F16", "mxfp4": "mxfp4-q8"}.get(precision, precision)
     read_bytes, weights, structure, state, file_bytes = count_work_of(point["model"], precision)
     if "file_gib" in point:  # a mixture of types that has no name of its own
         scale = point["file_gib"] * 2**30 / file_bytes
         read_bytes *= scale
         structure = structure._replace(all_expert_bytes=scale * structure.all_expert_bytes)
-    if point["engine"] == "mlx":
-        head = model.get_output_embeddings().weight.numel()
-        read_bytes = MLX_BITS[point["precision"]] / 8 * (weights + head)
-    engine = "vllm" if point["engine"] == "vllm" else "llama.cpp"
     # The cache is allocated in blocks, and read as far as it is full.
     length = 256 * max(1, -(-point["tokens"] // 256))
     cached = count_request_kv_cache_bytes(model.config, length, engine, "f16") * point["tokens"] / length + state

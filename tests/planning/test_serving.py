@@ -172,7 +172,7 @@ def test_verdicts():
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_longest_context_fits_and_no_longer_one(engine):
-    settings = {"engine": engine, "gpu": "l4", "sequences": 4}
+    settings = {"engine": engine, "gpu": "m4-24gb" if engine == "mlx" else "l4", "sequences": 4}
     longest = plan(**settings).max_context
     assert longest % 256 == 0
     assert 0 < longest < 131072
@@ -349,6 +349,31 @@ def test_fp8_is_the_default_of_vllm_for_a_base_published_in_it():
     assert [estimate_serving_memory(published, engine=e).precision for e in ("vllm", "ollama")] == ["fp8", "Q4_K_M"]
 
 
+@pytest.mark.parametrize(
+    ("name", "precision", "bits"),
+    [("llama-3.1-8b", None, 4.5), ("llama-3.1-8b", "8bit", 8.5), ("qwen3-0.6b", "6bit", 6.5), ("qwen3-4b", "bf16", 16)],
+)
+def test_mlx_quantizes_embeddings_and_head_too(name, precision, bits):
+    served = plan(name, "m4-max-64gb", engine="mlx", precision=precision)
+    assert served.bits == pytest.approx(bits, abs=0.01)
+    assert served.parts["weights"] == served.file_bytes  # in unified memory
+    assert (served.host_bytes, served.verdict) == (0, "fits")
+    assert served.evidence["decode_tokens_per_second"] == "published"
+
+
+def test_mlx_of_a_base_published_in_mxfp4():
+    served = plan("gpt-oss-20b", "m5-max-64gb", engine="mlx")
+    assert served.precision == "mxfp4-q8"
+    assert served.file_bytes == pytest.approx(12.1e9, rel=0.01)  # mlx-community/gpt-oss-20b-MXFP4-Q8
+    assert served.evidence["prefill_tokens_per_second"] == "guessed"  # of an M5 two prompts are known
+
+
+def test_mlx_is_planned_on_macs():
+    with pytest.raises(UsageError, match="rtx-3090"):
+        plan(gpu="rtx-3090", engine="mlx")
+    assert plan("llama-3.1-70b", "m2-max-32gb", engine="mlx").verdict == "does not fit"
+
+
 def test_cache_of_layers_with_other_heads():
     """Gemma 4's full layers have 4 heads of 512, its others 16 of 256; E2B's last 20 layers have no cache."""
     large, small = (load_base_config(name).config for name in ("gemma-4-31b", "gemma-4-e2b"))
@@ -417,6 +442,19 @@ def test_points_of_other_engines_are_split_by_the_same_rule():
     points = json.loads(file.read_text(encoding="utf-8"))
     assert all(p["source"] and p["date"] for p in points)
     assert [p.get("held_out", False) for p in points] == [published.is_held_out(p) for p in points]
+
+
+@pytest.mark.slow
+def test_published_runs_of_mlx():
+    """Nine in ten of the runs that the fits saw are inside."""
+    file = Path(published.__file__).parent / "data" / "serving_points_other.json"
+    rows = []
+    for point in [*published.POINTS, *json.loads(file.read_text(encoding="utf-8"))]:
+        if point["engine"] == "mlx" and point["seen"] and not published.is_held_out(point):
+            band = published.predict(point)
+            rows.append(band.low <= point["tokens_per_second"] <= band.high)
+    assert len(rows) >= 120
+    assert sum(rows) >= 0.9 * len(rows)
 
 
 def test_formula_of_the_speed():

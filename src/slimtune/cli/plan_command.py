@@ -54,7 +54,7 @@ def plan_run(
     ] = None,
     plot: Annotated[Path | None, Option(metavar="FILE", help="Draw the bars as .svg or .png.")] = None,
     also_serve: Annotated[bool, Option("--serve", help="Also plan serving the tuned model on the GPU.")] = False,
-    engine: Annotated[str | None, Option(help="With --serve: llama.cpp, ollama or vllm.")] = None,
+    engine: Annotated[str | None, Option(help="With --serve: llama.cpp, mlx, ollama or vllm.")] = None,
     precision: Annotated[
         str | None, Option(help="With --serve: precision of the served weights, such as bf16 or q4_k_m.")
     ] = None,

@@ -196,7 +196,7 @@ class ServingEstimate:
     """What serving a model takes; sizes in bytes."""
 
     engine: str
-    """What serves it: ollama, llama.cpp or vllm."""
+    """What serves it: ollama, llama.cpp, vllm or mlx."""
     precision: str
     """Of the weights; a GGUF file type for Ollama and llama.cpp."""
     context: int

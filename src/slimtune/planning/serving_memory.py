@@ -25,9 +25,10 @@ from .serving_cache import UBATCH, count_recurrent_state_bytes, count_request_kv
 from .serving_speed import LayerStructure, estimate_decode_and_prefill_speed
 from .weight_formats import (
     ENGINES,
+    EXPERT_BITS,
     GGUF_TYPES,
+    MLX_BITS,
     VLLM_BITS,
-    VLLM_EXPERT_BITS,
     find_published_precision,
     load_vllm_lora_rules,
 )
@@ -44,6 +45,8 @@ _ROUTER_DISTANCE = 4
 """How many modules above its experts a router may be: `experts`, the mixture, the layer."""
 UTILIZATION = 0.92
 """Share of the GPU that vLLM takes (`--gpu-memory-utilization`)."""
+MLX_STEP = 2048
+"""Tokens of a prompt that MLX computes at once (`--prefill-step-size`)."""
 METADATA = 32
 """Bytes of a GGUF file for each token of the vocabulary: 23 (SentencePiece) to 61 (byte-level, with its merges)."""
 
@@ -99,6 +102,13 @@ def _estimate_serving_memory(
 ) -> ServingEstimate:
     engine = _find_name("engine", engine, ENGINES)
     is_vllm, facts = engine == "vllm", ENGINES[engine]
+    is_gguf = facts.supported_precisions is GGUF_TYPES
+    if engine == "mlx" and gpu is not None and gpu.vendor != "apple":
+        raise UsageError(
+            f"serving by MLX is not planned for {gpu.name}",
+            "a GPU by Apple, e.g. m4-max-64gb",
+            "choose another --engine",
+        )
     precision = precision or find_published_precision(config, engine) or facts.default_precision
     precision = _find_name("precision", precision, facts.supported_precisions)
     cache = _find_name("cache", cache or next(iter(facts.bytes_by_cache_precision)), facts.bytes_by_cache_precision)
@@ -110,11 +120,11 @@ def _estimate_serving_memory(
     model = build_adapted_meta_model(config, None, torch.bfloat16)
     # llama.cpp reads embeddings from CPU memory.
     separate_memory = gpu is None or (gpu.device == "cuda" and not gpu.unified)
-    placed = _place_weights(model, precision, embeddings_on_host=separate_memory and not is_vllm)
+    placed = _place_weights(model, precision, embeddings_on_host=separate_memory and is_gguf, with_vision=is_vllm)
     state = sequences * count_recurrent_state_bytes(model)
     adapter = 0 if adapter_rank is None else _adapter_bytes(model, adapter_rank, is_vllm)
     # vLLM's --max-num-batched-tokens and --max-num-seqs depend on the GPU.
-    batch_tokens, batch_requests = UBATCH, 1
+    batch_tokens, batch_requests = UBATCH if is_gguf else MLX_STEP, sequences
     if is_vllm:
         batch_tokens, batch_requests = (8192, 1024) if gpu is not None and gpu.memory >= 70 * GIB else (2048, 256)
     runtime = facts.runtime_bytes if gpu is None or gpu.device == "cuda" else Interval(0, 0)
@@ -122,7 +132,7 @@ def _estimate_serving_memory(
     def need_at(length: int) -> tuple[int, Interval, Interval]:
         """Return the bytes of cache, buffers and everything for requests of this length."""
         cached = sequences * count_request_kv_cache_bytes(config, length, engine, cache, batch_tokens)
-        buffers = _vllm_buffers(text, batch_tokens, batch_requests) if is_vllm else _llama_buffers(text, length)
+        buffers = _llama_buffers(text, length) if is_gguf else _batch_buffers(text, batch_tokens, batch_requests)
         return cached, buffers, Interval(*[placed.device_bytes + adapter + cached + state] * 2) + buffers + runtime
 
     cached, buffers, need = need_at(context)
@@ -158,7 +168,7 @@ def _estimate_serving_memory(
         sequences=sequences,
         cache=cache,
         merged=adapter_rank is None,
-        file_bytes=placed.file_bytes + (0 if is_vllm else METADATA * text.vocab_size),
+        file_bytes=placed.file_bytes + (METADATA * text.vocab_size if is_gguf else 0),
         bits=8 * placed.file_bytes / placed.numbers,
         parts={"weights": placed.device_bytes, "adapter": adapter, "cache": cached}
         | ({"state": state} if state else {}),
@@ -171,7 +181,7 @@ def _estimate_serving_memory(
         prefill_tokens_per_second=speed.prefill if speed is not None else None,
         verdict=verdict,
         reason=reason,
-        notes=_list_serving_notes(config, is_vllm=is_vllm),
+        notes=_list_serving_notes(config, engine),
         evidence={
             **dict.fromkeys(("file_bytes", "bits", "weights", "adapter", "cache", "state", "host_bytes"), "computed"),
             **dict.fromkeys(("compute_bytes", "runtime_bytes", "need_bytes", "max_context"), "guessed"),
@@ -185,12 +195,13 @@ def _estimate_serving_memory(
     )
 
 
-def _list_serving_notes(config: PreTrainedConfig, *, is_vllm: bool) -> list[str]:
+def _list_serving_notes(config: PreTrainedConfig, engine: str) -> list[str]:
     """Return what the estimate leaves out, in whole sentences."""
     if config.get_text_config() is config:
         return []
-    beside = "vLLM loads what sees or hears, too" if is_vllm else "what sees or hears is a file of its own (mmproj)"
-    return [f"File and speed are of the language part: {beside}."]
+    beside = {"vllm": "vLLM loads what sees or hears, too", "mlx": "mlx-lm leaves out what sees or hears"}
+    other = "what sees or hears is a file of its own (mmproj)"
+    return [f"File and speed are of the language part: {beside.get(engine, other)}."]
 
 
 class _PlacedWeights(NamedTuple):
@@ -202,11 +213,11 @@ class _PlacedWeights(NamedTuple):
     numbers: int  # in the language part
 
 
-def _place_weights(model: Any, precision: str, *, embeddings_on_host: bool) -> _PlacedWeights:
+def _place_weights(model: Any, precision: str, *, embeddings_on_host: bool, with_vision: bool) -> _PlacedWeights:
     sizes = _weight_sizes(model, precision)
     language = [(kind, p, size) for kind, p, size in sizes if kind != "not language"]
     file_bytes, embedding_bytes = count_weight_and_embedding_bytes(model, precision)
-    if precision in VLLM_BITS:  # vLLM loads what sees and hears, too; llama.cpp only if it is given that file
+    if with_vision:  # vLLM loads what sees and hears, too; llama.cpp only if it is given that file
         device_bytes = sum(size for _, _, size in sizes)
     elif embeddings_on_host:  # if they are tied to the head, the device has a second copy
         device_bytes = sum(size for kind, _, size in language if kind != "embedding")
@@ -281,7 +292,7 @@ def _find_active_expert_shares(model: Any) -> dict[int, float]:
 
 def _weight_sizes(model: Any, precision: str) -> list[tuple[str, nn.Parameter, float]]:
     """Return kind, weight and bytes of each weight; `precision`: one of an engine's."""
-    bits = _vllm_bits if precision in VLLM_BITS else _gguf_bits
+    bits = _vllm_bits if precision in VLLM_BITS else _mlx_bits if precision in MLX_BITS else _gguf_bits
     return [
         (kind, p, bits(precision, kind, width, holds_experts=p.dim() == 3) * p.numel() / 8)
         for kind, p, width in _weights(model)
@@ -293,7 +304,14 @@ def _vllm_bits(precision: str, kind: str, _: int, *, holds_experts: bool) -> flo
     linear = VLLM_BITS[precision]
     if kind not in ("matrix", "value_down"):
         return max(linear, 16.0)
-    return VLLM_EXPERT_BITS.get(precision, linear) if holds_experts else linear
+    return EXPERT_BITS.get(precision, linear) if holds_experts else linear
+
+
+def _mlx_bits(precision: str, kind: str, _: int, *, holds_experts: bool) -> float:
+    """Return the bits per weight of a kind of weights in MLX."""
+    if kind == "small":
+        return 16.0
+    return EXPERT_BITS.get(precision, MLX_BITS[precision]) if holds_experts else MLX_BITS[precision]
 
 
 def _gguf_bits(precision: str, kind: str, width: int, *, holds_experts: bool) -> float:
@@ -353,8 +371,8 @@ def _llama_buffers(text: Any, context: int) -> Interval:
     return Interval(4 * UBATCH * text.hidden_size, 4 * UBATCH * (text.vocab_size + text.hidden_size) + mask)
 
 
-def _vllm_buffers(text: Any, batch_tokens: int, requests: int) -> Interval:
-    """Return the peak of vLLM's trial pass: an MLP on a full batch, and logits for the sampler."""
+def _batch_buffers(text: Any, batch_tokens: int, requests: int) -> Interval:
+    """Return the peak of vLLM's trial pass, or of a step of MLX: an MLP on a full batch, and logits for the sampler."""
     layer = next(iter(getattr(text, "per_layer_config", None) or [text]))
     inner = getattr(layer, "intermediate_size", None) or getattr(layer, "n_inner", None) or 4 * text.hidden_size
     inner = max(inner) if isinstance(inner, list) else inner

@@ -103,6 +103,9 @@ DECODING = {
     ("llama.cpp", "amd unified"): DecodingSpeedFit(0.82, 108e-6, Interval(0.67, 1.50), 3),
     ("llama.cpp", "apple m1, m2"): DecodingSpeedFit(0.64, 121e-6, Interval(0.62, 1.42), 8),
     ("llama.cpp", "apple"): DecodingSpeedFit(0.86, 118e-6, Interval(0.81, 1.42), 5),
+    ("mlx", "apple m1, m2"): DecodingSpeedFit(0.83, 130e-6, Interval(0.60, 1.50), 4),
+    ("mlx", "apple m5"): DecodingSpeedFit(0.92, 95e-6, Interval(0.75, 1.35), 1),
+    ("mlx", "apple"): DecodingSpeedFit(0.92, 95e-6, Interval(0.80, 1.35), 5),
     # Two runs of vLLM were found (A100: 0.78 of the bandwidth, RTX 4090: 0.66), too few to fit.
     ("vllm", "nvidia"): DecodingSpeedFit(0.80, 40e-6, Interval(0.75, 1.15), 0),
     ("vllm", "nvidia hbm"): DecodingSpeedFit(0.78, 20e-6, Interval(0.75, 1.15), 0),
@@ -117,6 +120,10 @@ PREFILL = {
     ("llama.cpp", "amd unified"): PrefillSpeedFit(0.57, "float32", Interval(0.65, 1.4), 1),
     ("llama.cpp", "apple m1, m2"): PrefillSpeedFit(0.68, "float32", Interval(0.68, 1.28), 6),
     ("llama.cpp", "apple"): PrefillSpeedFit(0.78, "float32", Interval(0.72, 1.25), 3),
+    ("mlx", "apple m1, m2"): PrefillSpeedFit(0.33, "float32", Interval(0.45, 1.70), 2),
+    # The M5 has units for matrices, whose rate Apple does not say.
+    ("mlx", "apple m5"): PrefillSpeedFit(1.4, "float32", Interval(0.5, 1.9), 1),
+    ("mlx", "apple"): PrefillSpeedFit(0.56, "float32", Interval(0.48, 1.55), 2),
     ("vllm", "nvidia"): PrefillSpeedFit(0.5, "float16", Interval(0.6, 1.4), 0),
     ("vllm", "nvidia hbm"): PrefillSpeedFit(0.5, "float16", Interval(0.6, 1.4), 0),
     ("vllm", "amd"): PrefillSpeedFit(0.35, "float16", Interval(0.5, 1.5), 0),
@@ -151,6 +158,14 @@ def get_serving_fit_hardware_key(gpu: GpuSpec) -> str:
     return gpu.vendor
 
 
+def get_serving_fit_key(gpu: GpuSpec, engine: str) -> tuple[str, str]:
+    """Return the key of `DECODING` and `PREFILL` for an engine on a GPU, which may be in neither."""
+    fitted = ENGINES[engine].fitted_speeds_engine
+    hardware = (f"{gpu.vendor} {gpu.architecture}", get_serving_fit_hardware_key(gpu))
+    # vLLM on unified memory and on old GPUs is not known apart.
+    return fitted, next((name for name in hardware if (fitted, name) in DECODING), gpu.vendor)
+
+
 def estimate_decode_and_prefill_speed(
     gpu: GpuSpec, engine: str, *, weight_bytes_per_token: float, kv_bytes_per_request: float,
     matmul_weight_count: float, layers: int, vocab_size: int, concurrent_requests: int = 1, precision: str = "Q4_K_M",
@@ -160,7 +175,7 @@ def estimate_decode_and_prefill_speed(
 
     Args:
         gpu: where it runs; the weights are on it.
-        engine: ollama, llama.cpp or vllm.
+        engine: ollama, llama.cpp, vllm or mlx.
         weight_bytes_per_token: of the weights that a decoded token reads.
         kv_bytes_per_request: of keys, values and states that it reads, of one request.
         matmul_weight_count: in matrices that a token is multiplied with.
@@ -183,12 +198,12 @@ def estimate_decode_and_prefill_speed(
             evidence,
             evidence,
         )
-    key = (ENGINES[engine].fitted_speeds_engine, get_serving_fit_hardware_key(gpu))
-    if key not in DECODING:  # vLLM on unified memory and on old GPUs is not known apart
-        key = (key[0], gpu.vendor)
+    key = get_serving_fit_key(gpu, engine)
     if key not in DECODING or not gpu.rates or not gpu.bandwidth:
         return None
     decoding, prefill = DECODING[key], PREFILL[key]
+    if key[0] == "mlx":
+        structure = DENSE_LAYERS  # dense bases, mixtures and hybrids together are what it is fitted to
     # An expert sees few tokens of a batch, too few for the rate; the batch reads every expert once.
     tokens = batch_tokens * structure.expert_share
     macs = matmul_weight_count + structure.expert_macs * EXPERT_TOKENS / tokens

@@ -75,8 +75,11 @@ is AWQ or GPTQ in groups of 128 (scale and zero point), nf4 bitsandbytes without
 for 64 weights)."""
 
 
-VLLM_EXPERT_BITS = {"mxfp4": 4.25}
-"""Bits per weight of the experts of a mixture in vLLM, where they are not those of its linear layers."""
+MLX_BITS = {"bf16": 16.0, "8bit": 8.5, "6bit": 6.5, "5bit": 5.5, "4bit": 4.5, "mxfp4-q8": 8.5}
+"""Bits per weight of MLX's matrices, embeddings and head included: groups of 64 have a scale and an offset of 16 bits.
+mxfp4-q8 is that of gpt-oss: experts as published, all else in 8 bits."""
+EXPERT_BITS = {"mxfp4": 4.25, "mxfp4-q8": 4.25}
+"""Bits per weight of the experts of a mixture in vLLM and MLX, where they are not those of its linear layers."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ ENGINES = {
     "ollama": _LLAMA_CPP,
     "llama.cpp": _LLAMA_CPP,
     "vllm": ServingEngineSpec("bf16", VLLM_BITS, {"bf16": 2.0, "f16": 2.0, "fp8": 1.0}, _VLLM_RUNTIME, "vllm"),
+    "mlx": ServingEngineSpec("4bit", MLX_BITS, {"bf16": 2.0, "f16": 2.0}, Interval(0, 0), "mlx"),
 }
 """The engines that serving is planned for."""
 
@@ -116,7 +120,7 @@ def find_published_precision(config: Any, engine: str) -> str | None:
     checkpoint = getattr(config, "quantization_config", None) or {}
     method = checkpoint.get("quant_method") if isinstance(checkpoint, dict) else checkpoint.quant_method
     if config.get_text_config().model_type == "gpt_oss" or method == "mxfp4":
-        return "mxfp4" if engine == "vllm" else "MXFP4"
+        return {"vllm": "mxfp4", "mlx": "mxfp4-q8"}.get(engine, "MXFP4")
     return "fp8" if method == "fp8" and engine == "vllm" else None
 
 
