@@ -10,11 +10,11 @@ looked at, 50 of its 60 had the right answer, 9 none and 1 a wrong one. forum_qu
 when it was new, 33 of 60 were answered by the right page, 22 by none and 5 by a wrong one; of a later collection of 52
 titles 32, 14 and 6. All of them were then used to add wordings, so the numbers below are no measure of new questions.
 
-issue_texts.jsonl has 284 titles of issues and error texts from them, each with the answers that are right. The pages
+issue_texts.jsonl has 311 titles of issues and error texts from them, each with the answers that are right. The pages
 and the search were improved with the half "work". Before and after that, 17 and 27 of the 27 errors and 39 and 58 of
 the 72 titles of the half "held out" had the right answer (1 and 0, 5 and 2 a wrong one), and 17 and 18 of 19 errors
 and 22 and 31 of 38 titles of "fresh" (0 and 0, 3 and 3). These had been read while pages were written. Those of
-"blind" were looked up when the search was finished: 12 of 14 errors and 27 of 31 titles, one wrong each.
+"blind" were looked up when the search was finished: 17 of 19 errors and 42 of 53 titles, 1 and 3 wrong.
 foreign_texts.txt is about other subjects.
 """
 
@@ -98,8 +98,8 @@ def test_questions_in_many_words_find_the_right_answer_or_none(rows, least_right
         ("held out", "question", 61, 1),
         ("fresh", "error", 18, 0),
         ("fresh", "question", 33, 2),
-        ("blind", "error", 14, 0),
-        ("blind", "question", 31, 0),
+        ("blind", "error", 19, 0),
+        ("blind", "question", 49, 2),
     ],
 )
 def test_texts_of_issues_find_the_right_answer_or_none(half, kind, least_right, most_wrong):
