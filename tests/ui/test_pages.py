@@ -474,3 +474,14 @@ def test_the_plan_counts_the_rows_that_are_kept(browser, pages, folder, finish):
         finish("plan")
         found = pages.count_held_out_rows()
         assert (found and found.kept) == kept
+
+
+@pytest.mark.parametrize(
+    ("field", "text"), [("budget", "cheap"), ("budget", "-5"), ("hours", "1,5"), ("budget", "--x")]
+)
+def test_a_limit_of_machines_that_is_no_number_is_refused_beside_its_field(browser, pages, field, text):
+    browser.post("/rows", data=FORM)
+    answer = browser.post("/machines", data={field: text})
+    assert answer.status_code == 400
+    assert answer.text.index('class="wrong" role="alert"') > answer.text.index(f'id="{field}"')
+    assert pages.jobs.get("choose") is None

@@ -94,10 +94,10 @@ CARD, RUN, OUT = "card", "run", "out"
 FIELDS_WITH_ERRORS = {
     "rows": ("file", BASE, ROWS),
     "train": (RUN,),
-    "evaluate": ("held_out",),
+    "evaluate": ("held_out", "generate"),
     "chat": ("text",),
     "export": (OUT, "export"),
-    "machines": ("base",),
+    "machines": ("base", "budget", "hours"),
 }
 """Names of the fields of each page that show themselves why their form was refused."""
 Form = Mapping[str, str]
@@ -124,6 +124,13 @@ def blame_field(name: str) -> Iterator[None]:
     except SlimtuneError as e:
         e.field = name
         raise
+
+
+def require_number(form: Form, name: str, example: str) -> None:
+    """Raise UsageError, about its field, unless a field is empty or has a number that is not negative."""
+    text = form.get(name, "").strip()
+    if text and not re.fullmatch(r"\d{1,9}(\.\d{1,9})?", text):
+        raise UsageError(f"{text[:40]!r} is no number", f"a number such as {example}", field=name)
 
 
 def make_ollama_name(folder: str) -> str:
@@ -405,6 +412,7 @@ class UiPages:
     def start_evaluation(self, form: Form) -> str:
         """Start an evaluation."""
         run = self.open_run(form)
+        require_number(form, "generate", "2")
         self.choose(form, (RUN, "split", "held_out", "generate"))
         splits = list_set_aside_splits(load_run_results(run, raise_if_damaged=False))
         where = [f"--split={self.choices['split'] or next(iter(splits), 'test')}"]
@@ -597,6 +605,8 @@ class UiPages:
 
     def choose_machine(self, form: Form) -> str:
         """Start the ranking of machines for the chosen run, or compare those that are named."""
+        require_number(form, "budget", "500")
+        require_number(form, "hours", "1.5")
         names = ("compared", "budget", "hours", *MACHINE_KINDS)
         self.choose(form, names)
         with blame_field("base"):
