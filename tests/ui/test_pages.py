@@ -469,7 +469,8 @@ def test_the_plan_counts_the_rows_that_are_kept(browser, pages, folder, finish):
     (folder / "rows.csv").write_text(CSV + CSV.partition("\n")[2] * 3)  # 36 rows
     browser.post("/rows", data={**FORM, "data.train": "rows.csv"})
     finish("data")
-    for form, kept in (({}, 2), ({"data.test_fraction": "0.2"}, 7), ({"data.validation_fraction": "0"}, None)):
+    for form, kept in (({}, 2), ({"data.test_fraction": "0.2"}, 7), ({"data.validation_fraction": "0"}, None),
+                       ({"more": "train.seed=1"}, 2), ({"more": "data.test_fraction=0.2"}, None)):  # fmt: skip
         browser.post("/plan", data=form)
         finish("plan")
         found = pages.count_held_out_rows()

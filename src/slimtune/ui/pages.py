@@ -306,7 +306,7 @@ class UiPages:
     def count_held_out_rows(self) -> HeldOutRows | None:
         """Return how many rows the settings keep for the evaluation; None: not known before the rows are split."""
         preview = self.column_forms.build(self.choices.get(ROWS, ""), self.choices).preview
-        if not preview.rows or preview.has_more_rows or self.choices.get(MORE):
+        if not preview.rows or preview.has_more_rows or "data." in self.choices.get(MORE, ""):
             return None
         for path in ("data.test_fraction", "data.validation_fraction"):
             value = self.choices.get(path, "")
