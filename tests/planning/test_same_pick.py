@@ -17,8 +17,8 @@ from slimtune.planning.this_machine import detect_gpu_or_cpu_spec
 
 BASE = LoadedBaseConfig("tiny", "tiny", llama().config, "")
 LORA = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
-CAPABILITY = {"pascal": 6, "volta": 7, "turing": 7, "ampere": 8, "ada": 8, "hopper": 9, "blackwell": 10,
-              "blackwell-thor": 11}  # fmt: skip
+CAPABILITY = {"pascal": 6, "volta": 7, "turing": 7, "turing-tu116": 7, "ampere": 8, "ada": 8, "hopper": 9,
+              "blackwell": 10, "blackwell-thor": 11}  # fmt: skip
 
 
 def set_machine(monkeypatch, *, cuda=None, bf16=False, mps=False, macos14=True, xpu=False, cpu_flags=""):
