@@ -116,7 +116,7 @@ class MemoryTracker(TorchDispatchMode):
         if self._operators > self.max_operators and results and not func.is_view:
             raise ModelError(
                 f"the training step runs more than {self.max_operators} operators, as one that goes through a row "
-                "token by token (RWKV, or Mamba without its kernels): a plan would take minutes",
+                "token by token (RWKV): a plan would take minutes",
                 "a step that processes all tokens of a row at once",
                 "`slimtune train` goes on without a plan",
             )
