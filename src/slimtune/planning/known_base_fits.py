@@ -96,6 +96,6 @@ def find_known_base_fits(bases: list[KnownBaseFacts], gpu: GpuSpec) -> Iterator[
         try:
             serving = estimate_serving_memory(load_base_config(base.name).config, gpu=gpu)
         except SlimtuneError as error:
-            reason = " ".join(error.message.split())
+            reason = error.message
         training = find_training_fit(base.name, gpu)
         yield KnownBaseFit(base.name, base.params, base.released, serving, training, reason)
