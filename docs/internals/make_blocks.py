@@ -3,7 +3,7 @@
 A command that only answers (plan, choose, gpus, cost, models, methods, --version) is run as a page's reader would run
 it, without a network and without a measurement of this machine, and what it prints replaces the page's lines. `…`
 stands for lines that are left out: what follows it begins at the first line with the same label, and as many lines are
-shown as the page has. On the pages in `SESSIONS` all commands of slimtune are run, in order, in a folder of their own:
+shown as the page has, or all to the end if no `…` follows. On the pages in `SESSIONS` all commands of slimtune are run, in order, in a folder of their own:
 figures that depend on the machine and answers that a model writes differ a little there.
 """
 
@@ -87,7 +87,7 @@ def choose_lines(shown: Sequence[str], printed: list[str]) -> list[str]:
         elif at < len(printed):
             lines.append(printed[at])
             at += 1
-    return lines
+    return lines if shown[-1] == "…" else [*lines, *printed[at:]]
 
 
 def get_label(line: str) -> str:
@@ -105,8 +105,7 @@ def run_command(words: list[str], folder: Path) -> list[str]:
     if "Traceback" in done.stderr:
         raise RuntimeError(f"slimtune {shlex.join(words)}:\n{done.stderr}")
     printed = done.stdout if done.stdout.strip() else done.stderr
-    for path in (str(folder), os.path.expanduser("~")):
-        printed = printed.replace(path, "/…")
+    printed = printed.replace(f"{folder}/", "").replace(os.path.expanduser("~"), "/…")
     return [line.rstrip() for line in printed.strip("\n").splitlines()]
 
 

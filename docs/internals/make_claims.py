@@ -40,7 +40,7 @@ def make_table() -> str:
         )
     )
     weights = plain["parts"]["weights"] / 1e9
-    bf16 = 8 * plain["total_params"] / 1e9  # weights, gradients and two moments of 2 bytes
+    bf16 = 4 * weights  # gradients and two moments, each as large
     lines = [
         "| claim | is it true? |",
         "| --- | --- |",
