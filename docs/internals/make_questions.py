@@ -6,16 +6,16 @@ minutes of processor time); the others stay as the page has them.
 """
 
 import argparse
-import os
 import re
+import runpy
 import shlex
-import subprocess
-import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 PAGE = Path(__file__).parents[1] / "questions.md"
+RUN_COMMAND = runpy.run_path(str(Path(__file__).parent / "make_blocks.py"))["run_command"]
 HEAD = """# Questions and their commands
 
 What people ask before, during and after tuning a model; the command or the page that answers; and what the command
@@ -45,10 +45,13 @@ ROWS = (
     Row("Which machine, if I have 1500 $ and one night?", f"choose {JOB} --budget 1500 --hours 10", "^to |fastest"),
     Row("How do two machines compare?", "gpus rtx-3090 'm4 max 128gb'", "rtx|memory|bandwidth|price  |writes|reads"),
     Row("Buy, rent, or pay a service?", f"cost {JOB} --gpu rtx-3090 --tokens 5000000 --runs 20", "^buy|^rent|AI,"),
+    Row("What can my machine run and train?", "models --fits rtx-3060-12gb", "^base|^qwen3.5|run or train"),
+    Row("What does a million tokens of answers cost?", "cost llama-3.1-8b --gpu rtx-3090 --serve", "million|elec|Groq"),
+    Row("Which MacBook?", f"choose {JOB} --kind macbook", "^to buy|fastest"),
     Row("Which machine is cheapest to rent?", f"choose {JOB} --kind rent", "^to rent|fastest"),
     Row("What can this machine do?", "doctor", "ready|auto|memory|disk"),
     Row("How fast is this machine?", page="`slimtune bench`: [what it measures](cli.md#bench)"),
-    Row("What have others measured?", page="[Published runs](plan.md#how-accurate-it-is), beside the predictions"),
+    Row("What have others measured?", "benchmarks --gpu rtx-3060-12gb --model llama-3.1-8b", "GPU|decode"),
     Row("Which bases are there, and may I use them?", "models --family qwen3", "name|qwen3-0.6b |qwen3-8b "),
     Row("Which cards does it know?", "gpus --kind mini", "GPU|spark|strix-halo-128"),
     Row("Where is a figure from, and how old is it?", "gpus rtx-4090 rtx-3090 --sources", "4090 .*checked|0.34|spot"),
@@ -74,12 +77,8 @@ ROWS = (
 
 def ask(row: Row) -> str:
     """Return the lines of the answer that are shown, as a table's cell."""
-    env = {**os.environ, "COLUMNS": "200", "HF_HUB_OFFLINE": "1", "NO_COLOR": "1"}
-    words = [sys.executable, "-m", "slimtune", *shlex.split(row.command)]
-    done = subprocess.run(words, capture_output=True, text=True, env=env, check=False)
-    if done.returncode:
-        raise SystemExit(f"slimtune {row.command}:\n{done.stderr}")
-    lines = [re.sub(r"  +", " · ", line.strip()) for line in done.stdout.splitlines() if re.search(row.keep, line)]
+    printed = RUN_COMMAND(shlex.split(row.command), Path(tempfile.gettempdir()))
+    lines = [re.sub(r"  +", " · ", line.strip()) for line in printed if re.search(row.keep, line)]
     return "<br>".join(re.sub(r"([|<>])", r"\\\1", line) for line in lines)
 
 

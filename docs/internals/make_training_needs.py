@@ -7,16 +7,19 @@ checkpointing: on a GPU with the base in bfloat16 and in NF4, on a Mac and on a 
 import json
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from slimtune.cli.planned_jobs import load_run_to_plan
+from slimtune.core.attention.attention_functions import packing_unsupported_reason_or_empty
 from slimtune.errors import SlimtuneError
 from slimtune.extras.known_models import list_alias_names
+from slimtune.planning.extrapolation import extrapolate_step_trace, find_layer_kinds
 from slimtune.planning.gpu_specs import GpuSpec, require_gpu_by_name
 from slimtune.planning.interval import Interval
 from slimtune.planning.known_base_fits import ROW_TOKENS
 from slimtune.planning.plan_request import build_plan_request
-from slimtune.planning.planner import estimate_resources
+from slimtune.planning.planner import RUNTIME, estimate_peak_allocated_and_reserved
 
 FILE = Path(__file__).parents[2] / "src/slimtune/planning/training_needs.json"
 HUGE = 1 << 50
@@ -37,7 +40,13 @@ def plan_need(base: str, device: str, weights: str) -> Interval:
     jobs = load_run_to_plan(base, settings)
     (recipe,) = jobs.recipes.values()
     request = build_plan_request(recipe, DEVICES[device], [], 1, jobs.row_composition)
-    return estimate_resources(request, advise=False).need_bytes
+    job = request.job()
+    model = job.build_model()
+    job = replace(job, layer_kinds=find_layer_kinds(job, model))
+    if packing_unsupported_reason_or_empty(model):
+        job = replace(job, packing=False)
+    _, reserved = estimate_peak_allocated_and_reserved(job, extrapolate_step_trace(job, model))
+    return reserved + RUNTIME[job.device]
 
 
 def plan_needs(base: str) -> dict[str, list[int]]:
