@@ -26,6 +26,7 @@ IN_MODULES = {
     "transformers.quantizers.quantizers_utils.should_convert_module": "whether a layer is quantized",
     "transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS": "Llama 3's rotary frequencies",
     "transformers.models.llama.modeling_llama.eager_attention_forward": "eager attention, which is in no table",
+    "transformers.integrations.moe._can_use_grouped_mm": "products of experts on tensors without values",
     "transformers.trainer._is_peft_model": "registering a PeftModel when peft is not installed",
     "bitsandbytes.functional._convert_weight_packed_for_cpu_inverse": "undoing the CPU layout of 4-bit weights",
 }
@@ -39,7 +40,16 @@ OF_OBJECTS = {
     "_old_forward": "a module's forward without accelerate's hook",
     "support_avx512bf16_for_cpu": "switching off the CPU layout of 4-bit weights",
 }
-OF_TORCH = (torch, torch._C, torch.ops.aten, torch.nn.Module(), torch.zeros(1), torch.zeros(1).untyped_storage(), os)
+OF_TORCH = (
+    torch,
+    torch._C,
+    torch._C._autograd,
+    torch.ops.aten,
+    torch.nn.Module(),
+    torch.zeros(1),
+    torch.zeros(1).untyped_storage(),
+    os,
+)
 OF_TORCH_OBJECTS = {"_overloadpacket", "_use_count", "_orig_mod", "_compiled_call_impl"}
 OF_NAMED_TUPLES = {"_asdict", "_replace"}
 OWN = {"_joined", "_virtual_tokens"}  # set on objects of other libraries

@@ -182,7 +182,7 @@ CASES: list[Case] = [
     # Catalog
     Case("card-unknown", {}, "plan gpt2 --gpu rtx-5061", 2, "no card 'rtx-5061' in the table"),
     Case("card-5090-laptop", {}, "gpus rtx-5090-laptop", 0, "bfloat16 114 TFLOPS"),
-    Case("card-spot-price", {}, "gpus rtx-5090", 0, "0.69 $/h, RunPod Community Cloud (spot), 2026-03-10"),
+    Case("card-rent-price", {}, "gpus rtx-5090", 0, "0.69 $/h, RunPod Community Cloud, 2026-10-01"),
     #
     # Adapter files: patterns, ranks, dtypes
     Case("file-endless-targets", adapter(target_modules="(.*)*!"), "generate RUN hi", 2, "matches no module"),

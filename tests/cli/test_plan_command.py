@@ -312,11 +312,7 @@ def test_json(slimtune_json):
     assert [p["method"] for p in one["plans"]] == ["lora"]
     several = slimtune_json(*BASE, "--method", "lora,ia3")
     assert [p["verdict"] for p in several["plans"]] == ["fits", "tight"]
-    assert several["plans"][0]["cost"]["prices"][0]["card"] == "rtx-3090"
-
-
-def test_published_prices_have_a_date(slimtune):
-    assert "(prices of 2026-10-01" in " ".join(slimtune(*BASE).stdout.split())
+    assert several["plans"][0]["cost"]["prices"][0].items() >= {"card": "rtx-3090", "date": "2026-10-01"}.items()
 
 
 def test_old_figures_of_a_card_are_named(slimtune, monkeypatch):

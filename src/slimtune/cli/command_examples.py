@@ -1,4 +1,4 @@
-"""Two examples for the help of each command."""
+"""Two or three examples for the help of each command."""
 
 EXAMPLES = {
     "plan": ("slimtune plan llama-3.1-8b --gpu rtx-4090", "slimtune plan recipe.yaml --method lora,ia3"),
@@ -9,9 +9,9 @@ EXAMPLES = {
     "cost": (
         "slimtune cost llama-3.1-8b --gpu rtx-3090 --quantization nf4 --runs 20",
         "slimtune cost recipe.yaml --gpu 'm4 max 128gb' --kwh-price 0.3",
-        "slimtune cost llama-3.1-8b --gpu rtx-3090 --serve      # a million tokens of answers, here and at services",
+        "slimtune cost llama-3.1-8b --gpu rtx-3090 --serve",
     ),
-    "models": ("slimtune models --family qwen3", "slimtune models --fits rtx-3060-12gb     # what can this machine run and train?"),
+    "models": ("slimtune models --family qwen3", "slimtune models --fits rtx-3060-12gb"),
     "gpus": ("slimtune gpus rtx-3090 rtx-4090 'm4 max 128gb'", "slimtune gpus --for llama-3.1-8b --quantization nf4"),
     "bench": ("slimtune bench", "slimtune bench --export"),
     "benchmarks": ("slimtune benchmarks --gpu rtx-4090", "slimtune benchmarks --model qwen3.6-27b --sources"),
