@@ -3,8 +3,9 @@
 A command that only answers (plan, choose, gpus, cost, models, methods, --version) is run as a page's reader would run
 it, without a network and without a measurement of this machine, and what it prints replaces the page's lines. `…`
 stands for lines that are left out: what follows it begins at the first line with the same label, and as many lines are
-shown as the page has, or all to the end if no `…` follows. On the pages in `SESSIONS` all commands of slimtune are run, in order, in a folder of their own:
-figures that depend on the machine and answers that a model writes differ a little there.
+shown as the page has, or all to the end if no `…` follows. On the pages in `SESSIONS` all commands of slimtune are run,
+in order, in a folder of their own: figures that depend on the machine and answers that a model writes differ a little
+there.
 """
 
 import argparse

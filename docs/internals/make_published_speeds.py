@@ -37,11 +37,11 @@ This is written by `python docs/internals/make_published_speeds.py`. An error is
 {groups}
 
 The held-out side judged the ranges before those of few sources were made wider: 87 % of dense bases, 86 % of mixtures,
-81 % (13 of 16) of hybrids and 85 % of prompts were inside, with median errors of 14, 13, 18 and 16 %. That is the clean
-test: of hybrids fewer than the 85 % aimed at, and with a larger error than the 15 % aimed at. The ranges were widened
-twice after it, on the fit side's figures, and three of them (hybrids, per-layer embeddings, Strix Halo) were given another
-middle, while the held-out figures were seen. So the table above, which is of the ranges as they are now, is no clean
-test of them.
+81 % (13 of 16) of hybrids and 85 % of prompts were inside, with median errors of 14, 13, 18 and 16 %. That is the
+clean test: of hybrids fewer than the 85 % aimed at, and with a larger error than the 15 % aimed at. The ranges were
+widened twice after it, on the fit side's figures, and three of them (hybrids, per-layer embeddings, Strix Halo) were
+given another middle, while the held-out figures were seen. So the table above, which is of the ranges as they are now,
+is no clean test of them.
 
 {hardware}
 

@@ -1,8 +1,8 @@
 """Which of the known bases run and train on a machine: serving is planned here, training needs are shipped.
 
 `training_needs.json` has the bytes that LoRA with its defaults needs on each known base, one row of 1,024 tokens with
-gradient checkpointing, by kind of device and by how the base's weights are held: `docs/internals/make_training_needs.py`
-writes it, and a test plans some of them again.
+gradient checkpointing, by kind of device and by how the base's weights are held:
+`docs/internals/make_training_needs.py` writes it, and a test plans some of them again.
 """
 
 import json
