@@ -72,6 +72,8 @@ class LossMeasures(EvalMeasures):
     """Tuned model minus base; above 0, the tuned model is better."""
     rows_better: int
     """Rows on which the tuned model has the lower loss."""
+    windowed_documents: int | None = None
+    """Documents whose windows count as the rows, because they are fewer than 6; null: each document is a row."""
     prompt_dependence: PromptDependence | None = None
     """Whether answers depend on their prompts; null: not tested."""
 

@@ -15,6 +15,7 @@ from ..core.data.class_labels import ClassLabels
 from ..core.data.collator import Collator, Example
 from ..core.data.tokenized_dataset import TokenizedDataset
 from ..core.foundation.progress_bars import using_progress_prefix
+from ..core.training.held_out_rows import MIN_EVAL_ROWS
 from ..core.training.objective import Objective
 from ..errors import AdapterError, ModelError, format_names
 from .eval_result import EvalMeasures, EvalResult
@@ -58,9 +59,16 @@ class ModelComparison(Generic[Measures]):
         return []
 
     @cached_property
+    def windows_are_rows(self) -> bool:
+        """Whether each window of a document counts as a row, because the documents are too few for an interval."""
+        documents = self.examples.documents
+        return documents is not self.examples and len(set(documents.hashes())) < MIN_EVAL_ROWS
+
+    @cached_property
     def groups(self) -> np.ndarray:
         """The number of the group of equal rows that each row is in, int64 [N]."""
-        return np.unique(self.examples.documents.hashes(), return_inverse=True)[1]
+        windows = (hash(tuple(e["input_ids"])) for e in self.examples) if self.windows_are_rows else ()
+        return np.unique(list(windows) or self.examples.documents.hashes(), return_inverse=True)[1]
 
     def compare(self, first: Any, second: Any, sizes: Any = None) -> PairedEstimate:
         """Compare two values of each row [N], per `sizes` [N] (None: per row), by `paired_bootstrap`.

@@ -31,6 +31,13 @@ class SupervisedLossEvaluator(ModelComparison[SFTMeasures]):
         return SFTMeasures(**vars(replace(measures, prompt_dependence=dependence))), figures
 
     @staticmethod
+    def list_warnings(measures: SFTMeasures) -> list[str]:
+        if (documents := measures.windowed_documents) is None:
+            return []
+        of = "one document" if documents == 1 else f"{documents} documents"
+        return [f"the rows are windows of {of}: how it does on other documents is not shown"]
+
+    @staticmethod
     def list_reasons_not_better(measures: SFTMeasures) -> list[str]:
         failures = []
         low, high = measures.loss_reduction.ci95
@@ -63,11 +70,14 @@ def measure_base_and_tuned_losses_and_scores(
 ) -> tuple[LossMeasures, RowFigures, tuple[list[RowScore], list[RowScore]]]:
     """Return loss, perplexity and token accuracy with intervals, the losses of each row, and its scores.
 
-    `examples` are those of the comparison, or a row of each. A document is one row, whatever its windows.
+    `examples` are those of the comparison, or a row of each. A document is one row, whatever its windows, unless the
+    documents are too few.
     """
+    windows_are_rows = comparison.windows_are_rows
+    owners = np.arange(len(examples)) if windows_are_rows else examples.owners
 
     def sum_windows(scores: Sequence[RowScore]) -> list[RowScore]:
-        nats, hits, tokens = (np.bincount(examples.owners, values) for values in zip(*scores, strict=True))
+        nats, hits, tokens = (np.bincount(owners, values) for values in zip(*scores, strict=True))
         return [RowScore(float(n), int(h), int(t)) for n, h, t in zip(nats, hits, tokens, strict=True)]
 
     base, tuned = map(sum_windows, comparison.score_both(examples))
@@ -87,9 +97,12 @@ def measure_base_and_tuned_losses_and_scores(
         tuned_accuracy=hits.first,
         accuracy_gain=hits.difference,
         rows_better=sum(t.nats < b.nats for b, t in zip(base, tuned, strict=True)),
+        windowed_documents=len(examples.documents) if windows_are_rows else None,
     )
+    document_lines = examples.documents.lines
+    lines = [document_lines[owner] for owner in examples.owners] if windows_are_rows else document_lines
     figures = [
         {"line": line, "tokens": b.tokens, "base": b.nats, "tuned": t.nats}
-        for line, b, t in zip(examples.documents.lines, base, tuned, strict=True)
+        for line, b, t in zip(lines, base, tuned, strict=True)
     ]
     return measures, figures, (base, tuned)

@@ -63,3 +63,14 @@ def test_perplexity_is_over_whole_documents(documents, tmp_path):
     lines = json.loads((run / "scores-data-other.json").read_text())
     assert [line["line"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert [line["tuned"] for line in lines] == pytest.approx(nats, rel=1e-6)
+
+
+def test_windows_of_few_documents_are_the_rows(documents, tmp_path):
+    run = Path(train(recipe_of(documents, max_steps=2)).run)
+    text = " ".join("cab" if i * i % 7 < 3 else "abc" for i in range(250))
+    found = evaluate(run, EvalSettings(data=write_jsonl(tmp_path / "one.jsonl", [{"text": text}]))).measures
+    assert (found.rows > 6, found.windowed_documents) == (True, 1)
+    assert found.loss_reduction.low < found.loss_reduction.value < found.loss_reduction.high
+    lines = json.loads((run / "scores-data-one.json").read_text())
+    assert {line["line"] for line in lines} == {1}
+    assert sum(line["tokens"] for line in lines) == found.tokens
