@@ -284,7 +284,7 @@ def test_layers_whose_cache_is_not_known():
         "qwen3_next",
         *(
             pytest.param(family, marks=pytest.mark.slow)
-            for family in ("mamba2", "bamba", "falcon_h1", "granitemoehybrid", "jamba", "lfm2")
+            for family in ("mamba2", "bamba", "falcon_h1", "jamba", "lfm2")
         ),
     ],
 )

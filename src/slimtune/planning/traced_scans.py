@@ -25,7 +25,7 @@ from .memory_tracker import MemoryTracker
 SCANS = {"torch_chunk_gated_delta_rule": (1, 64), "mamba2_chunk_scan": (1, 256), "mamba_selective_scan": (-1, 8)}
 """The functions of transformers' models: the dimension of tokens in arguments of at least three dimensions, and the
 tokens of a chunk where the call does not say it. A scan of single tokens is linear in chunks of any number of them."""
-TRACED_CHUNKS = (3, 4, 5)
+TRACED_CHUNKS = (4, 6, 8)
 """Chunks of the rows that a scan is traced on."""
 
 
