@@ -58,7 +58,7 @@ def test_memory_and_work_are_those_of_all_operators(monkeypatch, family, tokens,
     every = trace_training_step(job)
     # On a base this small the scan is most of the step. A peak may be planned higher, by what pads its last chunk.
     assert all(0.98 * every.peaks[phase] <= peak <= 1.05 * every.peaks[phase] for phase, peak in one.peaks.items())
-    assert one.counts_by_operator_cost.total() == pytest.approx(every.counts_by_operator_cost.total(), rel=0.02)
+    assert one.counts_by_operator_cost.total() == pytest.approx(every.counts_by_operator_cost.total(), rel=0.05)
     flops, moved = (
         [sum(number * cost[i] for cost, number in t.counts_by_operator_cost.items()) for t in (one, every)]
         for i in range(2)
