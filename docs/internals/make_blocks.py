@@ -31,7 +31,6 @@ TRAIN_MINE = (
 SESSIONS: dict[str, tuple[dict[str, str], str]] = {
     "docs/first_adapter.md": (ROWS, ""),
     "docs/ollama.md": (ROWS, TRAIN_MINE),
-    "docs/plan.md": ({}, ""),
     "docs/vllm.md": (ROWS, TRAIN_MINE),
 }
 """Pages whose commands need a run: files that the reader has, by their source, and a command that he gave before."""
@@ -106,7 +105,7 @@ def run_command(words: list[str], folder: Path) -> list[str]:
     if "Traceback" in done.stderr:
         raise RuntimeError(f"slimtune {shlex.join(words)}:\n{done.stderr}")
     printed = done.stdout if done.stdout.strip() else done.stderr
-    printed = printed.replace(f"{folder}/", "").replace(os.path.expanduser("~"), "/…")
+    printed = printed.replace(str(folder), "/…").replace(os.path.expanduser("~"), "/…")
     return [line.rstrip() for line in printed.strip("\n").splitlines()]
 
 

@@ -53,6 +53,7 @@ def require_agreement(answer, base, machines):
         assert ("error" in cost) == (batch["verdict"] == "does not fit" or batch["tokens_per_second"] is None)
 
 
+@pytest.mark.slow
 def test_a_mixture_on_a_card_without_bfloat16(answer, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(MIXTURE))
     require_agreement(answer, tmp_path, ["t4"])
