@@ -50,7 +50,7 @@ ROWS = (
     Row("Which machine is cheapest to rent?", f"choose {JOB} --kind rent", "^to rent|fastest"),
     Row("What can this machine do?", "doctor", "ready|auto|memory|disk"),
     Row("How fast is this machine?", page="`slimtune bench`: [what it measures](cli.md#bench)"),
-    Row("What have others measured?", "benchmarks --gpu rtx-3060-12gb --model llama-3.1-8b", "GPU|decode"),
+    Row("What have others measured?", "benchmarks --gpu rtx-4090 --model llama-3.1-8b", "GPU|decode"),
     Row("Which bases are there, and may I use them?", "models --family qwen3", "name|qwen3-0.6b |qwen3-8b "),
     Row("Which cards does it know?", "gpus --kind mini", "GPU|spark|strix-halo-128"),
     Row("Where is a figure from, and how old is it?", "gpus rtx-4090 rtx-3090 --sources", "4090 .*checked|0.34|spot"),
@@ -77,6 +77,8 @@ ROWS = (
 def ask(row: Row) -> str:
     """Return the lines of the answer that are shown, as a table's cell."""
     printed = RUN_COMMAND(shlex.split(row.command), Path(tempfile.gettempdir()))
+    if printed[0].startswith("error: "):
+        raise SystemExit("\n".join([f"slimtune {row.command}", *printed]))
     lines = [re.sub(r"  +", " · ", line.strip()) for line in printed if re.search(row.keep, line)]
     return "<br>".join(re.sub(r"([|<>])", r"\\\1", line) for line in lines)
 
