@@ -62,7 +62,12 @@ DEMO = runpy.run_path(str(ROOT / "docs/internals/make_demo.py"))
 @pytest.mark.slow
 @pytest.mark.skipif(not (DEMO["RUN"] / "eval-test.json").exists(), reason="make demo first, as CI does")
 def test_readme_says_what_the_demo_measured():
-    assert DEMO["make_readme"]() == (ROOT / "README.md").read_text(), "python docs/internals/make_demo.py"
+    """Another processor rounds otherwise, by a hundredth or two."""
+    written, measured = (
+        [float(n) for n in NUMBER.findall(DEMO["SENTENCE"].search(text)[0])]
+        for text in ((ROOT / "README.md").read_text(), DEMO["make_readme"]())
+    )
+    assert written == pytest.approx(measured, abs=0.03), "python docs/internals/make_demo.py"
 
 
 def test_readme_has_the_sentence_of_the_demo():
