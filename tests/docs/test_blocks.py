@@ -41,6 +41,12 @@ def test_page_shows_what_its_commands_print(page):
     assert {name: (ROOT / name).read_text() for name in pictures} == pictures, MEND + page
 
 
+@pytest.mark.slow
+def test_common_claims_are_what_is_planned_today():
+    script = ROOT / "docs/internals/make_claims.py"
+    assert runpy.run_path(str(script))["make_page"]() == (ROOT / "docs/plan.md").read_text(), f"python {script}"
+
+
 def test_changed_figure_is_a_difference():
     assert find_differences("loss 2.9908", "loss 2.9909", 0.1) == []
     assert find_differences("loss 2.9908", "loss 3.9908", 0.1) == [("loss 2.9908", "loss 3.9908")]
