@@ -118,7 +118,8 @@ def predict_decoding() -> dict[str, dict[str, float]]:
     """Return the predicted range of tokens a second of decoding, by engine and precision."""
     from slimtune.core.foundation.json_results import to_json_dict
     from slimtune.core.models.loader import load_base
-    from slimtune.planning.serving_memory import count_request_kv_cache_bytes, count_weight_bytes_and_macs_per_token
+    from slimtune.planning.serving_cache import count_request_kv_cache_bytes
+    from slimtune.planning.serving_memory import count_weight_bytes_and_macs_per_token
     from slimtune.planning.serving_speed import estimate_decode_and_prefill_speed
     from slimtune.planning.this_machine import detect_gpu_or_cpu_spec
 

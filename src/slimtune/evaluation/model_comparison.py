@@ -67,8 +67,11 @@ class ModelComparison(Generic[Measures]):
     @cached_property
     def groups(self) -> np.ndarray:
         """The number of the group of equal rows that each row is in, int64 [N]."""
-        windows = (hash(tuple(e["input_ids"])) for e in self.examples) if self.windows_are_rows else ()
-        return np.unique(list(windows) or self.examples.documents.hashes(), return_inverse=True)[1]
+        if self.windows_are_rows:
+            hashes = [hash(tuple(window["input_ids"])) for window in self.examples]
+        else:
+            hashes = self.examples.documents.hashes()
+        return np.unique(hashes, return_inverse=True)[1]
 
     def compare(self, first: Any, second: Any, sizes: Any = None) -> PairedEstimate:
         """Compare two values of each row [N], per `sizes` [N] (None: per row), by `paired_bootstrap`.

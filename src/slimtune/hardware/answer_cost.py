@@ -9,9 +9,8 @@ from functools import cache
 
 from ..planning.gpu_specs import GpuSpec
 from ..planning.interval import Interval
+from .hardware_results import MILLION
 from .run_cost import estimate_run_cost, list_rent_prices, read_price_rows
-
-MILLION = 1_000_000
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,11 @@ def list_purchase_prices(gpu_name: str = "") -> tuple[MachinePurchasePrice, ...]
     )
 
 
+def select_deciding_prices(prices: tuple[MachinePurchasePrice, ...]) -> tuple[MachinePurchasePrice, ...]:
+    """Return the prices of now, or those at the launch if there are no others."""
+    return tuple(p for p in prices if p.condition != "launch") or prices
+
+
 @cache
 def list_tuning_service_prices() -> tuple[TuningServicePrice, ...]:
     """Return the prices of `api_prices.csv`."""
@@ -149,11 +154,6 @@ class MachineOffer:
     """When they were last checked, as 2026-11-25."""
 
     @property
-    def deciding_purchases(self) -> tuple[MachinePurchasePrice, ...]:
-        """The prices that `price` spans: those of now, or the launch's if there are no others."""
-        return tuple(p for p in self.purchases if p.condition != "launch") or self.purchases
-
-    @property
     def has_only_launch_price(self) -> bool:
         """Whether the only known price is the one at its launch, which may be far from today's."""
         return bool(self.purchases) and all(p.condition == "launch" for p in self.purchases)
@@ -162,7 +162,7 @@ class MachineOffer:
         """Return what its price is, as `used–street`; of an old one the month, as `launch 2022-01`; "-" without one."""
         if not self.purchases:
             return "-"
-        by_dollars = sorted(self.deciding_purchases, key=lambda p: p.dollars)
+        by_dollars = sorted(select_deciding_prices(self.purchases), key=lambda p: p.dollars)
         kinds = "–".join(dict.fromkeys((by_dollars[0].condition, by_dollars[-1].condition)))
         oldest = min(p.date for p in by_dollars)
         return f"{kinds} {oldest[:7]}" if is_date_outdated(oldest) else kinds
@@ -213,7 +213,7 @@ def make_machine_offer(
         if speed is not None and verdict != "does not fit":
             cost = estimate_run_cost(speed, trained_tokens, gpu, dollars_per_kwh=dollars_per_kwh)
     purchases = tuple(p for p in list_purchase_prices(gpu.name) if p.is_in_macbook or not only_macbook)
-    known = [p.dollars for p in purchases if p.condition != "launch"] or [p.dollars for p in purchases]
+    known = [p.dollars for p in select_deciding_prices(purchases)]
     return MachineOffer(
         gpu=gpu.name,
         kind=gpu.kind,

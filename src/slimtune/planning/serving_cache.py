@@ -29,14 +29,6 @@ _STATE_BYTES = 4
 """llama.cpp holds states in float32, and so does vLLM where a base asks for it, which recent ones do."""
 
 
-def count_request_cache_bytes(
-    model: Any, context: int, engine: str, cache_dtype: str = "f16", tokens_per_step: int = UBATCH
-) -> int:
-    """Return the bytes of keys, values and states of one request of `context` tokens; the model may be on meta."""
-    keys = count_request_kv_cache_bytes(model.config, context, engine, cache_dtype, tokens_per_step)
-    return keys + count_recurrent_state_bytes(model)
-
-
 def count_request_kv_cache_bytes(
     config: PreTrainedConfig, context: int, engine: str, cache_dtype: str = "f16", tokens_per_step: int = UBATCH
 ) -> int:

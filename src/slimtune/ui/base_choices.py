@@ -21,13 +21,13 @@ class BaseChoice(NamedTuple):
 def list_base_choices() -> list[BaseChoice]:
     """Return the bases that have a short name: those on this machine first, the smallest first."""
     from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.file_download import repo_folder_name
 
     def is_here(name: str, hub_ids: Sequence[str]) -> bool:
         if name in PACKAGED and importlib.util.find_spec(PACKAGED[name].package) is not None:
             return True
-        return any(
-            Path(HF_HUB_CACHE, f"models--{hub_id.replace('/', '--')}", "snapshots").is_dir() for hub_id in hub_ids
-        )
+        folders = (repo_folder_name(repo_id=hub_id, repo_type="model") for hub_id in hub_ids)
+        return any(Path(HF_HUB_CACHE, folder, "snapshots").is_dir() for folder in folders)
 
     bases = [
         BaseChoice(name, facts["params"], facts["licence"], bool(facts["gated"]), is_here(name, facts["hub"]))
