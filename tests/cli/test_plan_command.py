@@ -131,7 +131,8 @@ def test_the_learning_rate_is_what_training_takes(slimtune_json, tiny_folder, ro
     rows = len(tokenize_recipe_datasets(recipe, load_tokenizer(tiny_folder)).train)
     planned = slimtune_json(*command)["learning_rate"]
     assert planned == fill_in_learning_rate(recipe, rows, 32).train.learning_rate
-    assert slimtune_json(*command, "--set", "train.learning_rate=5e-4")["learning_rate"] == 5e-4
+    other = slimtune_json(*command, "--set", "train.learning_rate=5e-4")
+    assert (other["learning_rate"], other["default_learning_rate"]) == (5e-4, planned)
     assert slimtune_json("plan", "llama-3.1-8b")["learning_rate"] is None
 
 

@@ -120,7 +120,7 @@ def plan_run(
         jobs, spec, processes=processes, raise_if_none=served is None or write is not None or plot is not None
     )
     runs = [
-        PlannedRun(e, _estimate_cost(e, jobs.tokens or MILLION, spec, price), jobs.find_learning_rate(e.method))
+        PlannedRun(e, _estimate_cost(e, jobs.tokens or MILLION, spec, price), *jobs.find_learning_rates(e.method))
         for e in estimates
     ]
     if len(runs) == 1 and estimates[0].verdict == "does not fit" and not estimates[0].can_be_made_to_fit:

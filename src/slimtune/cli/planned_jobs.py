@@ -61,16 +61,17 @@ class RunsToPlan:
     row_composition: DatasetRowComposition  # of the training examples, if rows were read
     tokens: int | None  # of a whole run; None if no rows were read
 
-    def find_learning_rate(self, method: str) -> float | None:
-        """Return the learning rate of a run, the default one as training takes it; None if that depends on rows."""
+    def find_learning_rates(self, method: str) -> tuple[float | None, float | None]:
+        """Return the learning rate of a run and the one that training takes by itself; None if it depends on rows."""
         from ..core.models.base_config import get_hidden_size
-        from ..core.training.default_learning_rate import fill_in_learning_rate
+        from ..core.training.default_learning_rate import compute_default_learning_rate
 
-        recipe = self.recipes[method]
-        if recipe.train.learning_rate == "auto" and not self.example_lengths:
-            return None
-        filled = fill_in_learning_rate(recipe, len(self.example_lengths), get_hidden_size(self.base_config.config))
-        return float(filled.train.learning_rate)
+        recipe, rows = self.recipes[method], len(self.example_lengths)
+        default = (
+            compute_default_learning_rate(recipe, rows, get_hidden_size(self.base_config.config)) if rows else None
+        )
+        chosen = recipe.train.learning_rate
+        return default if chosen == "auto" else float(chosen), default
 
 
 def find_recipe_file(model_or_recipe: str | None) -> Path | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..core.foundation.formatting import format_count, format_duration
 from ..core.foundation.json_results import INLINE
+from ..core.training.default_learning_rate import describe_far_learning_rate
 from ..planning.gpu_specs import GpuFacts
 from ..planning.interval import Interval
 from ..planning.measured_speeds import MachineMeasurement
@@ -42,6 +43,8 @@ class PlannedRun:
     """Time, energy and money; null if the speed is unknown."""
     learning_rate: float | None
     """Highest learning rate, the default one as training takes it; null: it depends on rows that are not known."""
+    default_learning_rate: float | None
+    """The learning rate that training takes by itself; null: it depends on rows that are not known."""
     smaller_base: str | None = None
     """A dense base with which the run fits; null: the run fits or a change makes it fit, or none was found."""
 
@@ -55,6 +58,9 @@ class PlannedRun:
             name += "" if self.cost.tokens == MILLION else ","
             text = f"{name} in {(hours * 3600).format(format_duration)}"
             yield "time", ", ".join(filter(None, (text, self.cost.run.format_rent())))
+        if self.learning_rate and self.default_learning_rate:
+            far = describe_far_learning_rate(self.learning_rate, self.default_learning_rate)
+            yield from [("note", far)] if far else ()
         yield from (("note", note) for note in self.estimate.notes)
 
     def list_figures(self, *, unified_memory: bool) -> Iterator[LabelledFigure]:

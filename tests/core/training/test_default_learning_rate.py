@@ -3,7 +3,7 @@
 import pytest
 
 from slimtune.core.config import Recipe
-from slimtune.core.training.default_learning_rate import fill_in_learning_rate
+from slimtune.core.training.default_learning_rate import describe_far_learning_rate, fill_in_learning_rate
 
 
 def make_recipe(**changes) -> Recipe:
@@ -40,3 +40,8 @@ def test_rows_that_come_again_lower_the_rate_of_lora():
         return fill_in_learning_rate(recipe, row_count=rows, hidden_size=576).train.learning_rate
 
     assert (taken(288), taken(96), taken(24), taken(1000)) == (2.3e-3, 1e-3, 3.6e-4, 2.3e-3)
+
+
+@pytest.mark.parametrize(("rate", "is_far"), [(5e-5, True), (2e-2, True), (3e-4, False), (3e-3, False)])
+def test_a_rate_is_far_from_the_default_from_ten_times_on(rate, is_far):
+    assert bool(describe_far_learning_rate(rate, 1e-3)) == is_far
