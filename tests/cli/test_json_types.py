@@ -46,6 +46,7 @@ COMMAND_LINES = {
     "FilePredictions": "predict {classification} --data classification.jsonl --out {new}.jsonl",
     "ExportResult": "export run --to vllm --out {new}",
     "VerifyResult": "verify run",
+    "AdapterCheckResult": "check run",
     "MergeResult": "merge run --out {new}",
     "PushPreview": "push run me/name --dry-run",
     "ServeResult": "serve run --port 0",

@@ -62,6 +62,8 @@ SCREENS = {
     "export-error": "export RUN --to olama --out o",
     "verify": "verify RUN",
     "verify-error": "verify nowhere",
+    "check": "check RUN",
+    "check-error": "check nowhere",
     "push": "push RUN me/name --dry-run",
     "push-error": "push RUN name",
     "methods": "methods",

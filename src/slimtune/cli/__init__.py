@@ -18,6 +18,7 @@ from ..core.foundation.version import __version__
 from ..errors import UsageError
 from .bench_command import bench_machine
 from .benchmarks_command import benchmarks_table
+from .check_command import check_adapter
 from .choose_command import choose_machine, cost_of_training_run
 from .command_examples import EXAMPLES
 from .command_help import CommandWithOptionGroups, add_flags_of_loaded_runs
@@ -51,13 +52,14 @@ GROUPS = {
     ),
     "Train": (data_report, train_run, tune_settings),
     "Judge": (eval_run, compare_methods, report_run, generate_answer, chat_with_run, predict_rows),
-    "Ship": (export_run, verify_run, merge_run, push_run),
+    "Ship": (export_run, verify_run, check_adapter, merge_run, push_run),
     "Serve": (serve_runs,),
     "In the browser": (ui_server,),
     "Help": (doctor, explain_error),
 }
 """Commands by what a user wants, in the order of the help."""
 LOAD_RUN = (
+    check_adapter,
     eval_run,
     generate_answer,
     chat_with_run,

@@ -45,6 +45,10 @@ EXAMPLES = {
         "slimtune export runs/first --to gguf --merged --precision q8_0 --out gguf",
     ),
     "verify": ("slimtune verify runs/first", "slimtune verify merged --data held_out.jsonl"),
+    "check": (
+        "slimtune check runs/first",
+        "slimtune check unsloth-adapter --base smollm2-135m",
+    ),
     "push": ("slimtune push runs/first me/first --dry-run", "slimtune push runs/first me/first --private"),
     "serve": ("slimtune serve runs/first", "slimtune serve runs/first other=runs/second --engine llama.cpp"),
     "ui": ("slimtune ui", "slimtune ui ~/tuning --port 0"),

@@ -12,7 +12,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -28,6 +28,7 @@ from .adapter_tensors import PREFIX, get_peft_model_state_dict, require_plausibl
 from .extension_hooks import FOLDER_WRITERS
 from .peft_config import PeftConfig, get_or_download_file, write_adapter_config
 
+T = TypeVar("T")
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 BASE_FINGERPRINT = "base_config"
@@ -158,7 +159,7 @@ def read_tensors_config_metadata_for_model(
     hub_arguments = {k: v for k, v in hub_arguments.items() if k not in (*_IGNORED_ARGUMENTS, "key_mapping")}
     require_valid_hub_arguments(hub_arguments)
     tensors, metadata = read_adapter_tensors_and_metadata(path, **hub_arguments)
-    tensors = rename_keys(tensors, key_mapping) if key_mapping else _rename_older_keys(tensors, model)
+    tensors = rename_keys(tensors, key_mapping) if key_mapping else rename_keys_of_older_transformers(tensors, model)
     config = config or PeftConfig.from_pretrained(path, **hub_arguments)
     fingerprint, here = metadata.get(BASE_FINGERPRINT), _base_fingerprint(model)
     if fingerprint and here and fingerprint != here:
@@ -189,7 +190,7 @@ def rename_keys(tensors: dict[str, Tensor], key_mapping: Mapping[str, str] | Non
     return renamed
 
 
-def _rename_older_keys(tensors: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+def rename_keys_of_older_transformers(tensors: dict[str, T], model: Any) -> dict[str, T]:
     """Return tensors by the names that transformers gives their modules now, where the file has older ones."""
     if not isinstance(model, PreTrainedModel):
         return tensors

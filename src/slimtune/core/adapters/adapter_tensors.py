@@ -8,7 +8,7 @@ shaped tensor is an error.
 import copy
 import dataclasses
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -227,8 +227,13 @@ def _number_kind(tensor: Tensor) -> str:
     return "float" if dtype.is_floating_point else "int" if dtype not in (torch.bool, *_COMPLEX) else str(dtype)
 
 
-def require_plausible_config_size(model: Any, config: PeftConfig, tensors: Mapping[str, Tensor], path: object) -> None:
-    """Raise AdapterError if the config asks for far more memory than a file's tensors, before it is allocated."""
+def iterate_config_tensors(model: Any, config: PeftConfig) -> Iterator[tuple[str, Tensor]]:
+    """Yield key and tensor, on the meta device, of the adapter modules that a config makes on a base; nothing changes.
+
+    Args:
+        model: the base, without adapters.
+        config: names that match nothing are accepted, as for a file.
+    """
     config = copy.deepcopy(config)
     config.check_model(model)
     config.fill_from_model(model)
@@ -237,18 +242,23 @@ def require_plausible_config_size(model: Any, config: PeftConfig, tensors: Mappi
     sites = [
         dataclasses.replace(read_adapter_site(n, kind, model, skip_init=True), device=meta) for n, kind in kinds.items()
     ]
-    unsaved = 0
     for site, module in zip(sites, config.build_all(sites), strict=True):
         prefix = _file_prefix(site.name, kinds)
         for name, tensor in module.tensors().items():
-            key = config.file_key(prefix + name)
-            if key not in tensors:
-                unsaved += tensor.numel()
-            elif tensor.numel() > _FREE_VALUES + _MAX_RATIO * tensors[key].numel():
-                sizes = f"{key} is {tuple(tensors[key].shape)} in the file, but {tuple(tensor.shape)} by its config"
-                raise AdapterError(
-                    f"{path}: {sizes}", "an adapter_config.json that belongs to the tensors", code="wrong-base"
-                )
+            yield config.file_key(prefix + name), tensor
+
+
+def require_plausible_config_size(model: Any, config: PeftConfig, tensors: Mapping[str, Tensor], path: object) -> None:
+    """Raise AdapterError if the config asks for far more memory than a file's tensors, before it is allocated."""
+    unsaved = 0
+    for key, tensor in iterate_config_tensors(model, config):
+        if key not in tensors:
+            unsaved += tensor.numel()
+        elif tensor.numel() > _FREE_VALUES + _MAX_RATIO * tensors[key].numel():
+            sizes = f"{key} is {tuple(tensors[key].shape)} in the file, but {tuple(tensor.shape)} by its config"
+            raise AdapterError(
+                f"{path}: {sizes}", "an adapter_config.json that belongs to the tensors", code="wrong-base"
+            )
     if unsaved > _FREE_VALUES + sum(p.numel() for p in model.parameters()):
         message = f"{path}: its config asks for {unsaved:,} values that its file does not have"
         raise AdapterError(message, "an adapter_config.json that belongs to the tensors", code="wrong-base")

@@ -1,0 +1,209 @@
+"""What is wrong with a foreign adapter on its base: keys, shapes, ranks, tied weights, tokens and template."""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from ...core.adapters.adapter_files import BASE_FINGERPRINT
+from ...core.adapters.adapter_tensors import PREFIX
+from ...core.adapters.name_patterns import find_matching_pattern
+from ...core.adapters.peft_config import PeftConfig
+from ...core.foundation.fingerprint import config_fingerprint
+from ...errors import AdapterError
+from ...methods.lora.init_configs import is_init_subtracted_from_base
+from .adapter_findings import AdapterFinding, make_finding
+from .foreign_adapter import ForeignAdapter, read_small_json
+from .key_placement import KeyPlacement, Shape, group_lora_pairs
+from .tensor_findings import generalize_layer_indices
+
+MAX_TOKENIZER_BYTES = 256 << 20
+_SPECIAL_TOKENS = ("bos_token", "eos_token")
+
+
+def find_config_faults(adapter: ForeignAdapter, config: PeftConfig) -> Iterator[AdapterFinding]:
+    """Yield what is wrong with a LoRA's config and its tensors, without the base."""
+    if config.name != "lora":
+        return
+    modules = {m.removeprefix(PREFIX): pair for m, pair in group_lora_pairs(adapter.tensors).items()}
+    settings: Any = config
+    if "lora_alpha" not in adapter.config:
+        yield make_finding("alpha-missing", "adapter_config.json has no lora_alpha")
+    magnitudes = [key for key in adapter.tensors if "lora_magnitude_vector" in key]
+    if settings.use_dora and not magnitudes:
+        yield make_finding("magnitudes-missing", "use_dora is true, and no tensor is a magnitude")
+    if magnitudes and not settings.use_dora:
+        yield make_finding("dora-flag-missing", f"use_dora is false, and {len(magnitudes)} tensors are", magnitudes)
+    if is_init_subtracted_from_base(settings.init_lora_weights):
+        yield make_finding("start-in-base", f"init_lora_weights is {settings.init_lora_weights!r}")
+    places = [*modules, *(settings.target_parameters or [])]  # PEFT writes patterns for experts' parameters, too
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(settings, name)
+        if unused := [p for p in patterns if not any(find_matching_pattern([p], place) for place in places)]:
+            yield make_finding("pattern-unmatched", f"{name} has entries that match no module with tensors", unused)
+    wrong = []
+    if not settings.target_parameters:
+        for module, (a, _) in modules.items():
+            shape = adapter.tensors[a].shape if a is not None else ()
+            if len(shape) > 1 and shape[0] and shape[0] != (rank := settings.get_rank(module)):
+                wrong.append((module, shape, rank))
+    # A matrix whose other dimension is the rank is transposed, which the base's shapes tell.
+    wrong = [(module, shape, rank) for module, shape, rank in wrong if shape[-1] != rank]
+    if wrong:
+        module, shape, rank = wrong[0]
+        found = f"{len(wrong)} modules have another rank than the config says: {shape[0]} for {rank} in {module}"
+        yield make_finding("rank-differs", found, [module for module, *_ in wrong])
+
+
+def find_placement_faults(placement: KeyPlacement, adapter: ForeignAdapter) -> Iterator[AdapterFinding]:
+    """Yield which keys do not reach their modules, and which modules have no tensors."""
+    total = len(adapter.tensors)
+    for what, keys in placement.renamed.items():
+        yield make_finding("key-prefix", f"in {len(keys)} of {total} keys {what}", keys)
+    if placement.older:
+        yield make_finding("older-names", f"{len(placement.older)} of {total} keys have older names", placement.older)
+    if keys := placement.other_expert_layout:
+        yield make_finding("expert-layout", f"{len(keys)} of {total} keys are of experts in another layout", keys)
+    if keys := [key for key in placement.untargeted if "lora_magnitude_vector" not in key]:
+        yield make_finding("untargeted", f"{len(keys)} of {total} keys are of modules that the config leaves out", keys)
+    if keys := placement.unknown:
+        yield make_finding("unknown-modules", f"{len(keys)} of {total} keys are of no module of the base", keys)
+    yield from _find_missing(placement)
+
+
+def _find_missing(placement: KeyPlacement) -> Iterator[AdapterFinding]:
+    found = {*placement.placed.values(), *(key.replace(".base_layer.", ".") for key in placement.weights)}
+    whole = {m: [k for k in placement.expected if k.startswith(f"{PREFIX}{m}.")] for m in placement.whole_modules}
+    if lost := [module for module, keys in whole.items() if keys and not found.intersection(keys)]:
+        yield make_finding("saved-module-missing", f"the file has no weights of {len(lost)} such modules", lost)
+    in_whole = {key for keys in whole.values() for key in keys}
+    kinds: dict[str, dict[str, bool]] = defaultdict(dict)
+    for key in placement.expected.keys() - in_whole:
+        module = _get_module(key)
+        kind = kinds[generalize_layer_indices(module)]
+        kind[module] = kind.get(module, False) or key in found
+    absent = {kind: [m for m, there in modules.items() if not there] for kind, modules in kinds.items()}
+    order = list(dict.fromkeys(_get_module(key) for key in placement.expected)).index
+    if layers := sorted((m for k, gone in absent.items() if len(gone) < len(kinds[k]) for m in gone), key=order):
+        yield make_finding("missing-layers", f"{len(layers)} modules have no tensors, others of their kind do", layers)
+    # Where no key has a place at all, the findings about keys say why.
+    if found and (
+        others := sorted((m for k, gone in absent.items() if len(gone) == len(kinds[k]) for m in gone), key=order)
+    ):
+        yield make_finding(
+            "untargeted-in-file", f"{len(others)} modules that the config selects have no tensors", others
+        )
+
+
+def _get_module(key: str) -> str:
+    return re.split(r"\.(?=lora_|[^.]+$)", key.removeprefix(PREFIX), maxsplit=1)[0]
+
+
+def find_placed_shape_faults(
+    placement: KeyPlacement, adapter: ForeignAdapter, config: PeftConfig
+) -> Iterator[AdapterFinding]:
+    """Yield which placed tensors have another shape than their module, by the cause."""
+    shapes = {key: (adapter.tensors[key].shape, placement.expected[place]) for key, place in placement.placed.items()}
+    shapes |= {key: (adapter.tensors[key].shape, shape) for key, shape in placement.weights.items()}
+    found: dict[str, list[str]] = defaultdict(list)
+    for key, (there, here) in shapes.items():
+        if there != here and len(there) == len(here) and 0 not in there:
+            found[_classify_shape(key, there, here)].append(key)
+    found.pop("rank-differs", None)  # the config's findings have it
+    if config.name == "adalora":  # prunes ranks
+        found.pop("another-shape", None)
+    for code, keys in found.items():
+        there, here = shapes[keys[0]]
+        what = f"{len(keys)} tensors: {list(there)} in the file, {list(here)} on the base"
+        yield make_finding(code, what, keys)
+
+
+def _classify_shape(key: str, there: Shape, here: Shape) -> str:
+    if there == here[::-1]:
+        return "transposed"
+    differing = [i for i, (a, b) in enumerate(zip(there, here, strict=True)) if a != b]
+    is_vocabulary = "embed" in key or "lm_head" in key or "lora_embedding" in key
+    letter = re.search(r"\.lora_(?:embedding_)?([AB])\b", key)
+    if letter is not None and differing == ["AB".index(letter[1])]:
+        return "rank-differs"
+    if is_vocabulary and len(differing) == 1:
+        return "vocabulary"
+    return "another-shape"
+
+
+def find_tied_faults(model: Any, placement: KeyPlacement, adapter: ForeignAdapter) -> Iterator[AdapterFinding]:
+    """Yield what an adapter does to a head that shares its weight with the embedding."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or embedding is None or not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+        return
+    names = {id(module): name for name, module in model.named_modules()}
+    keys = {
+        part: [k for k in (*placement.placed, *placement.weights) if f"{names[id(module)]}." in k]
+        for part, module in (("head", head), ("embedding", embedding))
+    }
+    weights = {part: [k for k in found if k.endswith(".weight") and "lora_" not in k] for part, found in keys.items()}
+    if weights["head"] and weights["embedding"]:
+        a, b = (adapter.load_tensor(weights[part][0]) for part in ("head", "embedding"))
+        if a.shape != b.shape or not a.equal(b):
+            yield make_finding(
+                "tied-weights-differ", "the base ties head and embedding, the file has two values of them",
+                [weights["head"][0], weights["embedding"][0]],
+            )  # fmt: skip
+    elif bool(keys["head"]) != bool(keys["embedding"]):
+        one = keys["head"] or keys["embedding"]
+        yield make_finding("tied-head", "the adapter changes one of two modules that share their weight", one)
+
+
+def find_token_faults(adapter: ForeignAdapter, config: PreTrainedConfig) -> Iterator[AdapterFinding]:
+    """Yield what a tokenizer beside an adapter has that the base's embedding has not."""
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    added: dict[str, int] = {}
+    with suppress(AdapterError, OSError, TypeError, KeyError, ValueError, AttributeError):
+        if (file := adapter.folder / "added_tokens.json").exists():
+            added |= {str(k): int(v) for k, v in read_small_json(file).items()}
+        if (file := adapter.folder / "tokenizer.json").exists():
+            tokens = read_small_json(file, MAX_TOKENIZER_BYTES).get("added_tokens") or []
+            added |= {str(t["content"]): int(t["id"]) for t in tokens}
+    beyond = [token for token, number in added.items() if size is not None and number >= size]
+    has_embedding = any("embed" in key or "wte" in key or "token_adapter" in key for key in adapter.tensors)
+    if beyond and not has_embedding:
+        found = f"{len(beyond)} added tokens have ids from {size}, where the base's embedding ends"
+        yield make_finding("added-tokens-unsaved", found, beyond)
+
+
+def read_template_and_special_tokens(folder: Path) -> tuple[str | None, dict[str, str]]:
+    """Return the chat template beside an adapter, and its beginning and end tokens; what is not there is left out."""
+    template, tokens = None, {}
+    with suppress(AdapterError, OSError):
+        if (file := folder / "tokenizer_config.json").exists():
+            values = read_small_json(file)
+            template = values.get("chat_template")
+            tokens = {name: values.get(name) for name in _SPECIAL_TOKENS}
+        if (file := folder / "chat_template.jinja").exists() and file.is_file() and file.stat().st_size < 1 << 20:
+            template = file.read_text(errors="replace")
+    contents = {n: t.get("content") if isinstance(t, Mapping) else t for n, t in tokens.items()}
+    return template if isinstance(template, str) else None, {n: t for n, t in contents.items() if isinstance(t, str)}
+
+
+def find_tokenizer_faults(template: str | None, tokens: Mapping[str, str], tokenizer: Any) -> Iterator[AdapterFinding]:
+    """Yield how template and special tokens beside an adapter differ from the base's tokenizer."""
+    own = tokenizer.chat_template
+    if template is not None and template.strip() != (own or "").strip():
+        found = "the template beside the adapter is not the base's" if own else "the base has no chat template"
+        yield make_finding("template", found)
+    if differing := [n for n, token in tokens.items() if token != getattr(tokenizer, n, None)]:
+        pairs = ", ".join(f"{n} {tokens[n]!r} for {getattr(tokenizer, n, None)!r}" for n in differing)
+        yield make_finding("special-tokens", f"other special tokens than the base's: {pairs}", differing)
+
+
+def find_recorded_base_faults(adapter: ForeignAdapter, config: PreTrainedConfig) -> Iterator[AdapterFinding]:
+    """Yield that the base's config is not the one whose fingerprint is in the file."""
+    recorded, here = adapter.metadata.get(BASE_FINGERPRINT), config_fingerprint(config)
+    if recorded and recorded != here:
+        yield make_finding(
+            "another-base", f"the base's config has fingerprint {here}, the file was trained on {recorded}"
+        )

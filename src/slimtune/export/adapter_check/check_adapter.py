@@ -1,0 +1,191 @@
+"""Check an adapter's file against its base, without an engine and without the base's weights: `slimtune check`."""
+
+import copy
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoModel, PreTrainedConfig
+
+from ...core.adapters.adapter_tensors import PREFIX
+from ...core.adapters.peft_config import PeftConfig
+from ...core.models.base_config import load_base_config
+from ...core.models.load_errors import silence_and_translate_load_errors
+from ...core.models.loader import get_auto_class, load_tokenizer
+from ...core.models.model_source import resolve_model_source
+from ...core.training.run_dir import RunDir
+from ...errors import AdapterError, ModelError, SlimtuneError, TargetError, format_names
+from . import base_findings, tensor_findings
+from .adapter_findings import AdapterCheckResult, AdapterFinding, make_finding
+from .foreign_adapter import ForeignAdapter, open_foreign_adapter
+from .key_placement import KeyPlacement, group_lora_pairs, place_keys
+
+_PATTERN_FIELDS = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "target_parameters")
+
+
+class BaseComparison(NamedTuple):
+    """What comparing an adapter with its base gave."""
+
+    placement: KeyPlacement | None  # None: the keys could not be compared
+    findings: list[AdapterFinding]
+    not_proven: list[str]
+
+
+def check_adapter_file(path: Path, base: str | None = None) -> AdapterCheckResult:
+    """Check an adapter's file, alone and against its base's config, tokenizer and template; load no weights.
+
+    Args:
+        path: an adapter folder of any trainer that writes PEFT's files, or a run folder.
+        base: the base; None: the one that the adapter or the run names, if it is at hand.
+
+    Raises:
+        UsageError: there is no such adapter, or `base` is no base.
+        AdapterError: a file is damaged, a pickle, or of another format.
+    """
+    started = time.monotonic()
+    adapter = open_foreign_adapter(path)
+    findings, not_proven = list(tensor_findings.find_shape_faults(adapter)), []
+    config, config_findings, reasons = _read_config(adapter)
+    findings += config_findings
+    not_proven += reasons
+    value_findings, updates = tensor_findings.find_value_faults(adapter)
+    findings += value_findings
+    spec = base or _find_base_name(path, adapter)
+    placement = None
+    if spec is None:
+        not_proven.append("keys, shapes and tokens: the adapter does not name its base, and no --base was given")
+    else:
+        try:
+            base_config = load_base_config(spec).config
+        except SlimtuneError as error:
+            if base is not None:
+                raise
+            not_proven.append(
+                f"keys, shapes and tokens: its base {spec} is not at hand ({error.message}); --base names it"
+            )
+            spec = None
+        else:
+            placement, base_faults, reasons = _compare_with_base(adapter, config, base_config, spec)
+            findings += base_faults
+            not_proven += reasons
+    if config is not None and config.name != "lora":
+        not_proven.append(f"whether the training changed it: that is only known of a LoRA, and this is {config.name}")
+    findings.sort(key=lambda finding: finding.severity)
+    return AdapterCheckResult(
+        adapter=str(adapter.folder),
+        base=spec,
+        method=config.name if config is not None else str(adapter.config.get("peft_type") or "unknown").lower(),
+        tensors=len(adapter.tensors),
+        placed=None if placement is None else placement.count_placed_by_own_name(),
+        bytes=adapter.bytes,
+        right=not any(finding.severity == "fault" for finding in findings),
+        findings=findings,
+        not_proven=not_proven,
+        layers=tensor_findings.sum_update_norms_by_layer(updates, _compute_scales(config, updates)),
+        seconds=time.monotonic() - started,
+    )
+
+
+def _read_config(adapter: ForeignAdapter) -> tuple[PeftConfig | None, list[AdapterFinding], list[str]]:
+    """Return the config as slimtune reads it, what is wrong with it, and what is not proven without it."""
+    if not adapter.config:
+        return None, [make_finding("config-unreadable", "there is no adapter_config.json")], []
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            config = PeftConfig.from_pretrained(adapter.folder)
+    except (SlimtuneError, TypeError) as error:
+        what = getattr(error, "message", str(error))
+        if adapter.config.get("peft_type") is None or isinstance(error, TypeError):
+            return None, [make_finding("config-unreadable", what)], []
+        return None, [], [f"keys and shapes: slimtune cannot read this config ({what})"]
+    return config, list(base_findings.find_config_faults(adapter, config)), []
+
+
+def _find_base_name(path: Path, adapter: ForeignAdapter) -> str | None:
+    """Return the base that a run or an adapter names."""
+    if (run := RunDir(path)).recipe_file.is_file() and adapter.folder != path:
+        return str(run.load_recipe().model.name)
+    name = adapter.config.get("base_model_name_or_path")
+    return name if isinstance(name, str) and name else None
+
+
+def _compare_with_base(
+    adapter: ForeignAdapter, config: PeftConfig | None, base_config: PreTrainedConfig, spec: str
+) -> BaseComparison:
+    """Compare keys, shapes, tied weights, tokens and template with a base's."""
+    findings = list(base_findings.find_recorded_base_faults(adapter, base_config))
+    not_proven, placement = [], None
+    if config is not None:
+        try:
+            model = _build_meta_base(base_config, config, adapter, spec)
+            placement, target_faults = _place_keys(adapter, model, config)
+        except SlimtuneError as error:
+            not_proven.append(f"keys and shapes: {error.message}")
+        else:
+            findings += target_faults
+            findings += base_findings.find_placement_faults(placement, adapter)
+            findings += base_findings.find_placed_shape_faults(placement, adapter, config)
+            findings += base_findings.find_tied_faults(model, placement, adapter)
+    findings += base_findings.find_token_faults(adapter, base_config)
+    template, tokens = base_findings.read_template_and_special_tokens(adapter.folder)
+    if template is not None or tokens:
+        try:
+            if resolve_model_source(spec).kind == "hub":
+                raise ModelError("the base's tokenizer is not on this disk")
+            tokenizer = load_tokenizer(spec)
+        except SlimtuneError as error:
+            not_proven.append(f"chat template and special tokens: {error.message.splitlines()[0]}")
+        else:
+            findings += base_findings.find_tokenizer_faults(template, tokens, tokenizer)
+    not_proven.append("whether the base has the weights of the training: only its config was compared")
+    return BaseComparison(placement, findings, not_proven)
+
+
+def _build_meta_base(base_config: PreTrainedConfig, config: PeftConfig, adapter: ForeignAdapter, spec: str) -> Any:
+    """Return the base that a task's adapter is for, on the meta device."""
+    base_config = copy.deepcopy(base_config)
+    trusted = type(base_config).__module__.startswith("transformers_modules")
+    task = config.task_type or "CAUSAL_LM"
+    if task in ("SEQ_CLS", "TOKEN_CLS"):
+        heads = [t.shape[0] for k, t in adapter.tensors.items() if k.endswith(("score.weight", "classifier.weight"))]
+        if heads and 0 < heads[0] < 1 << 20:
+            base_config.num_labels = heads[0]
+    if task not in ("SEQ_CLS", "CAUSAL_LM", "FEATURE_EXTRACTION"):
+        raise AdapterError(f"the adapter is for the task {task}, whose models are not built here")
+    auto: Any = AutoModel if task == "FEATURE_EXTRACTION" else get_auto_class(base_config, task)
+    with torch.device("meta"), silence_and_translate_load_errors(spec):
+        return auto.from_config(base_config, dtype=torch.float32, trust_remote_code=trusted)
+
+
+def _place_keys(adapter: ForeignAdapter, model: Any, config: PeftConfig) -> tuple[KeyPlacement, list[AdapterFinding]]:
+    """Place an adapter's keys; if its targets match nothing, the last parts of the file's module names are tried."""
+    try:
+        return place_keys(adapter.tensors, model, config), []
+    except TargetError as error:
+        finding = make_finding("targets-unmatched", error.message)
+        leaves = sorted({module.rpartition(".")[2] for module in group_lora_pairs(adapter.tensors)})
+        if not leaves:
+            raise
+        other: Any = copy.deepcopy(config)
+        vars(other).update({name: None for name in _PATTERN_FIELDS if hasattr(other, name)}, target_modules={*leaves})
+        try:
+            return place_keys(adapter.tensors, model, other), [finding]
+        except TargetError:
+            raise AdapterError(f"{error.message}; the file has {format_names(leaves, 4)}") from error
+
+
+def _compute_scales(config: PeftConfig | None, modules: Mapping[str, Any]) -> dict[str, float]:
+    """Return the scale of each module's update by the config; 1 without a LoRA's config."""
+    if config is None or config.name != "lora":
+        return {}
+    settings: Any = config
+    scales = {}
+    for module in modules:
+        name = module.removeprefix(PREFIX)
+        rank = settings.get_rank(name)
+        scales[module] = settings.get_alpha(name) / (rank**0.5 if settings.use_rslora else rank)
+    return scales
