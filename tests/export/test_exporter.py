@@ -22,8 +22,8 @@ from slimtune.diagnostics.knowledge import infer_error_code
 from slimtune.errors import AdapterError, ModelError, RunError, UsageError
 from slimtune.export import expected_logps as reference
 from slimtune.export import gguf as gguf_module
+from slimtune.export import llama_cpp_tools, served_base
 from slimtune.export import merge as module_merge
-from slimtune.export import served_base
 from slimtune.export.export_format import EXPORT_FORMATS
 from slimtune.export.exporter import export
 from slimtune.export.manifest import EXPORT_MANIFEST, ExportManifest, read_export_manifest
@@ -62,7 +62,8 @@ def few_tokens(monkeypatch, request):
 
 @pytest.fixture
 def no_llama_cpp(monkeypatch):
-    monkeypatch.setattr(gguf_module.shutil, "which", lambda _: None)
+    monkeypatch.setattr(llama_cpp_tools.shutil, "which", lambda _: None)
+    monkeypatch.setattr(llama_cpp_tools, "QUANTIZER_PACKAGE", "not_installed")
     monkeypatch.delenv("LLAMA_CPP", raising=False)
 
 
@@ -243,8 +244,7 @@ def test_wrong_folders(run, tmp_path):
         export(tmp_path / "nothing", "gguf", tmp_path / "out")
 
 
-@pytest.mark.slow
-def test_llama_quantize(run, tmp_path, monkeypatch, no_llama_cpp):
+def test_llama_quantize_where_the_package_has_no_wheel(run, tmp_path, monkeypatch, no_llama_cpp):
     options, program = {"merged": True, "precision": "Q4_K_M"}, tmp_path / "bin" / "llama-quantize"
     with pytest.raises(ModelError, match="llama-quantize"):
         export(run, "gguf", tmp_path / "out", options)

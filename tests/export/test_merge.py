@@ -226,7 +226,7 @@ def test_gguf_in_16_bits_is_rounded_with_the_rows_of_the_run(tmp_path, make_base
     found = {}
     monkeypatch.setattr("slimtune.export.merged_weights.MIN_INPUTS", 1)
     monkeypatch.setattr(
-        module.gguf, "convert_hf_to_gguf", lambda path, file, kind: found.update({kind: load_weights(path)})
+        module.llama_cpp_tools, "convert_hf_to_gguf", lambda path, file, kind: found.update({kind: load_weights(path)})
     )
     loaded = module.load_run_for_export(run)
     for precision in ("f32", "f16"):

@@ -7,7 +7,7 @@ moment can be written. Format: llama.cpp, `src/llama-adapter.cpp` and `convert_l
 
 **Whole model.** If the base was a GGUF, its metadata and tokenizer are copied and its tensors replaced. Any other base
 is converted by llama.cpp's `convert_hf_to_gguf.py`, which knows how each tokenizer splits text. Both write
-`PRECISIONS`; other precisions (Q4_K_M, …) are made by llama.cpp's `llama-quantize`.
+`PRECISIONS`; other precisions (Q4_K_M, …) are made by llama.cpp's quantizer (`llama_cpp_tools.py`).
 
 **A new architecture** is one line in `ARCHITECTURES`. Tensor names are gguf's own (`TensorNameMap`). What they do not
 say is where llama.cpp's converter changes the weights (`undo_permute` in `conversion/`): Hugging Face rotates halves
@@ -16,16 +16,8 @@ becomes row (h, j, i). GPT-NeoX has query, key and value of a head together, lla
 i < 3 and j < d, becomes row (i, h, j).
 """
 
-import logging
-import os
 import re
-import shlex
-import shutil
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,17 +25,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import AdapterError, ModelError, RunError, UsageError, format_names, suggest
+from ..errors import AdapterError, ModelError, UsageError, format_names, suggest
 from ..extras.gguf_loading import import_gguf, open_gguf_reader
 from .export_support import Factors, get_export_support_flags, split_low_rank_and_other_changes
 from .gguf_format import GgufExportFacts
+from .llama_cpp_tools import PRECISIONS
 
 ADAPTER_DTYPES: dict[str, torch.dtype] = {"f32": torch.float32, "f16": torch.float16}
-log = logging.getLogger(__name__)
-
-PRECISIONS = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
-"""Precisions of a whole model that are written here, with gguf's name of the file type."""
-CONVERTER, QUANTIZER = "convert_hf_to_gguf.py", "llama-quantize"
 
 
 @dataclass(frozen=True)
@@ -326,65 +314,3 @@ def write_gguf_from_template(
     for name in order:
         writer.write_tensor_data(encode(name)[0])
     writer.close()
-
-
-class LlamaCppToolFailedError(RunError):
-    """A program of llama.cpp failed: nothing is known about what it should have made."""
-
-
-def convert_hf_to_gguf(folder: Path, file: Path, precision: str = "f16") -> None:
-    """Write a Hugging Face folder as GGUF by llama.cpp's own converter; ModelError if it is missing."""
-    script = require_gguf_converter()
-    _run_tool([sys.executable, script, str(folder), "--outfile", str(file), "--outtype", precision])
-
-
-@contextmanager
-def gguf_path_and_precision_quantized_on_exit(file: Path, precision: str) -> Iterator[tuple[Path, str]]:
-    """Yield the GGUF to write and in which of `PRECISIONS`; llama.cpp's `llama-quantize` then makes any other."""
-    if precision in PRECISIONS:
-        yield file, precision
-        return
-    quantizer = require_llama_quantize_path(precision)
-    with tempfile.TemporaryDirectory(prefix=".slimtune-", dir=file.parent) as folder:
-        whole = Path(folder, "whole.gguf")
-        yield whole, "f16"
-        _run_tool([quantizer, str(whole), str(file), precision])
-
-
-def require_gguf_converter() -> str:
-    """Return the path of `convert_hf_to_gguf.py`, or raise ModelError."""
-    copy = 'git clone --depth 1 https://github.com/ggml-org/llama.cpp && export LLAMA_CPP="$PWD/llama.cpp"'
-    hint = f"get llama.cpp's source, and build nothing: {copy}; or do without a GGUF: slimtune serve, or --to vllm"
-    return _require_llama_cpp_tool(CONVERTER, "makes a GGUF of a Hugging Face base", hint)
-
-
-def require_llama_quantize_path(precision: str) -> str:
-    """Return the path of `llama-quantize`, or raise ModelError."""
-    hint = "--precision q8_0, which needs no such program; or brew install llama.cpp, or build it from its source"
-    return _require_llama_cpp_tool(QUANTIZER, f"makes {precision}", hint)
-
-
-def _require_llama_cpp_tool(name: str, purpose: str, hint: str) -> str:
-    """Return the path of a program of llama.cpp, in `$LLAMA_CPP` or on the PATH, or raise ModelError."""
-    root = os.environ.get("LLAMA_CPP")
-    places = [Path(root, below, name) for below in ("", "build/bin")] if root else []
-    path = next((str(p) for p in places if p.is_file()), None) or shutil.which(name)
-    if path is None:
-        raise ModelError(
-            f"llama.cpp's {name}, which {purpose}, is not installed",
-            f"{name} on the PATH or in $LLAMA_CPP",
-            hint,
-            code="llama-cpp-tools",
-        )
-    return path
-
-
-def _run_tool(command: Sequence[str]) -> None:
-    done = subprocess.run([*command], capture_output=True, text=True, errors="replace")
-    if done.returncode:
-        lines = (done.stderr or done.stdout).strip().splitlines() or [f"exit code {done.returncode}"]
-        log.debug("%s\n%s", shlex.join(command), "\n".join(lines))
-        name = next(Path(word).name for word in command if word != sys.executable)
-        raise LlamaCppToolFailedError(
-            f"llama.cpp's {name} failed: {lines[-1]}", "an architecture and tokenizer that it knows"
-        )

@@ -28,9 +28,14 @@ if TYPE_CHECKING:
     from .verify import ExportEngineCheck, ExportVerifier
 
 ADAPTER_GGUF, MODEL_GGUF = "adapter.gguf", "model.gguf"
+ADAPTER_PRECISIONS = ("f32", "f16")
 ADAPTER_ENGINE, MODEL_ENGINE = "llama.cpp, adapter GGUF", "llama.cpp, merged GGUF"
 PRECISION = make_flag_metadata(
-    "f32, f16; merged also bf16, q8_0, and what llama-quantize makes: Q4_K_M.", "--precision", "--quantize"
+    "f32, f16; merged also bf16, q8_0, and llama.cpp's Q4_K_M, Q4_0, …", "--precision", "--quantize"
+)
+
+IMATRIX = make_flag_metadata(
+    "Weigh the errors of few bits by the inputs that the run's rows give each matrix.", "--imatrix"
 )
 
 
@@ -52,6 +57,8 @@ class GgufExportFacts:
     """How the adapter became a LoRA; absent if it is one."""
     precision: str = "f32"
     """Of the weights."""
+    importance_matrices: int | None = field(default=None, metadata=OMIT_NONE)
+    """Matrices rounded with errors weighted by their inputs on the run's rows; absent without --imatrix."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,7 @@ class GgufFormat(ExportFormat):
     """A GGUF for llama.cpp.
 
     An adapter's precision is "f32" (the default) or "f16"; a merged model's also "bf16", "q8_0", or what llama.cpp's
-    `llama-quantize` makes, such as "Q4_K_M" (by default "f16").
+    quantizer makes, such as "Q4_K_M" (by default "f16").
     """
 
     kind: ClassVar[str] = "gguf"
@@ -70,44 +77,52 @@ class GgufFormat(ExportFormat):
 
     merged: bool | None = field(default=None, metadata=MERGED)
     precision: str | None = field(default=None, metadata=PRECISION)
+    imatrix: bool | None = field(default=None, metadata=IMATRIX)
     convert_to_lora: float | None = field(default=None, metadata=CONVERT_TO_LORA)
 
     def resolve(self) -> GgufFormat:
         """Return the format with the precision as files have it; UsageError for impossible options."""
-        from .gguf import ADAPTER_DTYPES, PRECISIONS, require_llama_quantize_path
+        from .llama_cpp_tools import PRECISIONS, resolve_gguf_precision
 
-        precision = self.precision
-        if precision and precision.lower() in PRECISIONS:
-            precision = precision.lower()
+        if self.imatrix and (not self.merged or (self.precision or "f16").lower() in PRECISIONS):
+            expected = "--merged, and a precision that llama.cpp's quantizer makes, such as --precision Q4_K_M"
+            raise UsageError("--imatrix without rounding to few bits", expected)
         if self.merged and self.convert_to_lora is not None:
             raise UsageError("--merged and --convert-to-lora together", "one of them: a merged model has no adapter")
-        if precision is not None and self.merged and precision not in PRECISIONS:
-            require_llama_quantize_path(precision)
-        elif precision is not None and not self.merged and precision not in ADAPTER_DTYPES:
-            message = f"an adapter in {precision!r}{suggest(precision, ADAPTER_DTYPES)}"
-            raise UsageError(message, format_names(ADAPTER_DTYPES), "--merged takes every precision")
+        if self.precision is None:
+            return self
+        if self.merged:
+            return replace(self, precision=resolve_gguf_precision(self.precision))
+        if (precision := self.precision.lower()) not in ADAPTER_PRECISIONS:
+            message = f"an adapter in {self.precision!r}{suggest(precision, ADAPTER_PRECISIONS)}"
+            raise UsageError(message, format_names(ADAPTER_PRECISIONS), "--merged takes every precision")
         return replace(self, precision=precision)
 
     def require_base(self, base: ModelSource) -> None:
         """Raise ModelError if llama.cpp's converter is needed and missing."""
         if self.merged and base.kind != "gguf":
-            from .gguf import require_gguf_converter
+            from .llama_cpp_tools import require_gguf_converter
 
             require_gguf_converter()
 
     def write(self, job: ExportJob) -> WrittenExport:
         """Write adapter.gguf or model.gguf."""
         from .adapter_file_check import require_trained_adapter_in_gguf
-        from .gguf import gguf_path_and_precision_quantized_on_exit, write_adapter_gguf
-        from .merge import write_merged_gguf
+        from .gguf import write_adapter_gguf
+        from .llama_cpp_tools import describe_fallback_types
+        from .merge import measure_input_importances, write_merged_gguf
 
         model: Any = job.loaded.model
         if self.merged:
             file, precision = job.folder / MODEL_GGUF, self.precision or "f16"
-            with gguf_path_and_precision_quantized_on_exit(file, precision) as (whole, written):
-                write_merged_gguf(job.loaded, job.run, whole, written)
+            importances = measure_input_importances(job.loaded, job.run) if self.imatrix else None
+            write_merged_gguf(job.loaded, job.run, file, precision, importances)
             chat = shlex.join(["llama-cli", "-m", str(job.final_path / MODEL_GGUF)])
-            return WrittenExport(GgufExportFacts(precision=precision), [chat, *_list_serve_commands(model, job.run)])
+            notes = [note] if (note := describe_fallback_types(file, precision)) else []
+            commands = [chat, *_list_serve_commands(model, job.run)]
+            matrices = len(importances) if importances is not None else None
+            facts = GgufExportFacts(precision=precision, importance_matrices=matrices)
+            return WrittenExport(facts, commands, notes)
         adapter, conversion = model.active_adapters[0], None
         if self.convert_to_lora is not None:
             report = model.to_lora(adapter, self.convert_to_lora)

@@ -13,7 +13,7 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -37,14 +37,14 @@ from ..core.models.loader import load_base
 from ..core.models.quantization import get_stored_quantization, remove_quantization_config
 from ..core.training.run_dir import ADAPTER_FILE, RunDir, find_adapter_folder
 from ..core.training.trained_model import TrainedModel, load_run
-from ..errors import AdapterError, RunError
+from ..errors import AdapterError, RunError, UsageError
 from ..evaluation.run_results import RunResults
 from ..extras.model_card import render_model_card
 from ..extras.training_fingerprint import mark_as_compared
 from ..generation.inference_engines import TransformersInferenceEngine
 from ..generation.multi_run_loading import load_trained_models_sharing_base
 from ..planning.meta_model import build_adapted_meta_model
-from . import gguf
+from . import gguf, llama_cpp_tools
 from .expected_logps import AdapterReference, get_loosest_tolerance, make_fixed_and_held_out_reference_texts
 from .export_format import MERGED_FOLDER
 from .export_results import MergeComparison, MergedExportFacts, MergeResult
@@ -291,8 +291,20 @@ def set_unrounded_embedding_scales(model: Any) -> None:
             module.embed_scale.fill_(factor)
 
 
-def write_merged_gguf(loaded: TrainedModel, run: Path, file: Path, precision: str) -> None:
-    """Write base and adapter as one GGUF; the loaded model is unchanged afterwards."""
+def write_merged_gguf(
+    loaded: TrainedModel, run: Path, file: Path, precision: str, importances: Mapping[str, Any] | None = None
+) -> None:
+    """Write base and adapter as one GGUF; the loaded model is unchanged afterwards.
+
+    `importances` of inputs weight the errors of llama.cpp's quantizer, as for `quantize_gguf`.
+    """
+    with _writing_unquantized(loaded, file, precision, importances) as (whole, written):
+        _write_unquantized_merged_gguf(loaded, run, whole, written, quantized_afterwards=whole != file)
+
+
+def _write_unquantized_merged_gguf(
+    loaded: TrainedModel, run: Path, file: Path, precision: str, *, quantized_afterwards: bool
+) -> None:
     source = loaded.base.source
     model: Any = loaded.model
     small = _is_small(model)
@@ -300,10 +312,11 @@ def write_merged_gguf(loaded: TrainedModel, run: Path, file: Path, precision: st
         with tempfile.TemporaryDirectory(prefix=".slimtune-", dir=file.parent) as folder:
             dtype = "auto" if precision == "bf16" else "float16" if precision == "f16" and small else "float32"
             merge(run, Path(folder, "merged"), dtype)
-            gguf.convert_hf_to_gguf(Path(folder, "merged"), file, precision)
+            llama_cpp_tools.convert_hf_to_gguf(Path(folder, "merged"), file, precision)
         return
     inputs: dict[str, torch.Tensor] = {}
-    if precision in STORED_DTYPES and small:  # f32 holds the change, and q8_0 rounds in blocks
+    # f32 holds the change, q8_0 rounds in blocks, and the quantizer rounds what 16 bits have rounded already
+    if precision in STORED_DTYPES and small and not quantized_afterwards:
         inputs = record_linear_layer_inputs(model, loaded.recipe, loaded.base.tokenizer)
     with _translate_merge_errors(run):
         model.merge_adapter(safe_merge=True)
@@ -318,16 +331,50 @@ def write_merged_gguf(loaded: TrainedModel, run: Path, file: Path, precision: st
         model.unmerge_adapter()
 
 
-def write_base_gguf(loaded: TrainedModel, file: Path, precision: str = "f32") -> None:
-    """Write the base an adapter was trained on as one GGUF."""
+def measure_input_importances(loaded: TrainedModel, run: Path) -> dict[str, Any]:
+    """Return the mean square of each input of a matrix `(in,)`, by its name in a GGUF, on rows the run trained on.
+
+    UsageError means that the run's rows are not there.
+    """
+    model: Any = loaded.model
+    inputs = record_linear_layer_inputs(model, loaded.recipe, loaded.base.tokenizer)
+    if not inputs:
+        raise UsageError(f"--imatrix, but the rows that {run} was trained on are not there", hint="leave it out")
+    names = gguf.make_gguf_module_name_mapper(model.config)
+    named = {names(module): x.float().square().mean(0).cpu().numpy() for module, x in inputs.items()}
+    return {f"{name}.weight": values for name, values in named.items() if name is not None}
+
+
+def write_base_gguf(
+    loaded: TrainedModel, file: Path, precision: str = "f32", importances: Mapping[str, Any] | None = None
+) -> None:
+    """Write the base an adapter was trained on as one GGUF; `importances` are as for `quantize_gguf`."""
     source, base = loaded.base.source, loaded.base
-    with gguf.gguf_path_and_precision_quantized_on_exit(file, precision) as (whole, written):
+    with _writing_unquantized(loaded, file, precision, importances) as (whole, written):
         if source.kind == "gguf":
             gguf.write_gguf_from_template(Path(source.path), loaded.model, whole, written)
             return
         with tempfile.TemporaryDirectory(prefix=".slimtune-", dir=file.parent) as folder:
             _save_checkpoint(loaded, LazyMergedStateDict(loaded.model, adapters=()), Path(folder, "base"), base.dtype)
-            gguf.convert_hf_to_gguf(Path(folder, "base"), whole, written)
+            llama_cpp_tools.convert_hf_to_gguf(Path(folder, "base"), whole, written)
+
+
+@contextmanager
+def _writing_unquantized(
+    loaded: TrainedModel, file: Path, precision: str, importances: Mapping[str, Any] | None
+) -> Iterator[tuple[Path, str]]:
+    """Yield the GGUF to write and in which of `PRECISIONS`; llama.cpp's quantizer then makes any other.
+
+    It is made of float32, of a large model of float16, which takes half of the space.
+    """
+    precision = llama_cpp_tools.resolve_gguf_precision(precision)
+    if precision in llama_cpp_tools.PRECISIONS:
+        yield file, precision
+        return
+    with tempfile.TemporaryDirectory(prefix=".slimtune-", dir=file.parent) as folder:
+        whole = Path(folder, "whole.gguf")
+        yield whole, "f32" if _is_small(loaded.model) else "f16"
+        llama_cpp_tools.quantize_gguf(whole, file, precision, importances)
 
 
 @contextmanager

@@ -88,7 +88,7 @@ class OllamaFormat(GgufFormat):
             num_ctx=self.num_ctx,
             final_path=job.final_path,
         )
-        notes, base = list(written.notes), None
+        notes, base = [*gguf.notes, *written.notes], None
         if not self.ollama_base and not self.merged and loaded.base.quantization is None:
             notes.append(
                 "the adapter was trained on this base in 16 or 32 bits; Ollama adds it to the base as the file has it"

@@ -62,7 +62,7 @@ def resolve_matching_ollama_base(base_name: str, base_path: Path | None, trained
 
 
 def read_gguf_majority_precision(file: Path) -> str:
-    """Return the precision of a GGUF's weights, as `llama-quantize` calls it: that of its largest share."""
+    """Return the precision of a GGUF's weights, as llama.cpp calls it: that of its largest share."""
     sizes: dict[str, int] = {}
     for tensor in open_gguf_reader(file).tensors:
         sizes[tensor.tensor_type.name] = sizes.get(tensor.tensor_type.name, 0) + int(tensor.n_elements)

@@ -40,7 +40,7 @@ from .expected_logps import (
 )
 from .export_format import EXPORT_FORMATS
 from .export_results import EngineVerdict, VerifyResult
-from .gguf import LlamaCppToolFailedError
+from .llama_cpp_tools import LlamaCppToolFailedError
 from .manifest import EXPORT_MANIFEST, ExportManifest, read_export_manifest
 from .ollama import require_base_path_unless_registry_name
 from .served_base import ServedBase, read_gguf_majority_precision, resolve_matching_ollama_base

@@ -30,12 +30,11 @@ from ..export.adapter_file_check import require_trained_adapter_in_gguf
 from ..export.export_results import EngineVerdict
 from ..export.exporter import refuse_adapter_bound_to_quantized_base
 from ..export.gguf import (
-    PRECISIONS,
     get_lora_factors_and_scales,
     require_gguf_architecture_spec,
-    require_llama_quantize_path,
     write_adapter_gguf,
 )
+from ..export.llama_cpp_tools import resolve_gguf_precision
 from ..export.merge import load_runs_for_export, write_base_gguf
 from ..export.served_base import read_gguf_majority_precision
 from ..export.verify import ExportVerifier
@@ -90,8 +89,8 @@ def start_llama_cpp_server(
         runs: run folders or adapter folders by name.
         max_batch, max_waiting: most answers that run and that wait.
         max_length: most tokens of a prompt and its answer.
-        precision: of the base's weights: f32, f16, bf16, q8_0, or what llama-quantize makes; None: those of the GGUF
-            that the base is, or f16.
+        precision: of the base's weights: f32, f16, bf16, q8_0, or what llama.cpp's quantizer makes; None: those of the
+            GGUF that the base is, or f16.
         verify: whether the adapters are compared.
         device: "cpu": without a GPU.
         progress: gets progress messages.
@@ -103,8 +102,7 @@ def start_llama_cpp_server(
     """
     for run in runs.values():
         _require_gguf_form(run)
-    if precision is not None and precision not in PRECISIONS:
-        require_llama_quantize_path(precision)
+    precision = None if precision is None else resolve_gguf_precision(precision)
     loaded = load_runs_for_export([*runs.values()])
     model: Any = loaded[0].model
     models = make_served_base_and_run_models(runs, loaded, max_length)
