@@ -16,12 +16,11 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from ..errors import ModelError, RunError, UsageError, format_install_command, format_names, suggest
-
-if TYPE_CHECKING:
-    import numpy as np
 
 log = logging.getLogger(__name__)
 PRECISIONS = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
@@ -76,7 +75,7 @@ def resolve_gguf_precision(precision: str) -> str:
 
 
 def quantize_gguf(
-    source: Path, file: Path, precision: str, importances: "Mapping[str, np.ndarray] | None" = None
+    source: Path, file: Path, precision: str, importances: Mapping[str, np.ndarray] | None = None
 ) -> None:
     """Write a GGUF in one of `QUANTIZED_PRECISIONS` by llama.cpp's quantizer, which chooses the type of each tensor.
 
@@ -104,8 +103,6 @@ def quantize_gguf(
     if not importances:
         _run_tool(command, "quantizer")
         return
-    import numpy as np
-
     with tempfile.TemporaryDirectory(prefix=".slimtune-", dir=file.parent) as folder:
         arrays: dict[str, Any] = {name: np.ascontiguousarray(a, np.float32) for name, a in importances.items()}
         np.savez(Path(folder, "importances.npz"), **arrays)
@@ -140,8 +137,6 @@ def _quantize_here(source: str, file: str, precision: str, importances: str | No
     params.ftype = getattr(library, f"LLAMA_FTYPE_MOSTLY_{precision}")
     alive = []  # what the structure points to
     if importances is not None:
-        import numpy as np
-
         arrays = np.load(importances)
         entries = ffi.new("struct llama_model_imatrix_data[]", len(arrays.files) + 1)  # the last has no name
         for entry, name in zip(entries, arrays.files, strict=False):
