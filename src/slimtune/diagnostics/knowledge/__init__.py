@@ -7,6 +7,7 @@ linear time.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -20,10 +21,10 @@ MOST_TEXT = 50_000
 _MOST_QUESTION = 300
 """Characters of a question; a longer text is a log, which only patterns find."""
 _GAP = 300
-_LEAST_SCORE, _LEAST_CLEAR_SCORE, _SURE_SCORE = 0.6, 0.4, 0.9
-"""The score, between 0 and 1, from which on an answer is given; is given if it leads; outweighs a pattern."""
-_LEAST_NEAR, _LEAST_LEAD = 0.55, 0.1
-"""The score from which on an answer is perhaps meant; by how much an answer leads the next one about something else."""
+_LEAST_CONFIDENCE, _LEAST_CONFIDENCE_ABOUT_ERRORS, _SURE_SCORE, _LEAST_NEAR = 0.62, 0.85, 0.9, 0.55
+"""The confidence, between 0 and 1, from which on an answer is given, and given to a text that names an exception; the
+score from which on an answer outweighs a pattern, and from which on it is perhaps meant."""
+_EXCEPTION = re.compile(r"\b[A-Za-z_.]*(?:Error|Exception)\b\s*:")
 _WARNINGS_PAGE = "harmless-warning"
 """The page of texts that stand in many logs beside the error that counts: any other page comes before it."""
 _QUOTES = str.maketrans("", "", "\"'`\\")
@@ -85,6 +86,9 @@ def find_answers(text: str, max_near: int = 2) -> AnswerAndNearPages:
         return AnswerAndNearPages(pages[code], ())
     scores = _score_questions(text)
     ranked = sorted(scores, key=lambda name: scores[name], reverse=True)
+    least = _LEAST_CONFIDENCE_ABOUT_ERRORS if _EXCEPTION.search(text) else _LEAST_CONFIDENCE
+    is_sure = bool(ranked) and scores[ranked[0]] >= _SURE_SCORE
+    is_answered = is_sure or (bool(ranked) and _estimate_confidence(text, ranked, scores) >= least)
     if len(text) <= _MOST_QUESTION and (headed := find_section_by_exact_heading(text)):
         return AnswerAndNearPages(headed, ())
     fits = {
@@ -95,27 +99,23 @@ def find_answers(text: str, max_near: int = 2) -> AnswerAndNearPages:
         key=lambda code: (code != _WARNINGS_PAGE and fits[code][0] > 0, fits[code]),
         reverse=True,
     )
-    is_sure = bool(ranked) and scores[ranked[0]] >= _SURE_SCORE
     if by_pattern and fits[by_pattern[0]][0] and not is_sure:
         first, *others = by_pattern
-        others += [name for name in ranked if scores[name] >= _LEAST_SCORE]
-    elif ranked and (scores[ranked[0]] >= _LEAST_SCORE or _leads_clearly(text, ranked, scores)):
-        first, *others = (name for name in ranked if name == ranked[0] or scores[name] >= _LEAST_SCORE)
+        others += [name for name in ranked if scores[name] >= _LEAST_NEAR]
+    elif is_answered:
+        first, *others = (name for name in ranked if name == ranked[0] or scores[name] >= _LEAST_NEAR)
     else:
         first, others = "", [*by_pattern, *(name for name in ranked if scores[name] >= _LEAST_NEAR)]
     near = list(dict.fromkeys(name for name in others if name != first))[:max_near]
     return AnswerAndNearPages(_get_answers([first])[0] if first else None, _get_answers(near))
 
 
-def _leads_clearly(question: str, ranked: Sequence[str], scores: Mapping[str, float]) -> bool:
-    """Return whether the first answer to a question about language models has no rival; one that names it is none."""
+def _estimate_confidence(question: str, ranked: Sequence[str], scores: Mapping[str, float]) -> float:
+    """Estimate the probability that the first answer is right, from its score, its lead over the next one about
+    something else, and the words of the question that it has and that nothing has."""
     first, *others = ranked
     rival = next((scores[name] for name in others if not _are_linked(first, name)), 0.0)
-    return (
-        scores[first] >= _LEAST_CLEAR_SCORE
-        and scores[first] - rival >= _LEAST_LEAD
-        and _build_index().is_about_language_models(question)
-    )
+    return _build_index().estimate_confidence(question, first, scores[first], scores[first] - rival)
 
 
 def _are_linked(first: str, second: str) -> bool:

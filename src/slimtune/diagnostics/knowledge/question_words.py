@@ -20,7 +20,11 @@ _STOP_WORDS_TEXT = (
     "them then there these they thing things this those to too try up us use used using ve very want was way we well "
     "were what whats when where which while who why will with within would you your yours issue problem bug help "
     "documentation docs helping critical fixed cause keep keeps seem seems during sudden suddenly already another "
-    "quite way weird strange"
+    "quite way weird strange hello hi hey thanks thank everyone everybody guys folks currently recently lately today "
+    "sometimes often usually constantly whenever crazy lot lots bit like really actually basically simply maybe "
+    "perhaps possible possibly able looking trying tried want wanted wondering wonder curious know understand guess "
+    "think thought sure particular particularly specific specifically kind sort whatever whatsoever anyway done happen "
+    "happens happened reason"
 )
 _STOP_WORDS = frozenset(_STOP_WORDS_TEXT.split())
 _NAMES_TEXT = (
@@ -41,6 +45,7 @@ _AMBIGUOUS_JARGON_TEXT = (
     "train model loss dataset row answer prompt memory merge rate rank template base inferenc infer"
 )
 _AMBIGUOUS_JARGON = frozenset(_AMBIGUOUS_JARGON_TEXT.split())
+_ANY_JARGON = _JARGON | _AMBIGUOUS_JARGON
 _SAME_WORDS = (
     "row sample example record datapoint pair instance",
     "dataset data corpus",
@@ -63,7 +68,8 @@ _SAME_WORDS = (
     "several multiple",
     "same identical",
     "wrong incorrect false",
-    "slow slower slowly long longer",
+    "slow slower slowly",
+    "time duration hour hours minute minutes day days",
     "broken invalid malformed break breaks corrupt",
     "cut truncate truncated incomplete unfinished",
     "fact knowledge",
@@ -107,6 +113,9 @@ _SAME_WORDS = (
 _PHRASES = (
     (r"\bfine[- ]?tun\w*|\btun(?:e|ed|ing)\b", "finetun train"),
     (r"hugging[- ]face", "huggingface"),
+    (r"\bhow (?:long|many (?:hours|days|minutes))\b", "duration"),
+    (r"\bhow (?:much|many) (?:\w+ )?(?:vram|memory|ram|gigabytes|gb)\b", "memory require"),
+    (r"\bm[1-5](?: (?:pro|max|ultra))?\b|\bmacs?\b|\bmacbooks?\b|\bapple silicon\b", " mac "),
     (r"n['’]t\b|\bcannot\b|\bno longer\b", " not"),
     (r"\b(?:mak|made|mad)\w* (?:\w+ )?up\b", "invent"),
     (r"\bover and over\b|\bagain and again\b", "repeat"),
@@ -123,6 +132,11 @@ _SMALL, _NAME, _UNASKED, _TELLING = 0.04, 0.12, 0.4, 0.45
 the texts of answers have, and from which on a word tells what a question is about."""
 _UNKNOWN = (1.6, 0.6, 0.2)
 """The same of a word that nothing has, in a question without jargon, with ambiguous jargon, and with jargon."""
+_CONFIDENCE = (-4.66, 4.89, 3.83, -1.56, 0.18, -0.8, 0.85, 0.06)
+"""Weights of what the confidence of an answer depends on: a constant, its score, its lead, the share of unknown words,
+whether the question is surely about language models, whether it has no jargon, telling words and all words."""
+_LEAST_SCORE_OUTSIDE_JARGON = 0.53
+"""The score below which a question that may be about something else has no answer."""
 _SIZE = re.compile(r"\d+(?:b|gb|k|x)?")
 
 
@@ -211,9 +225,25 @@ class WordingIndex:
                 scores[name] = 0.7 * near + 0.2 * known + 0.1 * told
         return scores
 
-    def is_about_language_models(self, question: str) -> bool:
-        """Return whether a question has words that only questions about language models have."""
-        return _rate_jargon(self._split(question)) == 2
+    def estimate_confidence(self, question: str, answer: str, score: float, lead: float) -> float:
+        """Estimate the probability that an answer is right; `lead` is by how much its score exceeds the next one's.
+
+        The weights are those of a logistic regression over labelled questions, and over the wordings, each of them
+        asked as if nobody had written it down.
+        """
+        asked = self._split(question)
+        jargon = _rate_jargon(asked)
+        if jargon < 2 and score < _LEAST_SCORE_OUTSIDE_JARGON:
+            return 0.0
+        unknown = {word for word in asked if word not in self.weights}
+        unknown_weight = sum(self._weigh_unknown(word, self.unknown_weights[jargon]) for word in unknown)
+        total = self._weigh(asked - unknown) + unknown_weight
+        telling = sum(self.weights[word] >= self.least_telling for word in asked & self.known[answer])
+        features = (
+            1.0, score, min(lead, 0.4), unknown_weight / total, jargon == 2, not asked & _ANY_JARGON, min(telling, 4),
+            sum(word[0] != "~" for word in asked),
+        )  # fmt: skip
+        return 1 / (1 + math.exp(-sum(weight * each for weight, each in zip(_CONFIDENCE, features, strict=True))))
 
     def _split(self, question: str) -> set[str]:
         return {self._correct(word) for word in split_into_stems_marking_small_words(question)}
