@@ -107,7 +107,7 @@ def trace_training_step(job: MicroBatchWorkload, model: Any = None, *, stop_afte
     """
     model = job.build_model() if model is None else model
     vocab_size = model.config.get_text_config().vocab_size
-    with fake_tensor_mode(), simulating_device_for_kernel_choice(job.device):
+    with fake_tensor_mode() as operators, simulating_device_for_kernel_choice(job.device):
         replace_meta_with_fake_cpu_tensors(model)
         model.train()
         pack = make_collator(model, 0, packing=job.packing)(make_dummy_examples(job.lengths, job.supervised))
@@ -127,6 +127,7 @@ def trace_training_step(job: MicroBatchWorkload, model: Any = None, *, stop_afte
             not stop_after_backward,
             separate_host=job.device == "cuda",
             max_operators=MAX_OPERATORS + MAX_OPERATORS_PER_LAYER * job.num_layers,
+            find_result=operators.find_result,
         )
         with (
             tracker,

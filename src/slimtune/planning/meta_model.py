@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedConfig
 
 from ..core.adapters.peft_config import PeftConfig
@@ -14,6 +15,17 @@ from ..core.models.loader import get_auto_class
 from ..core.training.adapted_model import exclude_non_text_modules_in_place
 from ..core.training.memory_savings import apply_memory_savings
 from ..extras.damaged_config import make_damaged_field_error_or_none
+
+_INITIALIZES = {torch.ops.aten.uniform_, torch.ops.aten.normal_}
+
+
+class _SkipInitialization(TorchDispatchMode):
+    """Leaves out random numbers: on meta there are none, and PyTorch takes as long for them as for ten operators."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func.overloadpacket in _INITIALIZES and args[0].is_meta:
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def build_adapted_meta_model(
@@ -40,7 +52,7 @@ def build_adapted_meta_model(
         method_config.defer_initialization()  # the same tensors without data
     # A config class from a base's own code: that code is trusted already, or the class would not be here.
     trusted = type(base_config).__module__.startswith("transformers_modules")
-    with torch.device("meta"):
+    with torch.device("meta"), _SkipInitialization():
         with silence_and_translate_load_errors(spec := base_config.name_or_path or base_config.model_type):
             task = "SEQ_CLS" if method_config is not None and method_config.task_type == "SEQ_CLS" else "CAUSAL_LM"
             try:

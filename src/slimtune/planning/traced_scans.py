@@ -198,7 +198,7 @@ def _run_scan(
         try:
             _TRACES[key] = [
                 _trace_scan(
-                    original, [shorten(v, n * chunk) for v in values], structure, tracker.block,
+                    original, [shorten(v, n * chunk) for v in values], structure, tracker,
                     with_gradient=with_gradient,
                 )
                 for n in TRACED_CHUNKS
@@ -233,10 +233,10 @@ def _lengthen(shorter: Any, longer: Any, tokens: int) -> Any:
 
 
 def _trace_scan(
-    original: Callable[..., Any], values: list[Any], structure: Any, block: int, *, with_gradient: bool
+    original: Callable[..., Any], values: list[Any], structure: Any, outer: MemoryTracker, *, with_gradient: bool
 ) -> _ScanTrace:
     """Trace a scan on arguments that nothing else holds; it empties `values`."""
-    tracker = MemoryTracker(block, count_operators=True)
+    tracker = MemoryTracker(outer.block, count_operators=True, find_result=outer.find_result)
     tensors = [value for value in values if isinstance(value, Tensor)]
     sources: list[Any] = [t.grad_fn.next_functions[0][0] for t in tensors if t.grad_fn is not None]
     # Hooks of checkpointing around the scan must not see what is saved here.
