@@ -26,6 +26,8 @@ from .memory_tracker import iterate_nested_tensors
 
 MAX_KNOWN_INTEGERS = 1 << 20
 """Integer tensors of up to so many elements keep their values."""
+MAX_KNOWN_RESULTS = 100_000
+"""Operators whose results are kept from trace to trace; a plan adds some thousands."""
 _aten: Any = torch.ops.aten
 _CREATES_INTEGERS = {_aten.arange, _aten.eye, _aten.full, _aten.ones, _aten.zeros}
 _DEVICE = torch.ops.prim.device.default
@@ -56,6 +58,8 @@ def fake_tensor_mode() -> Iterator["FakeOperators"]:
     Raises:
         ModelError: the code asks for a value that is not known.
     """
+    if len(_KNOWN_RESULTS) > MAX_KNOWN_RESULTS:
+        _KNOWN_RESULTS.clear()
     limit, is_tracing, can_use = fake_tensor.CONSTANT_NUMEL_LIMIT, masking_utils.is_tracing, moe._can_use_grouped_mm
     fake_tensor.CONSTANT_NUMEL_LIMIT = MAX_KNOWN_INTEGERS
     fake_tensor.log.disabled = True  # it prints a traceback for an error that is raised anyway
@@ -112,7 +116,8 @@ class FakeOperators(TorchDispatchMode):
             with no_dispatch():
                 values = func(*args, **kwargs)
             return self.mode.fake_tensor_converter.from_real_tensor(self.mode, values, make_constant=True)
-        key, tensors = [func, torch.get_default_dtype()], []
+        key: list[Any] = [func, torch.get_default_dtype()]
+        tensors: list[FakeTensor] = []
         if _describe_arguments((args, *kwargs.items()), key, tensors) and (kept := tuple(key)) not in _KNOWN_RESULTS:
             _KNOWN_RESULTS[kept] = self._describe_results(func, out, tensors)
         return out
@@ -121,7 +126,7 @@ class FakeOperators(TorchDispatchMode):
         """Return what an operator makes, without FakeTensorMode; NotImplemented if only FakeTensorMode knows it."""
         if func is _DEVICE and type(args[0]) is FakeTensor:  # every second call asks what device a tensor is on
             return args[0].fake_device
-        key = [func, torch.get_default_dtype()]
+        key: list[Any] = [func, torch.get_default_dtype()]
         tensors: list[FakeTensor] = []
         if not _describe_arguments((args, *kwargs.items()), key, tensors):
             return NotImplemented
@@ -151,7 +156,7 @@ class FakeOperators(TorchDispatchMode):
                 meta,
                 False,
                 dispatch_device=True,
-                device_for_backend_keys=_CPU,  # type: ignore[call-arg]
+                device_for_backend_keys=_CPU,
             )
         torch._C._set_throw_on_mutable_data_ptr(fake)
         vars(fake).update(self.attributes)
@@ -164,7 +169,9 @@ class FakeOperators(TorchDispatchMode):
         if not torch._library.utils.is_builtin(func) or func in self.mode.lift_fns:
             return None
         kind = type(out) if type(out) in (tuple, list) else None
+        storages: dict[int, int | None]
         storages = {t.untyped_storage()._cdata: i for i, t in reversed([*enumerate(tensors)])}
+        made_storages: set[int] = set()
         known: list[Any] = []
         for each in [out] if kind is None else out:
             given = next((i for i, tensor in enumerate(tensors) if tensor is each), None)
@@ -176,11 +183,10 @@ class FakeOperators(TorchDispatchMode):
             if each.layout != torch.strided or each.dtype.is_complex or each.requires_grad:
                 return None
             storage = each.untyped_storage()
-            if (viewed := storages.setdefault(storage._cdata, -1)) == -2:  # two views of one new storage
-                return None
-            if viewed == -1:
-                storages[storage._cdata] = -2
-            viewed = viewed if viewed >= 0 else None
+            if (viewed := storages.setdefault(storage._cdata, None)) is None:
+                if storage._cdata in made_storages:  # two views of one new storage
+                    return None
+                made_storages.add(storage._cdata)
             result = _KnownTensor(each.shape, each.stride(), each.dtype, each.storage_offset(), viewed)
             made = self._make_result(result, tensors)
             if made.untyped_storage().nbytes() != storage.nbytes() or made.storage_offset() != result.offset:
@@ -219,7 +225,9 @@ def _describe_arguments(values: Iterable[Any], key: list[Any], tensors: list[Fak
         if kind is FakeTensor:
             if value.constant is not None or value.dtype.is_complex or value.layout != torch.strided:
                 return False
-            key += (value.shape, value.stride(), value.dtype, value.storage_offset(), value.fake_device)
+            if value.fake_device != _CPU:
+                return False
+            key += (value.shape, value.stride(), value.dtype, value.storage_offset())
             tensors.append(value)
         elif kind in _PLAIN:
             key += (kind, value)  # 1 and 1.0 are equal
