@@ -4,7 +4,8 @@ Each point of data/serving_points.json is a run that somebody else published: en
 it decodes or reads a prompt, the tokens in the context (decoding) or in the prompt, tokens a second, source, date;
 `file_gib`, where the file's mixture of types has no name; `ubatch`, where it is not llama.cpp's own.
 Points with `"seen": false`, whose source was not found, and those with `excluded`, a reason, are shown and not counted.
-The fits of planning/serving_speed.py are to the points of some sources; those of the others judge them.
+The fits of planning/serving_speed.py are to the points of some sources; those of the others judge them, and so do those
+of data/serving_points_second.json, which no fit and no range has seen.
 
 Runs of MLX are predicted as llama.cpp would run weights of the same size: nothing is fitted to them, no plan has MLX,
 and the exit code leaves them out, as it does the two runs of vLLM.
@@ -41,6 +42,8 @@ from slimtune.planning.serving_speed import (
 )
 
 POINTS = json.loads((Path(__file__).parent / "data" / "serving_points.json").read_text(encoding="utf-8"))
+SECOND_POINTS = json.loads((Path(__file__).parent / "data" / "serving_points_second.json").read_text(encoding="utf-8"))
+"""Runs of sources that were collected after all fits and ranges, and written down before any of them was predicted."""
 EARLIER_POINTS = 249
 """The first points of the file, to which the first fits were made."""
 GROUPS = ("dense", "mixtures", "hybrids", "prompts")
@@ -144,10 +147,10 @@ def predict(point: dict[str, Any]) -> Interval:
     return speed.decode if decodes else speed.prefill
 
 
-def compare_points() -> list[dict[str, Any]]:
+def compare_points(points: list[dict[str, Any]] = POINTS) -> list[dict[str, Any]]:
     """Return the points that count, each with its predicted range, the error of the middle, and the hardware kind."""
     rows = []
-    for point in POINTS:
+    for point in points:
         if not point["seen"] or "excluded" in point:
             continue
         band = predict(point)
@@ -175,12 +178,26 @@ def make_group_table(rows: list[dict[str, Any]]) -> str:
     for group in GROUPS:
         for held_out, side in ((False, "fit"), (True, "held out")):
             some = [r for r in rows if (r["group"], r["held_out"]) == (group, held_out)]
-            median, inside = summarize(some)
-            sources = len({r["name"] for r in some})
-            width = statistics.median(r["band"].high / r["band"].low for r in some)
-            figures = f"{len(some)} | {sources} | {100 * median:.0f} | {100 * inside:.0f} | {width:.1f}"
-            lines.append(f"| {group} | {side} | {figures} |")
+            lines.append(f"| {group} | {side} | {_format_figures(some)} |")
     return "\n".join(lines)
+
+
+def make_second_table(rows: list[dict[str, Any]]) -> str:
+    """Return the figures of the second held-out runs by group as a Markdown table."""
+    lines = [
+        "| group | runs | sources | median error % | inside % | high / low |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for group in GROUPS:
+        lines.append(f"| {group} | {_format_figures([r for r in rows if r['group'] == group])} |")
+    return "\n".join(lines)
+
+
+def _format_figures(rows: list[dict[str, Any]]) -> str:
+    median, inside = summarize(rows)
+    sources = len({r["name"] for r in rows})
+    width = statistics.median(r["band"].high / r["band"].low for r in rows)
+    return f"{len(rows)} | {sources} | {100 * median:.0f} | {100 * inside:.0f} | {width:.1f}"
 
 
 def make_hardware_table(rows: list[dict[str, Any]]) -> str:
@@ -209,6 +226,7 @@ def main() -> None:
             f"| {r['engine']} | {r['card']} | {r['model']} | {r['precision']} | {test} | {r['tokens_per_second']:.1f} "
             f"| {r['band'].low:.0f} to {r['band'].high:.0f} | {100 * r['error']:+.0f} | {('no', 'yes')[r['inside']]} |"
         )
+    print(f"\n{make_second_table(compare_points(SECOND_POINTS))}")
     counted = [r for r in rows if r["kind"][0] == "llama.cpp"]
     print(f"\n{make_group_table(counted)}\n\n{make_hardware_table(counted)}\n")
     for point in POINTS:

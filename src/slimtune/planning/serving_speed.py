@@ -22,7 +22,8 @@ from .interval import Interval
 from .weight_formats import ENGINES
 
 HBM = 1.4e12
-"""Bandwidth in bytes a second from which a datacentre GPU has stacked memory, which batch 1 does not saturate."""
+"""Bandwidth in bytes a second from which a datacentre GPU has stacked memory, which batch 1 does not saturate. Volta
+has it, too."""
 EXPERT_LAYER, RECURRENT_LAYER = 0.5, 0.4
 """What a layer with experts, or a recurrent one, takes beside its traffic more than a layer of attention, in layers."""
 EXPERT_TOKENS = 24
@@ -97,6 +98,8 @@ class ServingSpeed:
 DECODING = {
     ("llama.cpp", "nvidia"): DecodingSpeedFit(0.84, 51e-6, Interval(0.78, 1.22), 16),
     ("llama.cpp", "nvidia pascal"): DecodingSpeedFit(0.63, 69e-6, Interval(0.59, 1.57), 2),
+    # It has no products of four integers (compute capability 6.0), by which llama.cpp multiplies quantized weights.
+    ("llama.cpp", "nvidia p100"): DecodingSpeedFit(0.29, 148e-6, Interval(0.59, 1.57), 1),
     ("llama.cpp", "nvidia hbm"): DecodingSpeedFit(0.59, 103e-6, Interval(0.6, 1.45), 1),
     ("llama.cpp", "nvidia unified"): DecodingSpeedFit(0.85, 47e-6, Interval(0.72, 1.31), 4),
     ("llama.cpp", "amd"): DecodingSpeedFit(0.82, 78e-6, Interval(0.72, 1.27), 6),
@@ -114,6 +117,7 @@ DECODING = {
 PREFILL = {
     ("llama.cpp", "nvidia"): PrefillSpeedFit(1.67, "float32", Interval(0.53, 1.55), 7),
     ("llama.cpp", "nvidia pascal"): PrefillSpeedFit(0.96, "float32", Interval(0.5, 1.6), 1),
+    ("llama.cpp", "nvidia p100"): PrefillSpeedFit(0.96, "float32", Interval(0.5, 1.6), 0),
     ("llama.cpp", "nvidia hbm"): PrefillSpeedFit(0.23, "float16", Interval(0.5, 1.6), 1),
     ("llama.cpp", "nvidia unified"): PrefillSpeedFit(1.38, "float32", Interval(0.5, 1.6), 1),
     ("llama.cpp", "amd"): PrefillSpeedFit(0.72, "float32", Interval(0.54, 1.9), 4),
@@ -152,8 +156,9 @@ def get_serving_fit_hardware_key(gpu: GpuSpec) -> str:
     if gpu.vendor in ("nvidia", "amd") and gpu.unified:
         return f"{gpu.vendor} unified"
     if gpu.architecture == "pascal":
-        return "nvidia pascal"
-    if gpu.vendor == "nvidia" and gpu.kind == "datacentre" and (gpu.bandwidth or 0) > HBM:
+        return "nvidia p100" if gpu.name == "p100" else "nvidia pascal"
+    is_fast_datacentre = gpu.vendor == "nvidia" and gpu.kind == "datacentre" and (gpu.bandwidth or 0) > HBM
+    if is_fast_datacentre or gpu.architecture == "volta":
         return "nvidia hbm"
     return gpu.vendor
 
