@@ -37,7 +37,7 @@ _NAMES = frozenset(_NAMES_TEXT.split())
 _JARGON_TEXT = (
     "adapter attn bf16 bfloat16 bitsandbyt ckpt checkpoint cuda dpo eo epoch finetun float16 fp16 gguf gpu huggingface "
     "hyperparameter kaggl kto llama llm lora lr mlx moe mps mxfp4 nan nf4 ollama oom overfit peft pretrain qlora "
-    "quantiz rocm sft sglang tgi token tokenizer torch transformer trl unsloth vllm vram"
+    "multiturn quantiz rocm sft sfttrainer sglang tgi token tokenizer torch transformer trl unsloth vllm vram"
 )
 _JARGON = frozenset(_JARGON_TEXT.split())
 """Stems that only a question about language models has, or two of these: stems that have another meaning elsewhere."""
@@ -46,6 +46,12 @@ _AMBIGUOUS_JARGON_TEXT = (
 )
 _AMBIGUOUS_JARGON = frozenset(_AMBIGUOUS_JARGON_TEXT.split())
 _ANY_JARGON = _JARGON | _AMBIGUOUS_JARGON
+_OTHER_SUBJECTS_TEXT = (
+    "android angular css django flask git html javascript kubernet laravel matplotlib migr npm panda postgr "
+    "react retriever selenium sql vectorstor vue webpack yarn"
+)
+_OTHER_SUBJECTS = frozenset(_OTHER_SUBJECTS_TEXT.split())
+"""Stems that make a question without jargon one about something else."""
 _SAME_WORDS = (
     "row sample example record datapoint pair instance",
     "dataset data corpus",
@@ -59,12 +65,15 @@ _SAME_WORDS = (
     "enough sufficient suffice adequate",
     "forget forgot forgotten forgets forgetting unlearn",
     "gpu card graphics",
-    "machine computer pc hardware",
+    "machine computer pc hardware compute computing computational computation resource resources",
+    "effect impact affect affects affecting influence influences",
+    "fail fails failed failing failure impossible unable",
+    "language english german french spanish italian portuguese polish dutch russian chinese japanese korean arabic",
     "buy purchase buying",
     "commercial commercially business sell sold selling",
     "licence license licensing licensed licences licenses",
     "upload send sent transmit uploaded",
-    "privacy private confidential gdpr",
+    "privacy private confidential gdpr sensitive personal",
     "several multiple",
     "same identical",
     "wrong incorrect false",
@@ -113,10 +122,12 @@ _SAME_WORDS = (
 _PHRASES = (
     (r"\bfine[- ]?tun\w*|\btun(?:e|ed|ing)\b", "finetun train"),
     (r"hugging[- ]face", "huggingface"),
+    (r"\b(?:2|3|two|three)(?= (?:or more )?(?:loras?|adapters?)\b)", "several"),
+    (r"\bmulti[- ]?turns?\b", "multiturn"),
     (r"\bhow (?:long|many (?:hours|days|minutes))\b", "duration"),
     (r"\bhow (?:much|many) (?:\w+ )?(?:vram|memory|ram|gigabytes|gb)\b", "memory require"),
     (r"\bm[1-5](?: (?:pro|max|ultra))?\b|\bmacs?\b|\bmacbooks?\b|\bapple silicon\b", " mac "),
-    (r"n['’]t\b|\bcannot\b|\bno longer\b", " not"),
+    (r"n['’]t\b|\b(?:do|does|did|wo|ca|is|are)nt\b|\bcannot\b|\bno longer\b", " not"),
     (r"\b(?:mak|made|mad)\w* (?:\w+ )?up\b", "invent"),
     (r"\bover and over\b|\bagain and again\b", "repeat"),
     (r"\bctrl ?[-+] ?c\b|\bcontrol[- ]c\b|\^c\b", "interrupt"),
@@ -135,8 +146,8 @@ _UNKNOWN = (1.6, 0.6, 0.2)
 _CONFIDENCE = (-4.66, 4.89, 3.83, -1.56, 0.18, -0.8, 0.85, 0.06)
 """Weights of what the confidence of an answer depends on: a constant, its score, its lead, the share of unknown words,
 whether the question is surely about language models, whether it has no jargon, telling words and all words."""
-_LEAST_SCORE_OUTSIDE_JARGON = 0.53
-"""The score below which a question that may be about something else has no answer."""
+_LEAST_SCORE_OUTSIDE_JARGON = 0.6
+"""The sum of score and lead below which a question that may be about something else has no answer."""
 _SIZE = re.compile(r"\d+(?:b|gb|k|x)?")
 
 
@@ -233,7 +244,7 @@ class WordingIndex:
         """
         asked = self._split(question)
         jargon = _rate_jargon(asked)
-        if jargon < 2 and score < _LEAST_SCORE_OUTSIDE_JARGON:
+        if jargon < 2 and (asked & _OTHER_SUBJECTS or score + lead < _LEAST_SCORE_OUTSIDE_JARGON):
             return 0.0
         unknown = {word for word in asked if word not in self.weights}
         unknown_weight = sum(self._weigh_unknown(word, self.unknown_weights[jargon]) for word in unknown)
