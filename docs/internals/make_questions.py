@@ -45,6 +45,7 @@ ROWS = (
     Row("Which machine, if I have 1500 $ and one night?", f"choose {JOB} --budget 1500 --hours 10", "^to |fastest"),
     Row("How do two machines compare?", "gpus rtx-3090 'm4 max 128gb'", "rtx|memory|bandwidth|price  |writes|reads"),
     Row("Buy, rent, or pay a service?", f"cost {JOB} --gpu rtx-3090 --tokens 5000000 --runs 20", "^buy|^rent|AI,"),
+    Row("What can my machine run and train?", "models --fits rtx-3060-12gb", "^base|^qwen3.5|run or train"),
     Row("What does a million tokens of answers cost?", "cost llama-3.1-8b --gpu rtx-3090 --serve", "million|elec|Groq"),
     Row("Which MacBook?", f"choose {JOB} --kind macbook", "^to buy|fastest"),
     Row("Which machine is cheapest to rent?", f"choose {JOB} --kind rent", "^to rent|fastest"),

@@ -11,7 +11,7 @@ EXAMPLES = {
         "slimtune cost recipe.yaml --gpu 'm4 max 128gb' --kwh-price 0.3",
         "slimtune cost llama-3.1-8b --gpu rtx-3090 --serve",
     ),
-    "models": ("slimtune models", "slimtune models --family qwen3"),
+    "models": ("slimtune models --family qwen3", "slimtune models --fits rtx-3060-12gb"),
     "gpus": ("slimtune gpus rtx-3090 rtx-4090 'm4 max 128gb'", "slimtune gpus --for llama-3.1-8b --quantization nf4"),
     "bench": ("slimtune bench", "slimtune bench --export"),
     "benchmarks": ("slimtune benchmarks --gpu rtx-4090", "slimtune benchmarks --model qwen3.6-27b --sources"),

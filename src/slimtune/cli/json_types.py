@@ -22,7 +22,7 @@ JSON_TYPES: dict[str, Sequence[str]] = {
     ),
     "bench": ("hardware.hardware_results:BenchResult",),
     "benchmarks": ("planning.published_speeds:PublishedSpeedsResult",),
-    "models": ("planning.known_bases:KnownBasesResult",),
+    "models": ("planning.known_bases:KnownBasesResult", "planning.known_base_fits:KnownBaseFits"),
     "methods": ("cli.methods_command:MethodsResult",),
     "data": ("evaluation.data_report.data_report:DataReport",),
     "train": ("core.training.train_result:TrainResult",),

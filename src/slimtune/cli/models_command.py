@@ -1,12 +1,23 @@
 """`slimtune models`: the bases that plans know without a download."""
 
+from __future__ import annotations
+
 import textwrap
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
 from ..core.foundation.formatting import format_count
 from .common import Json, make_console, make_table, print_fields, print_outdated_figures_notice
+
+if TYPE_CHECKING:
+    from ..planning.known_base_fits import KnownBaseFits
+    from ..planning.known_bases import KnownBaseFacts
+
+MOST_FITTING = 25
+"""Bases that `--fits` shows."""
+VERDICTS = {"fits": "yes", "tight": "tight", "does not fit": "no"}
+TRAINED_IN = {"bfloat16": "16 bits", "nf4": "NF4"}
 
 
 def models_table(
@@ -15,12 +26,20 @@ def models_table(
         bool,
         Option("--sources", help="Also show each base's ids, the source of its facts, and when they were checked."),
     ] = False,
+    fits: Annotated[
+        str | None,
+        Option(
+            metavar="GPU", help='Only those that run or train on this GPU, the largest first; "this machine": here.'
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> Any:
     """List the bases with a short name: size, licence, context, release, and whether a download needs an account."""
     from ..planning.known_bases import KnownBasesResult, list_known_bases
 
     bases = list_known_bases(family)
+    if fits is not None:
+        return _list_bases_that_fit(bases, fits, as_json=as_json)
     if not as_json:
         rows = (
             (
@@ -42,3 +61,37 @@ def models_table(
             for b in bases:
                 print_fields([(b.name, b.format_source())])
     return KnownBasesResult(bases)
+
+
+def _list_bases_that_fit(bases: list[KnownBaseFacts], gpu_name: str, *, as_json: bool) -> KnownBaseFits:
+    """Show which bases run and train on a machine; return all of them."""
+    from ..planning.gpu_specs import THIS_MACHINE, require_gpu_by_name
+    from ..planning.interval import format_interval_compact, format_three_digits
+    from ..planning.known_base_fits import ROW_TOKENS, KnownBaseFits, find_known_base_fits
+    from ..planning.this_machine import detect_gpu_or_cpu_spec
+
+    here = gpu_name.lower() in (THIS_MACHINE, "here")
+    gpu = detect_gpu_or_cpu_spec() if here else require_gpu_by_name(gpu_name)
+    result = KnownBaseFits(gpu.name, list(find_known_base_fits(bases, gpu)))
+    if as_json:
+        return result
+    fitting = [m for m in result.models if m.fits]
+    rows = []
+    for m in fitting[:MOST_FITTING]:
+        speed = m.serving.decode_tokens_per_second if m.serving is not None else None
+        runs = VERDICTS[m.serving.verdict] if m.serving is not None and m.serving.verdict is not None else "-"
+        trains = "-"
+        if m.training is not None:
+            held = f"{TRAINED_IN[m.training.weights]}, " if m.training.verdict != "does not fit" else ""
+            trains = held + VERDICTS[m.training.verdict]
+        writes = format_interval_compact(speed, format_three_digits)
+        rows.append((m.name, format_count(m.params), m.released, runs, writes, trains))
+    screen = make_console()
+    headings = ("base", "size", "released", "runs", "writes, t/s", "trains")
+    screen.print(make_table(*headings, text_column_indices=[3, 5], rows=rows))
+    if smaller := len(fitting) - len(rows):
+        screen.print(f"and {smaller} smaller ones: --family shows one family's, --json all")
+    screen.print(f"\n{len(fitting)} of {len(bases)} run or train on {gpu.name}")
+    screen.print("runs: in Ollama, Q4_K_M, 4096 tokens of context, one request")
+    screen.print(f"trains: LoRA, a row of {ROW_TOKENS} tokens, --gradient-checkpointing; NF4: --quantization nf4")
+    return result
