@@ -48,6 +48,7 @@ ROWS = (
     Row("What can my machine run and train?", "models --fits rtx-3060-12gb", "^base|^qwen3.5|run or train"),
     Row("What does a million tokens of answers cost?", "cost llama-3.1-8b --gpu rtx-3090 --serve", "million|elec|Groq"),
     Row("Which MacBook?", f"choose {JOB} --kind macbook", "^to buy|fastest"),
+    Row("Which machine only to run a model?", "choose llama-3.1-8b --serve --budget 800", "^to buy|fastest"),
     Row("Which machine is cheapest to rent?", f"choose {JOB} --kind rent", "^to rent|fastest"),
     Row("What can this machine do?", "doctor", "ready|auto|memory|disk"),
     Row("How fast is this machine?", page="`slimtune bench`: [what it measures](cli.md#bench)"),

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.usefixtures("kept_traces")
 ROOT = Path(__file__).parents[2]
 COMMAND_LINES = {
     "ChooseResult": "choose base --kind laptop",
+    "ServingChoiceResult": "choose base --kind laptop --serve",
     "PlanResult": "plan base --vram 8GiB --max-seq-len 64 --serve",
     "MethodPlansResult": "plan base --vram 8GiB --max-seq-len 64 --method lora,ia3",
     "CostResult": "cost base --gpu rtx-3090",

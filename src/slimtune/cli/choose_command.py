@@ -11,6 +11,7 @@ from typer import Option
 
 from ..core.foundation.formatting import format_bytes, format_count
 from ..errors import SlimtuneError, UsageError, format_names, suggest
+from .choice_for_serving import choose_machine_for_serving
 from .common import Json, NegativeVerdictResult, make_console, make_table, print_fields, print_outdated_figures_notice
 from .cost_of_answers import compare_answer_costs
 from .options import add_recipe_flags
@@ -53,6 +54,15 @@ def choose_machine(
     tokens: Tokens = None,
     kind: Annotated[str | None, Option(metavar="KINDS", help=f"Parted by commas, of {', '.join(KINDS)}.")] = None,
     kwh_price: Annotated[float | None, Option(min=0, help="Dollars for a kWh, to show the run's electricity.")] = None,
+    serve: Annotated[bool, Option("--serve", help="Instead: machines to run the model on, without training.")] = False,
+    engine: Annotated[str | None, Option(help="With --serve: llama.cpp, mlx, ollama or vllm.")] = None,
+    precision: Annotated[
+        str | None, Option(help="With --serve: precision of the served weights, such as bf16 or q4_k_m.")
+    ] = None,
+    context: Annotated[int | None, Option(min=1, help="With --serve: tokens of the longest conversation.")] = None,
+    tokens_per_second: Annotated[
+        float | None, Option(min=0, help="With --serve: tokens a second that it surely writes.")
+    ] = None,
     sources: Sources = False,
     as_json: Json = False,
 ) -> Any:
@@ -61,26 +71,38 @@ def choose_machine(
     The first is the cheapest that surely fits and is surely in time. Exit code 1 if there is none.
     """
     kinds = parse_machine_kinds(kind, KINDS)
+    serving = {"engine": engine, "precision": precision, "context": context}
+    _require_matching_flags(
+        {"tokens": tokens, "hours": hours, "kwh-price": kwh_price},
+        {**serving, "tokens-per-second": tokens_per_second},
+        serve=serve,
+    )
+    if serve:
+        return choose_machine_for_serving(
+            job,
+            settings,
+            _list_offered_gpus(kinds),
+            kinds,
+            serving={name: value for name, value in serving.items() if value is not None},
+            budget=budget,
+            min_tokens_per_second=tokens_per_second,
+            only_macbook=_is_only_macbooks(kinds),
+            sources=sources,
+            as_json=as_json,
+        )
     # Each row goes alone through the model, so that every machine runs the same.
     jobs = load_run_to_plan(job, {"train.max_tokens_per_micro_batch": 1, **settings})
     from ..hardware.hardware_results import MILLION, ChooseResult, FittingOffer
     from ..hardware.machine_choice import (
         find_binding_limits,
-        list_purchase_prices,
         make_machine_offer,
         rank_fitting_machines_by_price,
     )
     from ..hardware.run_cost import format_hours_range, list_rent_prices
-    from ..planning.gpu_specs import MAX_AGE, list_gpu_specs, load_this_machine_measured_gpu
+    from ..planning.gpu_specs import MAX_AGE, load_this_machine_measured_gpu
 
     count = tokens or jobs.tokens or MILLION
-    only_macbooks = "macbook" in kinds and "mac" not in kinds
-
-    def is_sold(gpu: GpuSpec) -> bool:
-        in_macbook = gpu.kind == "mac" and any(p.is_in_macbook for p in list_purchase_prices(gpu.name))
-        return gpu.kind in kinds or (only_macbooks and in_macbook)
-
-    gpus = [g for g in list_gpu_specs() if g.trains and (is_sold(g) or ("rent" in kinds and list_rent_prices(g.name)))]
+    gpus = [gpu for gpu in _list_offered_gpus(kinds) if gpu.trains]
     found, planned, unplanned = estimate_run_by_gpu_and_class(jobs, gpus, use_smallest_of_group=False)
     offers = [
         make_machine_offer(
@@ -90,7 +112,7 @@ def choose_machine(
             speed=f.speed,
             verdict=f.verdict,
             dollars_per_kwh=kwh_price or None,
-            only_macbook=only_macbooks,
+            only_macbook=_is_only_macbooks(kinds),
         )
         for f in found
     ]
@@ -101,7 +123,7 @@ def choose_machine(
             mine = make_machine_offer(
                 here, estimate_runs_collecting_errors(jobs, here, advise=False)[0][0], trained_tokens=count
             )
-    owned = [make for f, make in zip(found, offers, strict=True) if is_sold(f.gpu)]
+    owned = [offer for f, offer in zip(found, offers, strict=True) if _is_sold(f.gpu, kinds)]
     rented = [offer for offer in offers if list_rent_prices(offer.gpu)] if "rent" in kinds else []
     picks = {
         "buy": rank_fitting_machines_by_price(owned, budget=budget, max_hours=hours),
@@ -154,6 +176,33 @@ def choose_machine(
         unplanned=unplanned,
     )
     return result if any(picks.values()) else NegativeVerdictResult(result)
+
+
+def _require_matching_flags(training: Mapping[str, Any], serving: Mapping[str, Any], *, serve: bool) -> None:
+    """Refuse flags of training with --serve, and flags of serving without it."""
+    wrong, what = (training, "a training run") if serve else (serving, "how the model is served")
+    for flag in (name for name, value in wrong.items() if value is not None):
+        raise UsageError(f"--{flag} describes {what}", hint="leave --serve out" if serve else "add --serve")
+
+
+def _is_only_macbooks(kinds: Sequence[str]) -> bool:
+    return "macbook" in kinds and "mac" not in kinds
+
+
+def _is_sold(gpu: GpuSpec, kinds: Sequence[str]) -> bool:
+    """Return whether a GPU is sold as one of these kinds."""
+    from ..hardware.machine_choice import list_purchase_prices
+
+    in_macbook = gpu.kind == "mac" and any(p.is_in_macbook for p in list_purchase_prices(gpu.name))
+    return gpu.kind in kinds or (_is_only_macbooks(kinds) and in_macbook)
+
+
+def _list_offered_gpus(kinds: Sequence[str]) -> list[GpuSpec]:
+    """Return the GPUs that are sold as one of these kinds, or rented if that is one of them."""
+    from ..hardware.run_cost import list_rent_prices
+    from ..planning.gpu_specs import list_gpu_specs
+
+    return [g for g in list_gpu_specs() if _is_sold(g, kinds) or ("rent" in kinds and list_rent_prices(g.name))]
 
 
 def _name_pick(ranked: list[MachineOffer], way: str, names: Mapping[str, str]) -> str:

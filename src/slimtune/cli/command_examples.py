@@ -5,6 +5,7 @@ EXAMPLES = {
     "choose": (
         "slimtune choose llama-3.1-8b --quantization nf4 --budget 1500",
         "slimtune choose recipe.yaml --hours 10 --kind laptop,mac,rent",
+        "slimtune choose qwen3-30b-a3b --serve --tokens-per-second 20 --kind desktop,mac,mini",
     ),
     "cost": (
         "slimtune cost llama-3.1-8b --gpu rtx-3090 --quantization nf4 --runs 20",

@@ -12,7 +12,7 @@ from ..core.foundation.json_results import JsonObject
 from .json_schemas import make_json_schema
 
 JSON_TYPES: dict[str, Sequence[str]] = {
-    "choose": ("hardware.hardware_results:ChooseResult",),
+    "choose": ("hardware.hardware_results:ChooseResult", "hardware.serving_choice:ServingChoiceResult"),
     "plan": ("hardware.hardware_results:PlanResult", "hardware.hardware_results:MethodPlansResult"),
     "cost": ("hardware.hardware_results:CostResult", "hardware.answer_cost:AnswerCostResult"),
     "gpus": (
