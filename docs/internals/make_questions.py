@@ -52,6 +52,7 @@ ROWS = (
     Row("Which machine is cheapest to rent?", f"choose {JOB} --kind rent", "^to rent|fastest"),
     Row("What can this machine do?", "doctor", "ready|auto|memory|disk"),
     Row("How fast is this machine?", page="`slimtune bench`: [what it measures](cli.md#bench)"),
+    Row("How fast does my run answer here?", page="`slimtune bench RUN`: [base, adapter, merged](cli.md#bench)"),
     Row("What have others measured?", "benchmarks --gpu rtx-4090 --model llama-3.1-8b", "GPU|decode"),
     Row("Which bases are there, and may I use them?", "models --family qwen3", "name|qwen3-0.6b |qwen3-8b "),
     Row("Which cards does it know?", "gpus --kind mini", "GPU|spark|strix-halo-128"),

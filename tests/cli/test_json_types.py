@@ -28,6 +28,7 @@ COMMAND_LINES = {
     "GpuComparisonResult": "gpus rtx-3090 m4-max-128gb --for base",
     "GpuVerdictsResult": "gpus --for base --kind laptop",
     "BenchResult": "bench",
+    "RunSpeedResult": "bench run",
     "PublishedSpeedsResult": "benchmarks --gpu rtx-5090",
     "KnownBasesResult": "models",
     "KnownBaseFits": "models --family smollm2 --fits rtx-3090",

@@ -16,7 +16,7 @@ from ..compat.peft_registration import skip_registering_classes_as_peft
 from ..core.foundation.cpu import CPU_SETTINGS
 from ..core.foundation.version import __version__
 from ..errors import UsageError
-from .bench_command import bench_machine
+from .bench_command import bench_machine_or_run
 from .benchmarks_command import benchmarks_table
 from .check_command import check_adapter
 from .choose_command import choose_machine, cost_of_training_run
@@ -45,7 +45,7 @@ GROUPS = {
         plan_run,
         cost_of_training_run,
         gpus_table,
-        bench_machine,
+        bench_machine_or_run,
         benchmarks_table,
         models_table,
         methods_table,
@@ -59,6 +59,7 @@ GROUPS = {
 }
 """Commands by what a user wants, in the order of the help."""
 LOAD_RUN = (
+    bench_machine_or_run,
     check_adapter,
     eval_run,
     generate_answer,

@@ -14,7 +14,7 @@ EXAMPLES = {
     ),
     "models": ("slimtune models --family qwen3", "slimtune models --fits rtx-3060-12gb"),
     "gpus": ("slimtune gpus rtx-3090 rtx-4090 'm4 max 128gb'", "slimtune gpus --for llama-3.1-8b --quantization nf4"),
-    "bench": ("slimtune bench", "slimtune bench --export"),
+    "bench": ("slimtune bench", "slimtune bench --export", "slimtune bench runs/mine"),
     "benchmarks": ("slimtune benchmarks --gpu rtx-4090", "slimtune benchmarks --model qwen3.6-27b --sources"),
     "data": (
         "slimtune data rows.jsonl --model smollm2-135m",

@@ -20,7 +20,7 @@ JSON_TYPES: dict[str, Sequence[str]] = {
         "hardware.hardware_results:GpuComparisonResult",
         "hardware.hardware_results:GpuVerdictsResult",
     ),
-    "bench": ("hardware.hardware_results:BenchResult",),
+    "bench": ("hardware.hardware_results:BenchResult", "export.run_speed:RunSpeedResult"),
     "benchmarks": ("planning.published_speeds:PublishedSpeedsResult",),
     "models": ("planning.known_bases:KnownBasesResult", "planning.known_base_fits:KnownBaseFits"),
     "methods": ("cli.methods_command:MethodsResult",),
