@@ -282,10 +282,7 @@ def test_layers_whose_cache_is_not_known():
     "family",
     [
         "qwen3_next",
-        *(
-            pytest.param(family, marks=pytest.mark.slow)
-            for family in ("mamba2", "bamba", "falcon_h1", "jamba", "lfm2")
-        ),
+        *(pytest.param(family, marks=pytest.mark.slow) for family in ("mamba2", "bamba", "falcon_h1", "jamba", "lfm2")),
     ],
 )
 def test_state_of_recurrent_layers(family):

@@ -12,6 +12,7 @@ from functools import cache
 from importlib.resources import files
 
 from ..core.models.base_config import load_base_config
+from ..core.models.load_errors import silencing_model_loading
 from ..errors import SlimtuneError
 from .gpu_specs import GpuSpec
 from .interval import Interval
@@ -94,7 +95,8 @@ def find_known_base_fits(bases: list[KnownBaseFacts], gpu: GpuSpec) -> Iterator[
     for base in sorted(bases, key=lambda b: (-b.params, b.name)):
         serving, reason = None, ""
         try:
-            serving = estimate_serving_memory(load_base_config(base.name).config, gpu=gpu)
+            with silencing_model_loading():  # transformers tells of configs, which no reader of the table asked about
+                serving = estimate_serving_memory(load_base_config(base.name).config, gpu=gpu)
         except SlimtuneError as error:
             reason = error.message
         training = find_training_fit(base.name, gpu)
