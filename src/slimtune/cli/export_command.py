@@ -166,6 +166,8 @@ def verify_run(
         for check in result.checks:
             if check.reason:
                 make_console().print(f"{check.engine}: {check.reason}")
+            elif check.kept_gain is not None:
+                make_console().print(f"{check.engine}: {check.kept_gain.describe()}")
     if result.passed:
         return result
     make_error_console().print(f"error: {result.explain_failure()}", style=ERROR)

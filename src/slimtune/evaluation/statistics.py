@@ -63,6 +63,23 @@ def paired_bootstrap(
     return PairedEstimate(*_make_estimates(sums.sum(0) / t.sum(), np.concatenate(drawn)))
 
 
+def bootstrap_share(parts: Sequence[float], wholes: Sequence[float], *, draws: int = 2000, seed: int = 0) -> Estimate:
+    """Return Σ parts / Σ wholes over rows with its 95 % interval from `draws` draws of rows.
+
+    The wholes of single rows may be negative; their sum must be safely above 0.
+
+    Raises:
+        ValueError: there are no rows, the lengths differ, or the sum of the wholes is not above 0.
+    """
+    sums = np.stack([np.asarray(parts, float), np.asarray(wholes, float)], axis=1)
+    if not len(sums) or not sums[:, 1].sum() > 0:
+        raise ValueError(f"expected rows whose wholes sum to more than 0; got {len(sums)} rows")
+    drawn = np.concatenate([counts @ sums for counts in _draw_counts(len(sums), draws, seed)])
+    drawn = drawn[drawn[:, 1] > 0]
+    total = sums.sum(0)
+    return _make_estimates(total[:1] / total[1:], drawn[:, :1] / drawn[:, 1:])[0]
+
+
 def _draw_counts(rows: int, draws: int, seed: int, width: int | None = None) -> Iterator[np.ndarray]:
     """Yield in blocks how often each row is drawn, int64 [block, rows]; a draw takes `width` numbers of memory."""
     rng, block = np.random.default_rng(seed), max(1, MAX_COUNTS // (width or rows))

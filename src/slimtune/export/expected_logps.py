@@ -105,6 +105,10 @@ TOLERANCES = {
 """By the precision of the weights or of the arithmetic, strictest first. Few bits round W + ΔW, which costs a share of
 the change; beside a base in fewer bits the base's own rounding adds to it. "lower": fewer than 8 bits a weight."""
 
+KEPT_GAIN_TOLERANCE = replace(TOLERANCES["lower"], strength_difference=math.inf, base_difference=2.0, follows_base=True)
+"""Of fewer than 8 bits a weight where the share of the held-out gain that is left decides (`kept_gain.py`): rounding
+may cost much of the effect, which is no fault of the file."""
+
 
 ADAPTER_TOLERANCES = {
     "f32": EngineTolerance(0.002, 0.0002, 0.0005, follows_base=True),

@@ -127,6 +127,10 @@ class ExportFormat:
         """Yield what `slimtune verify RUN` compares: exports into a temporary folder. By default nothing."""
         return iter(())
 
+    def hint_if_gain_is_lost(self, run: Path) -> str:
+        """Return the ways out if too little of the held-out gain is left."""
+        return "more bits"
+
     def hint_if_different(self) -> str:
         """Return what to do if the engine differs from the trained adapter."""
         return "please report it; --no-verify writes the folder without the check"

@@ -12,6 +12,41 @@ MIN_EFFECT_SHARE = 0.9
 
 
 @dataclass(frozen=True)
+class KeptGain:
+    """How much of what training gained on held-out rows is left in few bits; losses in nats per supervised token."""
+
+    rows: int = 0
+    """Held-out rows that were measured."""
+    tokens: int = 0
+    """Their supervised tokens."""
+    base_loss: float | None = None
+    """Of the base, unrounded; null: not measured, as for the others."""
+    tuned_loss: float | None = None
+    """Of base and adapter, unrounded."""
+    rounded_base_loss: float | None = None
+    """Of the base without the adapter in the same precision, in the engine."""
+    shipped_loss: float | None = None
+    """Of what is shipped, in the engine."""
+    share: float | None = None
+    """(base_loss - shipped_loss) / (base_loss - tuned_loss); null: not measured."""
+    share_ci95: tuple[float, float] | None = None
+    """Its 95 % interval, over draws of rows."""
+    reason: str = ""
+    """Why there is no share."""
+
+    def describe(self) -> str:
+        """Return the share with its interval and the losses, or why there is none."""
+        if self.share is None or self.share_ci95 is None:
+            return f"share of the held-out gain that is left: {self.reason}"
+        low, high = self.share_ci95
+        return (
+            f"{self.share:.1%} of the held-out gain is left ({low:.1%} to {high:.1%}; {self.rows} rows; loss of the "
+            f"base {self.base_loss:.4f}, tuned {self.tuned_loss:.4f}, base in these bits {self.rounded_base_loss:.4f}, "
+            f"as shipped {self.shipped_loss:.4f})"
+        )
+
+
+@dataclass(frozen=True)
 class EngineVerdict:
     """The result of comparing one engine with the trained adapter; differences, KL and effect in nats."""
 
@@ -51,6 +86,8 @@ class EngineVerdict:
     """Whether a program failed before anything could be compared."""
     reason: str = ""
     """Why it did not pass, or was not checked."""
+    kept_gain: KeptGain | None = None
+    """How much of the held-out gain is left; null: not in few bits."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +117,8 @@ class ExportResult:
             yield f"{self.out}/{file}  {format_bytes(size)}"
         if conversion := self.facts.get("conversion"):
             yield f"as a LoRA: {conversion['error']:.2%} of the change is lost"
+        if self.check.kept_gain is not None:
+            yield f"{self.check.precision}: {self.check.kept_gain.describe()}"
         yield from (f"note: {note}" for note in self.notes)
 
 

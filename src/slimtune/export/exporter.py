@@ -84,9 +84,14 @@ def export(
                 verdict = chosen.verify_folder(verifier, folder, written.facts)
         elif not chosen.is_merged and loaded.base.quantization is not None:
             notes = [*notes, describe_16_bit_serving_effect(loaded, run)]
+        if verdict.passed is False and verdict.kept_gain is not None:
+            hint = chosen.hint_if_gain_is_lost(run)
+            raise RunError(verdict.reason, verdict.limit, hint, code="merge-differs")
         if verdict.passed is False:
             message = f"{verdict.engine} differs from the trained adapter: {verdict.reason}"
             raise RunError(message, verdict.limit, chosen.hint_if_different(), code="merge-differs")
+        if require_proof and verdict.kept_gain is not None and verdict.kept_gain.share is None:
+            raise RunError(f"the export is not proven: {verdict.kept_gain.describe()}", "a share that was measured")
         if verdict.passed is None and require_proof:
             hint = "without --require-proof the folder is written, unproven"
             raise RunError(f"the export is not proven: {verdict.reason}", "an export that the engine was asked", hint)

@@ -38,6 +38,13 @@ IMATRIX = make_flag_metadata(
     "Weigh the errors of few bits by the inputs that the run's rows give each matrix.", "--imatrix"
 )
 
+DEFAULT_MIN_KEPT = 0.9
+MIN_KEPT = make_flag_metadata(
+    f"Least share of the held-out gain that few bits may leave; 0 takes any. By default {DEFAULT_MIN_KEPT:g}."
+)
+UNROUNDED = ("f32", "f16", "bf16")
+"""Precisions in which nothing of the gain is lost, or the check of the strength says so."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class GgufExportFacts:
@@ -57,6 +64,8 @@ class GgufExportFacts:
     """How the adapter became a LoRA; absent if it is one."""
     precision: str = "f32"
     """Of the weights."""
+    min_kept: float | None = field(default=None, metadata=OMIT_NONE)
+    """Least share of the held-out gain that may be left; of a model in few bits."""
     importance_matrices: int | None = field(default=None, metadata=OMIT_NONE)
     """Matrices rounded with errors weighted by their inputs on the run's rows; absent without --imatrix."""
 
@@ -78,6 +87,7 @@ class GgufFormat(ExportFormat):
     merged: bool | None = field(default=None, metadata=MERGED)
     precision: str | None = field(default=None, metadata=PRECISION)
     imatrix: bool | None = field(default=None, metadata=IMATRIX)
+    min_kept: float | None = field(default=None, metadata=MIN_KEPT)
     convert_to_lora: float | None = field(default=None, metadata=CONVERT_TO_LORA)
 
     def resolve(self) -> GgufFormat:
@@ -87,6 +97,10 @@ class GgufFormat(ExportFormat):
         if self.imatrix and (not self.merged or (self.precision or "f16").lower() in PRECISIONS):
             expected = "--merged, and a precision that llama.cpp's quantizer makes, such as --precision Q4_K_M"
             raise UsageError("--imatrix without rounding to few bits", expected)
+        if self.min_kept is not None and not 0 <= self.min_kept <= 1:
+            raise UsageError(f"--min-kept {self.min_kept:g}", "a share, 0 to 1")
+        if self.min_kept is not None and (not self.merged or (self.precision or "f16").lower() in UNROUNDED):
+            raise UsageError("--min-kept without rounding to few bits", "--merged, and q8_0 or fewer bits")
         if self.merged and self.convert_to_lora is not None:
             raise UsageError("--merged and --convert-to-lora together", "one of them: a merged model has no adapter")
         if self.precision is None:
@@ -121,7 +135,12 @@ class GgufFormat(ExportFormat):
             notes = [note] if (note := describe_fallback_types(file, precision)) else []
             commands = [chat, *_list_serve_commands(model, job.run)]
             matrices = len(importances) if importances is not None else None
-            facts = GgufExportFacts(precision=precision, importance_matrices=matrices)
+            least = DEFAULT_MIN_KEPT if self.min_kept is None else self.min_kept
+            facts = GgufExportFacts(
+                precision=precision,
+                min_kept=None if precision in UNROUNDED else least,
+                importance_matrices=matrices,
+            )
             return WrittenExport(facts, commands, notes)
         adapter, conversion = model.active_adapters[0], None
         if self.convert_to_lora is not None:
@@ -149,9 +168,13 @@ class GgufFormat(ExportFormat):
             reason = f"{folder} contains nothing that can be checked"
             return EngineVerdict(self.kind, precision, reason=reason)
         open_base = verifier.open_base_in(precision)
-        return verifier.verify_engine(
-            MODEL_ENGINE, precision, lambda: verifier.open_llama_cpp(model), open_base=open_base
+        tolerance = verifier.find_rounding_tolerance(precision)
+        verdict = verifier.verify_engine(
+            MODEL_ENGINE, precision, lambda: verifier.open_llama_cpp(model), tolerance, open_base
         )
+        if precision in UNROUNDED or verdict.passed is False or verdict.failed:
+            return verdict
+        return verifier.add_kept_gain(verdict, model, getattr(facts, "min_kept", None) or 0.0)
 
     def list_run_checks(self, verifier: ExportVerifier) -> Iterator[ExportEngineCheck]:
         """Yield the comparison of the run's adapter, and of its whole model, in llama.cpp."""
@@ -180,6 +203,17 @@ class GgufFormat(ExportFormat):
             ADAPTER_ENGINE, "f32", open_adapter, InProcessLlamaCppEngine.without_adapter, ADAPTER_TOLERANCES["f32"]
         )
         yield ExportEngineCheck(MODEL_ENGINE, "f16", open_whole, verifier.open_base_in("f16"))
+
+    def hint_if_gain_is_lost(self, run: Path) -> str:
+        """Return the ways out if too little of the held-out gain is left."""
+        export = ["slimtune", "export", str(run), "--out", "DIR", "--to"]
+        beside, more = (
+            shlex.join([*export, "gguf"]),
+            shlex.join([*export, self.kind, "--merged", "--precision", "q8_0"]),
+        )
+        if self.precision == "q8_0":
+            more = shlex.join([*export, self.kind, "--merged"])
+        return f"the adapter beside its base: {beside}; more bits: {more}; or take it as it is: --min-kept 0"
 
     def hint_if_different(self) -> str:
         """Return what to do if llama.cpp differs from the trained adapter."""

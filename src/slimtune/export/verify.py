@@ -26,12 +26,15 @@ from ..generation.inference_engines import (
     InProcessLlamaCppEngine,
     TransformersInferenceEngine,
     VllmClient,
+    is_xllamacpp_installed,
 )
 from ..generation.run_requirements import require_causal_lm_run
 from . import merge as merging
 from .adapter_file_check import require_trained_adapter_in_gguf, require_trained_adapter_in_model
 from .expected_logps import (
     ADAPTER_TOLERANCES,
+    KEPT_GAIN_TOLERANCE,
+    TOLERANCES,
     AdapterReference,
     EngineTolerance,
     get_loosest_tolerance,
@@ -40,6 +43,7 @@ from .expected_logps import (
 )
 from .export_format import EXPORT_FORMATS
 from .export_results import EngineVerdict, VerifyResult
+from .kept_gain import list_held_out_rows, measure_kept_gain
 from .llama_cpp_tools import LlamaCppToolFailedError
 from .manifest import EXPORT_MANIFEST, ExportManifest, read_export_manifest
 from .ollama import require_base_path_unless_registry_name
@@ -207,6 +211,28 @@ class ExportVerifier:
                 return EngineVerdict(name, precision, reason=f"not checked: {reason}")
             return EngineVerdict(name, precision, passed=False, reason=reason)
 
+    def find_rounding_tolerance(self, precision: str) -> EngineTolerance | None:
+        """Return the tolerance of a whole model if its held-out gain decides; None: that of the precision."""
+        decides = precision not in TOLERANCES and not isinstance(list_held_out_rows(self.loaded, self.rows_file), str)
+        return KEPT_GAIN_TOLERANCE if decides else None
+
+    def add_kept_gain(self, verdict: EngineVerdict, model: Path, min_kept: float) -> EngineVerdict:
+        """Return the verdict of a whole model with the share of the held-out gain that is left; too little fails it."""
+        if not is_xllamacpp_installed():
+            return verdict
+        base = self.write_base_in(verdict.precision)
+        kept = measure_kept_gain(
+            self.loaded,
+            self.rows_file,
+            lambda longest: self.open_llama_cpp(model, longest=longest),
+            lambda longest: self.open_llama_cpp(base, longest=longest),
+        )
+        verdict = replace(verdict, kept_gain=kept)
+        if kept.share is None or kept.share >= min_kept:
+            return verdict
+        limit, reason = f"{min_kept:.0%} or more of the held-out gain", f"{verdict.precision}: {kept.describe()}"
+        return replace(verdict, passed=False, limit=limit, reason=reason)
+
     def require_mergeable(self) -> None:
         config = self.model.active_peft_config
         if not config.mergeable:
@@ -241,15 +267,19 @@ class ExportVerifier:
     def open_base_in(self, precision: str) -> Callable[[Any], InferenceEngine]:
         """Return a function that opens the untouched base as a whole GGUF in a precision."""
 
-        def open_base(_: Any) -> InferenceEngine:
-            file = self.temp_folder / f"base-{precision}.gguf"
+        return lambda _: self.open_llama_cpp(self.write_base_in(precision))
+
+    def write_base_in(self, precision: str) -> Path:
+        """Return the untouched base as a whole GGUF in a precision, written once."""
+        file = self.temp_folder / f"base-{precision}.gguf"
+        if not file.is_file():
             merging.write_base_gguf(self.loaded, file, precision)
-            return self.open_llama_cpp(file)
+        return file
 
-        return open_base
-
-    def open_llama_cpp(self, model: Path, adapter: Path | None = None) -> InferenceEngine:
-        longest = max(len(t.prompt_and_answer_ids) for t in self.reference.texts) + 64
+    def open_llama_cpp(
+        self, model: Path, adapter: Path | None = None, *, longest: int | None = None
+    ) -> InferenceEngine:
+        longest = longest or max(len(t.prompt_and_answer_ids) for t in self.reference.texts) + 64
         return InProcessLlamaCppEngine(model, adapter, max_tokens=longest, threads=self.threads)
 
 

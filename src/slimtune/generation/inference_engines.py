@@ -70,6 +70,9 @@ class InferenceEngine(Protocol):
     def score(self, ids: Sequence[int]) -> TextTokenScores:
         """Return log-probabilities of all tokens of a text but the first."""
 
+    def score_tokens(self, ids: Sequence[int], indices: Sequence[int]) -> Tensor:
+        """Return the log-probabilities of a text's tokens at some indices, 1 or more, ascending."""
+
     def generate(self, ids: Sequence[int], max_new_tokens: int) -> list[int]:
         """Return the greedy continuation of a prompt, without its end-of-text token."""
 
@@ -94,6 +97,13 @@ class TransformersInferenceEngine:
             own.append(log_probs.gather(1, following[part])[:, 0])
             top.append(log_probs.topk(min(TOP_K, log_probs.shape[1])))
         return TextTokenScores(torch.cat(own), torch.cat([t.indices for t in top]), torch.cat([t.values for t in top]))
+
+    @torch.no_grad()
+    def score_tokens(self, ids: Sequence[int], indices: Sequence[int]) -> Tensor:
+        tokens, places = torch.tensor(ids), torch.tensor(indices)
+        logits = self.model(input_ids=tokens[None].to(self.model.device), use_cache=False).logits[0]
+        log_probs = logits[places.to(logits.device) - 1].double().log_softmax(-1).cpu()
+        return log_probs.gather(1, tokens[places][:, None])[:, 0]
 
     def score_candidates(self, ids: Sequence[int], candidate_ids: Tensor) -> Tensor:
         """Return the log-probabilities of candidate tokens `(n - 1, k)`, k for each position but the last, float64."""
@@ -196,6 +206,10 @@ class InProcessLlamaCppEngine:
     @_translate_answer_errors("llama.cpp server")
     def score(self, ids: Sequence[int]) -> TextTokenScores:
         return _make_scores([self._score_next(ids[:at], ids[at]) for at in range(1, len(ids))])
+
+    @_translate_answer_errors("llama.cpp server")
+    def score_tokens(self, ids: Sequence[int], indices: Sequence[int]) -> Tensor:
+        return torch.tensor([self._score_next(ids[:at], ids[at])[0] for at in indices], dtype=torch.float64)
 
     def _score_next(self, before: Sequence[int], token: int) -> tuple[float, list[tuple[int, float]]]:
         """Return the log-probability of a token, and the likeliest tokens with theirs."""
@@ -324,6 +338,9 @@ class VllmClient:
             best = sorted((e["rank"], int(i), e["logprob"]) for i, e in entries.items() if e["rank"] <= VLLM_TOP_K)
             scores.append((entries[str(token)]["logprob"], [(i, value) for _, i, value in best[:VLLM_TOP_K]]))
         return _make_scores(scores)
+
+    def score_tokens(self, ids: Sequence[int], indices: Sequence[int]) -> Tensor:
+        return self.score(ids).token_log_probs[torch.tensor(indices) - 1]
 
     @_translate_answer_errors("vLLM server")
     def generate(self, ids: Sequence[int], max_new_tokens: int) -> list[int]:

@@ -1,0 +1,129 @@
+"""How much of what training gained on held-out rows is left in few bits, in llama.cpp, by each way of shipping them.
+
+    python benchmarks/kept_gain.py RUN [RUN ...] [--precision q8_0 Q4_0] [--way merged beside] [--out kept_gain.jsonl]
+    python benchmarks/kept_gain.py --table kept_gain.jsonl
+
+A run is of one data set and one objective; `export/kept_gain.py` says what is measured. Each result is a JSON line, and
+a result that the file has is not measured again. A way is a function in `WAYS`:
+
+    merged    base and adapter as one model, rounded by llama.cpp's quantizer: today's way
+    imatrix   the same, errors weighted by the inputs that the run's rows give
+    beside    the base rounded, the adapter beside it in f32: two files
+"""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+from slimtune.core.foundation.json_results import to_json_dict
+from slimtune.core.training.trained_model import TrainedModel
+from slimtune.export.gguf import write_adapter_gguf
+from slimtune.export.kept_gain import (
+    estimate_kept_gain,
+    list_held_out_rows,
+    measure_unrounded_nats,
+    sum_supervised_nats,
+)
+from slimtune.export.merge import (
+    load_run_for_export,
+    measure_input_importances,
+    write_base_gguf,
+    write_merged_gguf,
+)
+from slimtune.generation.inference_engines import InProcessLlamaCppEngine
+
+Files = tuple[Path, Path | None]  # a model, and an adapter beside it
+
+
+def write_merged(loaded: TrainedModel, run: Path, folder: Path, precision: str) -> Files:
+    write_merged_gguf(loaded, run, folder / "model.gguf", precision)
+    return folder / "model.gguf", None
+
+
+def write_merged_with_imatrix(loaded: TrainedModel, run: Path, folder: Path, precision: str) -> Files:
+    importances = measure_input_importances(loaded, run)
+    write_merged_gguf(loaded, run, folder / "imatrix.gguf", precision, importances)
+    return folder / "imatrix.gguf", None
+
+
+def write_beside(loaded: TrainedModel, run: Path, folder: Path, precision: str) -> Files:
+    write_adapter_gguf(folder / "adapter.gguf", loaded.model)
+    return folder / "base.gguf", folder / "adapter.gguf"
+
+
+WAYS: dict[str, Callable[[TrainedModel, Path, Path, str], Files]] = {
+    "merged": write_merged,
+    "imatrix": write_merged_with_imatrix,
+    "beside": write_beside,
+}
+
+
+def measure_run(run: Path, precisions: list[str], ways: list[str], out: Path) -> None:
+    done = {(r["run"], r["precision"], r["way"]) for r in read_results(out)}
+    wanted = [(p, w) for p in precisions for w in ways if (str(run), p, w) not in done]
+    if not wanted:
+        return
+    loaded = load_run_for_export(run)
+    rows = list_held_out_rows(loaded, None)
+    if isinstance(rows, str):
+        print(f"{run}: not measured: {rows}")
+        return
+    assert loaded.recipe is not None
+    unrounded, longest = measure_unrounded_nats(loaded, rows), max(len(row.input_ids) for row in rows) + 1
+    for precision in dict.fromkeys(p for p, _ in wanted):
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            write_base_gguf(loaded, folder / "base.gguf", precision)
+
+            def sum_nats(model: Path, adapter: Path | None) -> list[float]:
+                with closing(InProcessLlamaCppEngine(model, adapter, max_tokens=longest, threads=1)) as engine:
+                    return sum_supervised_nats(engine, rows, "rows")
+
+            rounded_base = sum_nats(folder / "base.gguf", None)
+            for way in (w for p, w in wanted if p == precision):
+                files = WAYS[way](loaded, run, folder, precision)
+                kept = estimate_kept_gain(unrounded, sum_nats(*files), rounded_base)
+                names = {"run": str(run), "base": loaded.base.spec, "objective": loaded.recipe.task.name}
+                size = sum(f.stat().st_size for f in files if f is not None)
+                line = {**names, "precision": precision, "way": way, "bytes": size, **to_json_dict(kept)}
+                with out.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+                print(f"{run} {precision} {way}: {kept.describe()}", flush=True)
+
+
+def read_results(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def print_table(results: list[dict]) -> None:
+    """Print the results as a Markdown table."""
+    print("| run | objective | precision | way | base alone | as shipped | share of the gain left | 95 % |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for r in results:
+        cells = [Path(r["run"]).name, r["objective"], r["precision"], r["way"]]
+        cells += [f"{r[key] - r['base_loss']:+.3f}" for key in ("rounded_base_loss", "shipped_loss")]
+        share, interval = "-", r["reason"]
+        if r["share"] is not None:
+            share, interval = f"{r['share']:.1%}", " to ".join(f"{x:.1%}" for x in r["share_ci95"])
+        print(f"| {' | '.join([*cells, share, interval])} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="*")
+    parser.add_argument("--precision", nargs="+", default=["q8_0", "Q4_K_M", "Q4_0"])
+    parser.add_argument("--way", nargs="+", default=[*WAYS], choices=WAYS)
+    parser.add_argument("--out", type=Path, default=Path("kept_gain.jsonl"))
+    parser.add_argument("--table", type=Path, help="print the results of a file")
+    args = parser.parse_args()
+    for run in args.runs:
+        measure_run(run, args.precision, args.way, args.out)
+    if args.table or args.runs:
+        print_table(read_results(args.table or args.out))
+
+
+if __name__ == "__main__":
+    main()
