@@ -86,9 +86,14 @@ def find_answers(text: str, max_near: int = 2) -> AnswerAndNearPages:
         return AnswerAndNearPages(pages[code], ())
     scores = _score_questions(text)
     ranked = sorted(scores, key=lambda name: scores[name], reverse=True)
-    least = _LEAST_CONFIDENCE_ABOUT_ERRORS if _EXCEPTION.search(text) else _LEAST_CONFIDENCE
+    has_exception = _EXCEPTION.search(text) is not None
+    least = _LEAST_CONFIDENCE_ABOUT_ERRORS if has_exception else _LEAST_CONFIDENCE
     is_sure = bool(ranked) and scores[ranked[0]] >= _SURE_SCORE
-    is_answered = is_sure or (bool(ranked) and _estimate_confidence(text, ranked, scores) >= least)
+    is_answered = is_sure or (
+        bool(ranked)
+        and (ranked[0] in pages or not has_exception)  # a question's answer explains no exception
+        and _estimate_confidence(text, ranked, scores) >= least
+    )
     if len(text) <= _MOST_QUESTION and (headed := find_section_by_exact_heading(text)):
         return AnswerAndNearPages(headed, ())
     fits = {

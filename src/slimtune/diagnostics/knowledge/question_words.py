@@ -66,7 +66,8 @@ _SAME_WORDS = (
     "forget forgot forgotten forgets forgetting unlearn",
     "gpu card graphics",
     "machine computer pc hardware compute computing computational computation resource resources",
-    "effect impact affect affects affecting influence influences",
+    "affect affects affecting influence influences",
+    "effect impact",
     "fail fails failed failing failure impossible unable",
     "language english german french spanish italian portuguese polish dutch russian chinese japanese korean arabic",
     "buy purchase buying",
@@ -120,6 +121,8 @@ _SAME_WORDS = (
     "throughput speed fast faster",
 )
 _PHRASES = (
+    (r"\b(?:i )?(?:have|had|got) (?:a |some |one )?(?:quick )?questions? (?:about|regarding|on|concerning)\b", " "),
+    (r"^(?:hi|hello|hey)\b|\bthank(?:s| you)\b|\bcould you (?:please )?(?:tell|explain|share|provide)\b", " "),
     (r"\bfine[- ]?tun\w*|\btun(?:e|ed|ing)\b", "finetun train"),
     (r"hugging[- ]face", "huggingface"),
     (r"\b(?:2|3|two|three)(?= (?:or more )?(?:loras?|adapters?)\b)", "several"),
@@ -211,7 +214,7 @@ class WordingIndex:
         counts = Counter(word for words in self.known.values() for word in words if word[0] != "~")
         self.weights = {word: math.log(1 + len(counts) / count) for word, count in counts.items()}
         most = max(self.weights.values())
-        self.weights |= dict.fromkeys(("#", "not", "error"), 0.3 * most)
+        self.weights |= dict.fromkeys(("#", "not", "error", "require"), 0.3 * most)
         self.least_telling = _TELLING * most
         self.unknown_weights = [share * most for share in _UNKNOWN]
         self.weights |= {f"~{word}": _SMALL * most for word in _STOP_WORDS} | dict.fromkeys(_NAMES, _NAME * most)
