@@ -35,6 +35,7 @@ from ..core.training.run_dir import RunDir, find_adapter_folder
 from ..core.training.trained_model import TrainedModel, load_run
 from ..errors import DataError, SlimtuneError, UsageError, format_names, suggest
 from ..extras.row_files import open_rows
+from ..extras.row_formats.documents import DocumentWindows
 from ..extras.training_fingerprint import require_rows_unchanged_since_training
 from ..generation.generation_models import GenerationModel, make_base_and_tuned_models
 from ..generation.text_generator import TextGenerator
@@ -164,6 +165,8 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> EvalResult:
     if not writes_text and (settings.generate or settings.tasks):
         raise UsageError(f"{run} is a classifier, which writes no answers", "neither --generate nor --tasks")
     examples, row_report, training_rows = _load_unseen_rows(trained, sections, file, settings.split)
+    if isinstance(examples, DocumentWindows) and len(set(examples.documents.hashes())) < MIN_EVAL_ROWS:
+        examples = examples.cut_into(FEW_EVAL_ROWS)  # the windows will count as the rows
     # A prompt that leaves no room for an answer is refused before anything is scored.
     asked = _prepare_prompts(trained, sections, file, examples, settings) if settings.generate else None
     general: list[Example] = []

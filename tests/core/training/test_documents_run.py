@@ -74,3 +74,12 @@ def test_windows_of_few_documents_are_the_rows(documents, tmp_path):
     lines = json.loads((run / "scores-data-one.json").read_text())
     assert {line["line"] for line in lines} == {1}
     assert sum(line["tokens"] for line in lines) == found.tokens
+
+
+def test_a_document_of_few_windows_is_cut_into_shorter_ones(documents, tmp_path):
+    documents["data"]["max_seq_len"] = 512
+    run = Path(train(recipe_of(documents, max_steps=2)).run)
+    text = " ".join("cab" if i * i % 7 < 3 else "abc" for i in range(700))
+    found = evaluate(run, EvalSettings(data=write_jsonl(tmp_path / "one.jsonl", [{"text": text}]))).measures
+    assert found.rows >= 20
+    assert found.windowed_documents == 1

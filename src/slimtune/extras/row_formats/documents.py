@@ -53,6 +53,11 @@ class DocumentWindows(TokenizedDataset):
         windows._cut(np.random.default_rng([self.cut_seed, epoch]))
         return windows
 
+    def cut_into(self, count: int, min_tokens: int = 64) -> Self:
+        """Return the same documents in windows that are shorter if needed: `count` of them, or of `min_tokens` each."""
+        tokens = max(min_tokens, -(-int(self._documents.lengths.sum()) // count))
+        return type(self)(self._documents, min(self.max_seq_len, tokens + 1 + len(self._prefix)), self.bos)
+
     @property
     def documents(self) -> TokenizedDataset:
         return self._documents
