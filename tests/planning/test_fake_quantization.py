@@ -8,6 +8,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
+import tiny_families
 import torch
 import transformers as tf
 from error_facts import has_code
@@ -19,6 +20,7 @@ from slimtune import LoraConfig
 from slimtune.core.foundation.device import simulating_device_for_kernel_choice
 from slimtune.core.kernels.linear_layers import get_dequantized_weight, is_quantized
 from slimtune.errors import ModelError, UsageError
+from slimtune.extras.bitsandbytes_loading import make_load_options
 from slimtune.planning.fake_quantization import KINDS, fake_quantize_model, resolve_quantization_kind
 from slimtune.planning.fake_tensors import fake_tensor_mode, list_module_tensors, replace_meta_with_fake_cpu_tensors
 from slimtune.planning.memory_trace import trace_training_step
@@ -221,3 +223,12 @@ def test_what_cannot_be_quantized():
         empty = tf.LlamaForCausalLM(tf.LlamaConfig(**{**SIZES, "num_hidden_layers": 0}))
     with pytest.raises(UsageError, match=r"linear.*head"):
         fake_quantize_model(empty, "int8")
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_weights_that_a_family_clamps_as_it_trains_are_not_quantized(quantization):
+    config = tiny_families.build("gemma3n_text", vocab_size_per_layer_input=tiny_families.VOCAB).config
+    method = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    trace_training_step(MicroBatchWorkload(config, method, torch.bfloat16, (16,), quantization=quantization))
+    skipped = make_load_options(config, quantization, False, torch.bfloat16, torch.device("cpu"))["quantization_config"]
+    assert "lm_head" in skipped.llm_int8_skip_modules

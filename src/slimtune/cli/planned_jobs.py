@@ -5,6 +5,7 @@ Each is the recipe that would train it, so that `slimtune train` runs what was p
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -111,9 +112,13 @@ def load_runs_to_plan(
     if has_rows:
         require_valid_first_rows(recipe.data, recipe.objective())
 
-    from ..core.data.example_lengths import ALL_SUPERVISED, count_tokens_per_row
-    from ..core.models.base_config import load_base_config
-
+    gc.disable()  # these imports make half a million objects and little garbage
+    try:
+        from ..core.data.example_lengths import ALL_SUPERVISED, count_tokens_per_row
+        from ..core.models.base_config import load_base_config
+        from ..planning import planner  # noqa: F401
+    finally:
+        gc.enable()
     m, t = recipe.model, recipe.train
     model = load_base_config(m.name, trust_remote_code=m.trust_remote_code, revision=m.revision)
     lengths, content = _read_lengths(recipe, model) if has_rows else ([], ALL_SUPERVISED)

@@ -18,6 +18,14 @@ from ..core.models.quantization import LoadOptions, require_bitsandbytes_install
 from ..errors import UsageError, format_names
 
 _COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CHANGED_IN_TRAINING = {"gemma3n": r".*\.altup", "gemma3n_text": r".*\.altup"}
+"""Names of modules, as a pattern, whose weights a family's code clamps in place as it trains, by the config's type."""
+
+
+def list_modules_not_quantized(config: PreTrainedConfig) -> list[str]:
+    """Return patterns of names of modules that keep the base's dtype beside the head; usually none."""
+    pattern = _CHANGED_IN_TRAINING.get(config.model_type)
+    return [pattern] if pattern else []
 
 
 def make_load_options(
@@ -29,14 +37,17 @@ def make_load_options(
         raise UsageError(f"a base in {quantization} cannot compute in {dtype_name(dtype)}", names)
     require_bitsandbytes_installed(f"a base in {quantization}")
     options: LoadOptions = {"device_map": {"": device}}
+    others = list_modules_not_quantized(config)
+    skipped = ["lm_head", *others] if others else None  # None: transformers finds the head, and what is tied to it
     if not is_stored and quantization == "int8":
-        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     elif not is_stored:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=quantization,
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=skipped,
         )
     elif quantization != "int8":
         stored_settings: Any = config.quantization_config

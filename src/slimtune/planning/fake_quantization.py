@@ -24,6 +24,7 @@ from ..core.foundation.device import get_real_or_simulated_device_type
 from ..core.kernels.linear_layers import get_in_and_out_features
 from ..core.models.quantization import STORED, get_stored_quantization, has_double_quantization
 from ..errors import ModelError, UsageError, format_names, suggest
+from ..extras.bitsandbytes_loading import list_modules_not_quantized
 
 BLOCK, SCALE_BLOCK = 64, 256
 OUTLIER = 6.0
@@ -187,6 +188,7 @@ def fake_quantize_model(model: Any, quantization: str) -> None:
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     skipped = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    skipped += list_modules_not_quantized(model.config)
     linear = {n: m for n, m in model.named_modules() if type(m) is nn.Linear or isinstance(m, Conv1D)}
     layers: list[Any] = [module for name, module in linear.items() if should_convert_module(name, skipped)]
     if not layers:

@@ -3,6 +3,7 @@
 request → model on meta → memory formula → micro-batches → trace → allocator range → verdict → advice
 """
 
+import gc
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -68,6 +69,8 @@ def estimate_resources(request: PlanRequest, *, advise: bool = True) -> Resource
         UsageError: the targets match nothing, or the settings contradict each other.
         ModelError: the base cannot be planned: its training step depends on tensor values, or fails without them.
     """
+    # Collections of garbage would go through everything that was imported, again and again.
+    gc.freeze()
     try:
         return _estimate_resources(request, advise)
     except SlimtuneError:
@@ -83,6 +86,8 @@ def estimate_resources(request: PlanRequest, *, advise: bool = True) -> Resource
             "a base whose step needs only shapes",
             "`slimtune train` goes on without a plan",
         ) from error
+    finally:
+        gc.unfreeze()
 
 
 def _estimate_resources(request: PlanRequest, advise: bool) -> ResourceEstimate:

@@ -29,8 +29,8 @@ TRACED_CHUNKS = (4, 6, 8)
 """Chunks of the rows that a scan is traced on."""
 
 
-_TRACES: dict[Any, list["_ScanTrace"]] = {}
-"""What was traced in this process, by the function and all of its arguments but the number of tokens."""
+_TRACES: dict[Any, dict[int, "_ScanTrace"]] = defaultdict(dict)
+"""What was traced in this process, by the function and all of its arguments but the number of tokens, and by chunks."""
 
 
 class _OperatorKind(NamedTuple):
@@ -193,19 +193,17 @@ def _run_scan(
         return tuple(shape), value.dtype, value.requires_grad
 
     key = (original, tracker.block, with_gradient, str(structure), str([describe(value) for value in values]))
-    if key not in _TRACES:
-        tracker.paused = True
-        try:
-            _TRACES[key] = [
-                _trace_scan(
-                    original, [shorten(v, n * chunk) for v in values], structure, tracker,
-                    with_gradient=with_gradient,
-                )
-                for n in TRACED_CHUNKS
-            ]  # fmt: skip
-        finally:
-            tracker.paused = False
-    found, chunks = _TRACES[key], math.ceil(tokens / chunk)
+    known = _TRACES[key]
+    # The fewest chunks are for the parabola of the traffic alone.
+    for n in TRACED_CHUNKS if tracker.count_operators else TRACED_CHUNKS[1:]:
+        if n not in known:
+            tracker.paused = True
+            try:
+                shortened = [shorten(v, n * chunk) for v in values]
+                known[n] = _trace_scan(original, shortened, structure, tracker, with_gradient=with_gradient)
+            finally:
+                tracker.paused = False
+    found, chunks = [known.get(n, known[TRACED_CHUNKS[1]]) for n in TRACED_CHUNKS], math.ceil(tokens / chunk)
     outputs = [_lengthen(a, b, tokens) for a, b in zip(found[-2].outputs, found[-1].outputs, strict=True)]
     forward = _extrapolate(chunks, [trace.forward for trace in found])
     is_dropped = with_gradient and _is_checkpointed_forward()
