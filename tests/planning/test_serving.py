@@ -23,7 +23,11 @@ from slimtune.planning.serving_memory import (
     count_weight_bytes_and_macs_per_token,
     estimate_serving_memory,
 )
-from slimtune.planning.serving_speed import DECODING, estimate_decode_and_prefill_speed
+from slimtune.planning.serving_speed import (
+    DECODING,
+    estimate_decode_and_prefill_speed,
+    get_serving_fit_hardware_key,
+)
 from slimtune.planning.weight_formats import ENGINES, GGUF_TYPES, VLLM_BITS
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -425,6 +429,22 @@ def test_every_published_run_has_its_source():
         p["source"] and p["date"] and isinstance(p["seen"], bool) and require_gpu_by_name(p["card"])
         for p in published.POINTS
     )
+
+
+def test_no_fit_has_seen_a_source_of_the_second_held_out_set():
+    file = Path(published.__file__).parent / "data" / "serving_points_other.json"
+    first = [*published.POINTS, *json.loads(file.read_text(encoding="utf-8"))]
+    second = {published.name_source(p["source"]) for p in published.SECOND_POINTS}
+    assert not second & {published.name_source(p["source"]) for p in first}
+    assert {published.get_group(p) for p in published.SECOND_POINTS} == set(published.GROUPS)
+    assert all(p["date"] and p["seen"] and require_gpu_by_name(p["card"]) for p in published.SECOND_POINTS)
+
+
+@pytest.mark.parametrize(
+    ("card", "kind"), [("v100-32gb", "nvidia hbm"), ("p100", "nvidia p100"), ("p40", "nvidia pascal")]
+)
+def test_old_datacentre_gpus_have_fits_of_their_own(card, kind):
+    assert get_serving_fit_hardware_key(require_gpu_by_name(card)) == kind
 
 
 def test_sources_of_each_group_are_on_both_sides():
