@@ -151,7 +151,7 @@ _CONFIDENCE = (-4.66, 4.89, 3.83, -1.56, 0.18, -0.8, 0.85, 0.06)
 whether the question is surely about language models, whether it has no jargon, telling words and all words."""
 _LEAST_SCORE_OUTSIDE_JARGON = 0.6
 """The sum of score and lead below which a question that may be about something else has no answer."""
-_SIZE = re.compile(r"\d+(?:b|gb|k|x)?")
+_SIZE = re.compile(r"\d+(?:b|gb?|k|x)?")
 
 
 def split_into_stems_marking_small_words(text: str) -> list[str]:
