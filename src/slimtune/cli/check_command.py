@@ -1,11 +1,13 @@
-"""`slimtune check`: whether an adapter of any trainer is what was trained."""
+"""`slimtune check`: whether an adapter of any trainer is what was trained, and whether an engine applies it."""
 
 from pathlib import Path
 from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from .common import ERROR, GOOD, WARNING, Json, NegativeVerdictResult, make_console, showing_progress
+from ..errors import UsageError
+from .common import ERROR, GOOD, WARNING, Json, NegativeVerdictResult, make_console, print_progress, showing_progress
+from .export_command import print_engine_agreement
 from .input_checks import require_base_exists
 
 COLORS = {"fault": ERROR, "warning": WARNING}
@@ -18,28 +20,49 @@ def check_adapter(
     base: Annotated[
         str | None, Option(help="The base to compare it with; by default the one that the adapter names.")
     ] = None,
+    at: Annotated[str | None, Option(metavar="URL", help="Address of a server that serves it.")] = None,
+    name: Annotated[str | None, Option(help="The adapter's name at the server.")] = None,
+    gguf: Annotated[Path | None, Option(help="A GGUF of base and adapter as one model.")] = None,
+    merged: Annotated[Path | None, Option(help="A folder with base and adapter as one checkpoint.")] = None,
+    precision: Annotated[str, Option(help="Of the weights that the server has: f32, f16, bf16, q8_0, Q4_K_M.")] = "f16",
+    timeout: Annotated[float, Option(min=0.1, help="Seconds that an answer of the server may take.")] = 60.0,
     as_json: Json = False,
 ) -> Any:
-    """Check an adapter of any trainer: whether each tensor reaches its module, and the training changed it.
+    """Check an adapter of any trainer: whether its tensors reach their modules, and whether an engine applies it.
 
-    No weights of the base are loaded. Exit code 1: a fault was found.
+    Without --at, --gguf or --merged the file is checked, and no weights of the base are loaded. Exit code 1: a fault.
     """
+    if sum(each is not None for each in (at, gguf, merged)) > 1:
+        raise UsageError("more than one of --at, --gguf and --merged is given", "one place that serves the adapter")
+    for path in (gguf, merged):
+        if path is not None and not path.exists():
+            raise UsageError(f"there is no {path}", "what serves the adapter")
     if base is not None:
-        require_base_exists(base, need_weights=False)
-    from ..export.adapter_check.check_adapter import check_adapter_file
+        require_base_exists(base, need_weights=any(each is not None for each in (at, gguf, merged)))
+    from ..export.adapter_check import check_adapter as checks
+    from ..export.adapter_check.check_engine import ServedPlace
 
+    place = None
+    if at is not None or gguf is not None or merged is not None:
+        place = ServedPlace(at, gguf, merged, name, timeout, precision)
     with showing_progress():
-        result = check_adapter_file(adapter, base)
+        result = checks.check_adapter(adapter, base, place, print_progress)
     if not as_json:
         screen = make_console()
         for line in result.lines():
-            color = COLORS.get(line.partition(":")[0])
-            screen.print(line, style=color)
+            screen.print(line, style=COLORS.get(line.partition(":")[0]))
         screen.print()
-        if result.right:
+        if result.engine is not None:
+            print_engine_agreement([result.engine])
+            screen.print(f"verdict: {result.engine.cause or 'not-proven'}")
+            if result.engine.reason:
+                screen.print(result.engine.reason)
+        elif result.right:
             screen.print("right: no fault was found in the file", style=GOOD)
     if result.right:
         return result
-    faults = [f.code for f in result.findings if f.severity == "fault"]
-    make_console(stderr=True).print(f"error: the adapter is not right: {', '.join(faults)}", style=ERROR)
+    causes = [f.code for f in result.findings if f.severity == "fault"]
+    if result.engine is not None and result.engine.passed is not True:
+        causes.append(f"the engine: {result.engine.cause or 'not-proven'}")
+    make_console(stderr=True).print(f"error: the adapter is not right: {', '.join(causes)}", style=ERROR)
     return NegativeVerdictResult(result)

@@ -49,6 +49,7 @@ EXAMPLES = {
     "check": (
         "slimtune check runs/first",
         "slimtune check unsloth-adapter --base smollm2-135m",
+        "slimtune check unsloth-adapter --base smollm2-135m --at http://127.0.0.1:8000",
     ),
     "push": ("slimtune push runs/first me/first --dry-run", "slimtune push runs/first me/first --private"),
     "serve": ("slimtune serve runs/first", "slimtune serve runs/first other=runs/second --engine llama.cpp"),

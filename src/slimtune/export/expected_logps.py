@@ -45,6 +45,7 @@ from ..core.training.objective import open_rows_for_objective
 from ..errors import ModelError
 from ..extras.row_files import open_rows
 from ..generation.inference_engines import InferenceEngine, TextTokenScores, TransformersInferenceEngine
+from .engine_diagnosis import AdapterVariants, EngineDiagnosis, diagnose_engine
 from .export_results import EngineVerdict
 
 QUESTIONS = (
@@ -137,6 +138,14 @@ class AdapterReference:
     def __init__(self, model: Any, tokenizer: Any, texts: Sequence[ReferenceText]) -> None:
         self.engine, self.texts = TransformersInferenceEngine("trained adapter", model, tokenizer), list(texts)
         self.prompts = [self.engine.tokenize(t.prompt) for t in self.texts if t.prompt]
+        self.compared: list[Tensor] | None = None  # mask of the positions that an engine gives; None: all
+
+    def select(self, indices: Sequence[int]) -> "AdapterReference":
+        """Return a reference of some of the texts, with the log-probabilities that are computed already."""
+        other = AdapterReference(self.engine.model, self.engine.tokenizer, [self.texts[i] for i in indices])
+        for name in ("log_probs", "base_log_probs"):
+            vars(other)[name] = [getattr(self, name)[i] for i in indices]
+        return other
 
     def score(self, engine: InferenceEngine, what: str) -> list[Tensor]:
         """Return an engine's log-probabilities of each text's next tokens; progress is reported as `what`."""
@@ -174,7 +183,8 @@ class AdapterReference:
     def differences(self, log_probs: Iterable[Tensor], *, base: bool = False) -> Tensor:
         """Return d at every position of all texts `(n,)`; with `base` the differences from the untouched base."""
         expected = self.base_log_probs if base else self.log_probs
-        return torch.cat([b - a for a, b in zip(expected, log_probs, strict=True)])
+        found = [b - a for a, b in zip(expected, log_probs, strict=True)]
+        return torch.cat(found if self.compared is None else [d[m] for d, m in zip(found, self.compared, strict=True)])
 
     def measure_effect_share(self, differences: Tensor) -> tuple[float | None, float]:
         """Return the share of the adapter's effect that arrives, and its standard error; (None, 0) without effect."""
@@ -222,6 +232,25 @@ class AdapterReference:
         if strength is not None and abs(strength - 1) > tolerance.strength_difference + 3 * error:
             faults.append(f"the adapter's effect arrives with {strength:.0%} of its strength (± {error:.1%})")
         return faults
+
+    def diagnose(self, differences: Tensor, tolerance: EngineTolerance, base: Tensor | None) -> EngineDiagnosis:
+        """Return what an engine with these differences computes instead of the trained adapter.
+
+        `base` are the differences of the untouched base in the same engine, if it was asked.
+        """
+        effect = self.differences(self.base_log_probs)
+        noise = tolerance.mean_difference + tolerance.mean_difference_per_effect * self.effect
+        if base is not None:
+            base_mean = base.abs().mean().item()
+            if not base_mean <= tolerance.base_difference:
+                return EngineDiagnosis("another-base", f"its base differs by {base_mean:.2g} nats on average")
+            noise = max(noise, 2 * base_mean)
+
+        def compute() -> Tensor:  # relative to the adapter as it was trained
+            return self.differences(self.score(self.engine, "texts for a variant of the adapter"))
+
+        variants = AdapterVariants(self.engine.model, self.engine.model.active_adapters[0], compute)
+        return diagnose_engine(differences, torch.zeros_like(effect), effect, noise, variants)
 
     def is_hidden(self, differences: Tensor) -> bool:
         """Return whether the engine's arithmetic differs so much that half of the effect could be missing unnoticed."""
@@ -282,6 +311,10 @@ def judge_engine_against_adapter(
     prompts = [engine.tokenize(t.prompt) for t in reference.texts if t.prompt]
     unlike = [(a, b) for a, b in zip(reference.prompts, prompts, strict=True) if a != b]
     scores = reference.score_texts(engine, f"texts for {engine.name}")
+    known = [s.token_log_probs.isfinite() for s in scores]
+    reference.compared = None if all(mask.all() for mask in known) else known
+    if not any(mask.any() for mask in known):
+        raise ModelError(f"{engine.name} gives no log-probabilities of the compared texts")
     differences = reference.differences(s.token_log_probs for s in scores)
     pairs = zip(reference.texts, scores, strict=True)
     kl = [
@@ -305,11 +338,19 @@ def judge_engine_against_adapter(
         if theirs[1:] == ours:
             where = f"a second beginning-of-sequence token, {theirs[0]}?"
         faults.insert(0, f"{len(unlike)} of {len(prompts)} rendered prompts become other tokens ({where})")
+    diagnosis = EngineDiagnosis("applied")
+    if faults and (not unlike or len(faults) > 1):
+        diagnosis = reference.diagnose(differences, tolerance, base)
+        faults = [diagnosis.text, *faults] if diagnosis.text else faults
+    elif unlike:
+        diagnosis = EngineDiagnosis("another-template")
     reason = "; ".join(faults)
     passed: bool | None = not faults
     if passed and reference.is_hidden(paired):
         reason = f"the engine's own rounding hides an effect of {reference.effect:.2g} nats on average"
-        passed = None
+        passed, diagnosis = None, EngineDiagnosis("not-proven")
+    divergences = torch.cat(kl)
+    divergences = divergences[divergences.isfinite()]
     return EngineVerdict(
         engine.name,
         precision,
@@ -318,7 +359,7 @@ def judge_engine_against_adapter(
         positions=len(differences),
         max_difference=differences.abs().max().item(),
         mean_difference=differences.abs().mean().item(),
-        kl=torch.cat(kl).mean().item(),
+        kl=divergences.mean().item() if len(divergences) else None,
         effect=reference.effect,
         strength=reference.measure_effect_share(paired)[0],
         base_max_difference=None if base is None else base.abs().max().item(),
@@ -327,6 +368,9 @@ def judge_engine_against_adapter(
         answers_equal=equal,
         limit=str(tolerance),
         passed=passed,
+        cause=diagnosis.cause,
+        scale=diagnosis.scale,
+        missing=list(diagnosis.missing),
         reason=reason,
     )
 

@@ -2,11 +2,14 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from ..core.foundation.formatting import format_bytes, format_duration
 from ..core.foundation.json_results import INLINE, OMIT_NONE
 
+EngineCause = Literal[
+    "applied", "not-applied", "another-scale", "partly", "another-base", "another-template", "rounding", "not-proven"
+]
 MIN_EFFECT_SHARE = 0.9
 """Share of the adapter's effect in a merged model below which there is a warning."""
 
@@ -82,6 +85,12 @@ class EngineVerdict:
     """The tolerance."""
     passed: bool | None = None
     """Whether it is the trained model; null: not checked."""
+    cause: EngineCause | None = None
+    """What the engine computes; null: nothing was compared."""
+    scale: float | None = None
+    """Strength at which the engine applies the adapter, if that is the cause; else null."""
+    missing: list[str] = field(default_factory=list)
+    """Parts of the adapter that the engine lacks, if that is the cause."""
     failed: bool = False
     """Whether a program failed before anything could be compared."""
     reason: str = ""

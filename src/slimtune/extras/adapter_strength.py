@@ -8,7 +8,7 @@ what it was. The tensors themselves change, so a file and a merge contain the we
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -30,14 +30,15 @@ class AdapterTensorInterpolator:
     Args:
         model: the adapted model.
         adapter_name: the adapter.
+        modules: names of the adapted modules whose strength it sets; None: all.
 
     Raises:
         UsageError: a method's modules have no such tensors, as prompt tuning's.
     """
 
-    def __init__(self, model: Any, adapter_name: str) -> None:
+    def __init__(self, model: Any, adapter_name: str, modules: Collection[str] | None = None) -> None:
         self.tensors = [
-            (t, t.detach().clone(), no_op) for t, no_op in pair_tensors_with_no_op_values(model, adapter_name)
+            (t, t.detach().clone(), no_op) for t, no_op in pair_tensors_with_no_op_values(model, adapter_name, modules)
         ]
 
     @torch.no_grad()
@@ -49,20 +50,24 @@ class AdapterTensorInterpolator:
             tensor.copy_(trained if strength == 1 else no_op + strength * (trained - no_op))
 
 
-def pair_tensors_with_no_op_values(model: Any, adapter_name: str) -> list[tuple[Tensor, Any]]:
+def pair_tensors_with_no_op_values(
+    model: Any, adapter_name: str, modules: Collection[str] | None = None
+) -> list[tuple[Tensor, Any]]:
     """Return the tensors θ of an adapter, each once, with their θ₀; arguments and errors as for the class above."""
     kinds = model.match_report(adapter_name).kinds
     found: dict[int, tuple[Tensor, Any]] = {}
     with model.disable_adapter(), torch.no_grad():  # modules read the base's own weights
         for name, module in model.adapter_modules(adapter_name).items():
+            if modules is not None and name not in modules:
+                continue
             values = module.get_no_op_values(read_adapter_site(name, kinds[name], model))
             if values is None:
                 message = f"the method {module.method} has no strength that can be reduced"
                 raise UsageError(message, "a method whose change has a size, such as lora")
             tensors = dict([*module.named_parameters(), *module.named_buffers()])
             found |= {id(tensors[n]): (tensors[n], value) for n, value in values.items()}
-        for adapted in model.adapted_layers(adapter_name).values():
-            if adapter_name in adapted.trained_copies:
+        for name, adapted in model.adapted_layers(adapter_name).items():
+            if adapter_name in adapted.trained_copies and (modules is None or name in modules):
                 for n, copy in adapted.trained_copies[adapter_name].named_parameters():
                     found[id(copy)] = copy, adapted._parameters[n]
     return list(found.values())

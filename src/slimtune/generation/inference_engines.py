@@ -137,62 +137,23 @@ def is_xllamacpp_installed() -> bool:
     return importlib.util.find_spec("xllamacpp") is not None
 
 
-class InProcessLlamaCppEngine:
-    """A GGUF in llama.cpp: its own server, started in this process by the package xllamacpp.
+class LlamaServerClient:
+    """A running llama-server, asked over HTTP for what it serves: the model, and its adapters as they are set there.
 
     The server gives probabilities only for tokens it samples. So each token of a text is forced by a large logit bias,
-    and its log-probability is read, which the server takes from the logits before the bias. Keys and values are cached
-    in float32, so that a difference comes from the file and not from the cache. Only this process has the server's key.
+    and its log-probability is read, which the server takes from the logits before the bias.
 
     Args:
-        model, adapters: GGUF files of the whole model and of adapters, of which the first is active; None is left out.
-        max_tokens: of the longest text, answers included.
-        slots: texts that it continues at the same time; it adds one adapter at a time, so others wait.
-        threads: None: half of the cores. The threads wait for one another, so one on a busy core slows all.
-        cache: precision of keys and values, f32 or f16.
-        gpu_layers: layers that a GPU computes.
-
-    Raises:
-        ModelError: xllamacpp is not installed.
-        RunError: llama.cpp cannot load the files.
+        url: the server's address.
+        timeout: seconds an answer may take.
+        key: the server's --api-key.
     """
 
     name = "llama.cpp"
 
-    def __init__(
-        self, model: Path, *adapters: Path | None, max_tokens: int, slots: int = 1, threads: int | None = None,
-        cache: str = "f32", gpu_layers: int = 0,
-    ) -> None:  # fmt: skip
-        if not is_xllamacpp_installed():
-            raise ModelError(
-                "the package xllamacpp is not installed", "llama.cpp", format_install_command("export-check")
-            )
-        import xllamacpp
-
-        files = [file for file in adapters if file is not None]
-        self._started, self._key = False, secrets.token_urlsafe()
-        self._adapters = len(files)
-        self._active: int | None = 0
-        params: Any = xllamacpp.CommonParams()
-        params.model.path = str(model)
-        params.n_ctx, params.n_parallel, params.n_gpu_layers = max_tokens * slots, slots, gpu_layers
-        params.api_keys = [self._key]  # other programs and web pages on this machine know no key
-        params.cache_type_k = params.cache_type_v = getattr(xllamacpp.ggml_type, f"GGML_TYPE_{cache.upper()}")
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads or max(1, (os.cpu_count() or 1) // 2)
-        params.verbosity, params.warmup, params.fit_params = -1, False, False
-        # With sliding windows llama.cpp would restore states of an earlier text and give wrong numbers, and keys and
-        # values that one adapter computed for another one.
-        params.n_ctx_checkpoints = params.cache_ram_mib = 0
-        loras = [xllamacpp.CommonAdapterLoraInfo() for _ in files]
-        for lora, file in zip(loras, files, strict=True):
-            lora.path, lora.scale = str(file), 0.0
-        params.lora_adapters = loras
-        try:
-            self.server: Any = xllamacpp.Server(params)
-        except Exception as error:
-            names = " with ".join(map(str, [model, *files]))
-            message = f"llama.cpp cannot load {names}: {error}"
-            raise RunError(message, "a GGUF, and an adapter of the same base") from error
+    def __init__(self, url: str, *, timeout: float = 300, key: str | None = None) -> None:
+        self._client = JsonClient("llama.cpp server", url.rstrip("/").removesuffix("/v1"), key, timeout)
+        self._scales: list[dict[str, float]] | None = None  # None: those that the server has
 
     @_translate_answer_errors("llama.cpp server")
     def tokenize(self, text: str) -> list[int]:
@@ -232,6 +193,95 @@ class InProcessLlamaCppEngine:
         tokens = _require_token_ids(answer["tokens"])
         return tokens[:-1] if answer["stop_type"] == "eos" else tokens
 
+    @_translate_answer_errors("llama.cpp server")
+    def tokenize_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Return the ids of a chat that the server renders by its own template, ready for an answer."""
+        return self.tokenize(self._post("/apply-template", messages=list(messages))["prompt"])
+
+    @_translate_answer_errors("llama.cpp server")
+    def list_adapters(self) -> list[str]:
+        """Return the files of the adapters that the server has loaded."""
+        return [str(each["path"]) for each in self._connect().request("/lora-adapters")]
+
+    @_translate_answer_errors("llama.cpp server")
+    def without_adapter(self) -> "LlamaServerClient":
+        """Return the same server as it answers without an adapter."""
+        other = copy.copy(self)
+        other._scales = [{"id": i, "scale": 0.0} for i in range(len(self.list_adapters()))]
+        return other
+
+    def close(self) -> None:
+        """Do nothing: the server keeps running."""
+
+    def _complete(self, ids: Sequence[int], **settings: Any) -> JsonObject:
+        """Continue a prompt; the cache is used only for a longer part of the same text (see `n_ctx_checkpoints`)."""
+        return self._post("/completion", **{**self._make_request(ids), **settings})
+
+    def _make_request(self, ids: Sequence[int]) -> JsonObject:
+        request: dict[str, Any] = {"n_predict": 1, "prompt": list(ids), "temperature": 0.0, "samplers": ["temperature"]}
+        return {**request, "cache_prompt": False, **({"lora": self._scales} if self._scales else {})}
+
+    def _post(self, path: str, **body: Any) -> JsonObject:
+        return self._connect().request(path, body)
+
+    def _connect(self, timeout: float | None = None) -> JsonClient:
+        return self._client
+
+
+class InProcessLlamaCppEngine(LlamaServerClient):
+    """A GGUF in llama.cpp: its own server, started in this process by the package xllamacpp.
+
+    Keys and values are cached in float32, so that a difference comes from the file and not from the cache. Only this
+    process has the server's key.
+
+    Args:
+        model, adapters: GGUF files of the whole model and of adapters, of which the first is active; None is left out.
+        max_tokens: of the longest text, answers included.
+        slots: texts that it continues at the same time; it adds one adapter at a time, so others wait.
+        threads: None: half of the cores. The threads wait for one another, so one on a busy core slows all.
+        cache: precision of keys and values, f32 or f16.
+        gpu_layers: layers that a GPU computes.
+
+    Raises:
+        ModelError: xllamacpp is not installed.
+        RunError: llama.cpp cannot load the files.
+    """
+
+    def __init__(
+        self, model: Path, *adapters: Path | None, max_tokens: int, slots: int = 1, threads: int | None = None,
+        cache: str = "f32", gpu_layers: int = 0,
+    ) -> None:  # fmt: skip
+        if not is_xllamacpp_installed():
+            raise ModelError(
+                "the package xllamacpp is not installed", "llama.cpp", format_install_command("export-check")
+            )
+        import xllamacpp
+
+        files = [file for file in adapters if file is not None]
+        self._started, self._key = False, secrets.token_urlsafe()
+        self._adapters = len(files)
+        self._active: int | None = 0
+        params: Any = xllamacpp.CommonParams()
+        params.model.path = str(model)
+        params.n_ctx, params.n_parallel, params.n_gpu_layers = max_tokens * slots, slots, gpu_layers
+        params.api_keys = [self._key]  # other programs and web pages on this machine know no key
+        params.cache_type_k = params.cache_type_v = getattr(xllamacpp.ggml_type, f"GGML_TYPE_{cache.upper()}")
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads or max(1, (os.cpu_count() or 1) // 2)
+        params.verbosity, params.warmup, params.fit_params = -1, False, False
+        # With sliding windows llama.cpp would restore states of an earlier text and give wrong numbers, and keys and
+        # values that one adapter computed for another one.
+        params.n_ctx_checkpoints = params.cache_ram_mib = 0
+        loras = [xllamacpp.CommonAdapterLoraInfo() for _ in files]
+        for lora, file in zip(loras, files, strict=True):
+            lora.path, lora.scale = str(file), 0.0
+        params.lora_adapters = loras
+        try:
+            self.server: Any = xllamacpp.Server(params)
+        except Exception as error:
+            names = " with ".join(map(str, [model, *files]))
+            message = f"llama.cpp cannot load {names}: {error}"
+            raise RunError(message, "a GGUF, and an adapter of the same base") from error
+
     def measure_seconds(self, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:
         """Return the seconds of a prompt's tokens and of a generated one, as the server measures them.
 
@@ -255,16 +305,11 @@ class InProcessLlamaCppEngine:
         body = {**self._make_request(ids), "stream": True, **settings}
         yield from self._connect(timeout).stream("/completion", body)
 
-    def _complete(self, ids: Sequence[int], **settings: Any) -> JsonObject:
-        """Continue a prompt; the cache is used only for a longer part of the same text (see `n_ctx_checkpoints`)."""
-        return self._post("/completion", **{**self._make_request(ids), **settings})
-
     def _make_request(self, ids: Sequence[int]) -> JsonObject:
         self._started = True
-        request: dict[str, Any] = {"n_predict": 1, "prompt": list(ids), "temperature": 0.0, "samplers": ["temperature"]}
         # All are named: a list without entries would leave the scales that the server began with.
-        scales = [{"id": i, "scale": float(i == self._active)} for i in range(self._adapters)]
-        return {**request, "cache_prompt": False, **({"lora": scales} if scales else {})}
+        self._scales = [{"id": i, "scale": float(i == self._active)} for i in range(self._adapters)]
+        return super()._make_request(ids)
 
     def with_adapter(self, index: int | None) -> "InProcessLlamaCppEngine":
         """Return the same server as it answers with another of its adapters, or with none."""
@@ -276,11 +321,8 @@ class InProcessLlamaCppEngine:
         """Return the same server as it answers without an adapter."""
         return self.with_adapter(None)
 
-    def _post(self, path: str, **body: Any) -> JsonObject:
-        return self._connect().request(path, body)
-
-    def _connect(self, timeout: float = 300) -> JsonClient:
-        return JsonClient("llama.cpp server", self.server.listening_address, self._key, timeout)
+    def _connect(self, timeout: float | None = None) -> JsonClient:
+        return JsonClient("llama.cpp server", self.server.listening_address, self._key, timeout or 300)
 
 
 class VllmClient:

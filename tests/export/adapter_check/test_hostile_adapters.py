@@ -8,7 +8,7 @@ from contextlib import suppress
 import pytest
 
 from slimtune.errors import AdapterError, SlimtuneError
-from slimtune.export.adapter_check.check_adapter import check_adapter_file
+from slimtune.export.adapter_check.check_adapter import check_adapter
 
 
 def huge_header(folder):
@@ -57,7 +57,7 @@ def test_damaged_file_is_an_error(adapter_copy, damage):
     base, folder = adapter_copy()
     damage(folder)
     with pytest.raises(AdapterError) as caught:
-        check_adapter_file(folder, str(base))
+        check_adapter(folder, str(base))
     assert caught.value.expected
     assert len(caught.value.message) < 400
 
@@ -84,5 +84,5 @@ def test_wrong_config_is_told(adapter_copy, values):
     file = folder / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
     with suppress(SlimtuneError):
-        result = check_adapter_file(folder, str(base))
+        result = check_adapter(folder, str(base))
         assert result.findings or result.not_proven

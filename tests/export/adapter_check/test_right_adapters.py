@@ -7,7 +7,7 @@ import pytest
 from faulty_adapters import make_base, save_adapter, save_base
 
 import slimtune
-from slimtune.export.adapter_check.check_adapter import check_adapter_file
+from slimtune.export.adapter_check.check_adapter import check_adapter
 
 LORAS = {
     "llama": {},
@@ -31,7 +31,7 @@ LORAS = {
 def test_no_alarm_at_a_file_of_peft(tmp_path, family):
     model = make_base(family)
     base = save_base(model, tmp_path / "base")
-    result = check_adapter_file(save_adapter(model, tmp_path / "adapter", **LORAS[family]), str(base))
+    result = check_adapter(save_adapter(model, tmp_path / "adapter", **LORAS[family]), str(base))
     assert [f for f in result.findings if f.code != "tied-head"] == []
     assert result.placed == result.tensors > 0
 
@@ -47,14 +47,14 @@ def test_no_alarm_at_a_file_of_ours(tmp_path, family):
         if "lora_B" in name:
             parameter.data += 0.1
     adapted.save_pretrained(tmp_path / "adapter")
-    result = check_adapter_file(tmp_path / "adapter", str(base))
+    result = check_adapter(tmp_path / "adapter", str(base))
     assert (result.findings, result.placed) == ([], result.tensors)
     assert len(result.layers) == 2
 
 
 def test_what_is_not_proven_is_said(adapter_copy):
     _, adapter = adapter_copy()
-    result = check_adapter_file(adapter)  # its base is a model in memory
+    result = check_adapter(adapter)  # its base is a model in memory
     assert (result.right, result.base, result.placed) == (True, None, None)
     assert result.not_proven
 

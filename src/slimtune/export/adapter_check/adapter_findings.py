@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from ...core.foundation.formatting import format_bytes, format_count
+from ..export_results import EngineVerdict
 
 Severity = Literal["fault", "warning"]
 SHOWN_KEYS = 2
@@ -173,7 +174,7 @@ class AdapterCheckResult:
     bytes: int
     """Of the file."""
     right: bool
-    """Whether no fault was found."""
+    """Whether no fault was found, and the engine, if one was asked, computes the trained adapter."""
     findings: list[AdapterFinding]
     """What is wrong, faults first."""
     not_proven: list[str]
@@ -181,7 +182,11 @@ class AdapterCheckResult:
     layers: list[LayerUpdateNorm]
     """How much the adapter changes each layer; empty for other methods than LoRA."""
     seconds: float
-    """That it took."""
+    """That the check of the file took."""
+    engine: EngineVerdict | None = None
+    """What the engine computes; null: none was asked."""
+    evidence: str | None = None
+    """What the engine was compared by: log-probabilities, those of its answers, or greedy answers (weaker)."""
 
     def lines(self) -> Iterator[str]:
         """Yield the report for people."""

@@ -3,7 +3,7 @@
 import copy
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from ...core.training.run_dir import RunDir
 from ...errors import AdapterError, ModelError, SlimtuneError, TargetError, format_names
 from . import base_findings, tensor_findings
 from .adapter_findings import AdapterCheckResult, AdapterFinding, make_finding
+from .check_engine import ServedPlace, check_served_adapter
 from .foreign_adapter import ForeignAdapter, open_foreign_adapter
 from .key_placement import KeyPlacement, group_lora_pairs, place_keys
 
@@ -34,7 +35,34 @@ class BaseComparison(NamedTuple):
     not_proven: list[str]
 
 
-def check_adapter_file(path: Path, base: str | None = None) -> AdapterCheckResult:
+class FileCheck(NamedTuple):
+    """The check of a file, and what a comparison with an engine needs of it."""
+
+    result: AdapterCheckResult
+    adapter: ForeignAdapter
+    placement: KeyPlacement | None
+
+
+def check_adapter(
+    path: Path,
+    base: str | None = None,
+    place: ServedPlace | None = None,
+    log: Callable[[str], None] = lambda _: None,
+) -> AdapterCheckResult:
+    """Check an adapter's file, and what serves it, if a place is given; arguments and errors as below.
+
+    Args:
+        path, base: as for `check_adapter_file`.
+        place: where it is served.
+        log: gets progress messages.
+    """
+    checked = check_file(path, base)
+    if place is None:
+        return checked.result
+    return check_served_adapter(checked.result, checked.adapter, checked.placement, place, log)
+
+
+def check_file(path: Path, base: str | None = None) -> FileCheck:
     """Check an adapter's file, alone and against its base's config, tokenizer and template; load no weights.
 
     Args:
@@ -74,7 +102,7 @@ def check_adapter_file(path: Path, base: str | None = None) -> AdapterCheckResul
     if config is not None and config.name != "lora":
         not_proven.append(f"whether the training changed it: that is only known of a LoRA, and this is {config.name}")
     findings.sort(key=lambda finding: finding.severity)
-    return AdapterCheckResult(
+    result = AdapterCheckResult(
         adapter=str(adapter.folder),
         base=spec,
         method=config.name if config is not None else str(adapter.config.get("peft_type") or "unknown").lower(),
@@ -87,6 +115,7 @@ def check_adapter_file(path: Path, base: str | None = None) -> AdapterCheckResul
         layers=tensor_findings.sum_update_norms_by_layer(updates, _compute_scales(config, updates)),
         seconds=time.monotonic() - started,
     )
+    return FileCheck(result, adapter, placement)
 
 
 def _read_config(adapter: ForeignAdapter) -> tuple[PeftConfig | None, list[AdapterFinding], list[str]]:

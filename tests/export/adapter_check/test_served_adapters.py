@@ -1,0 +1,190 @@
+"""Engines that serve an adapter, a part of it, another scale or the base: the verdict says which, over HTTP alone."""
+
+import copy
+
+import peft
+import pytest
+import torch
+from chatml import CHATML
+from engine_dialects import serving
+from faulty_adapters import copy as copy_adapter
+from faulty_adapters import edit_config, edit_tensors, rename, save_adapter
+
+from slimtune.errors import ModelError, RunError, UsageError
+from slimtune.export.adapter_check.check_adapter import check_adapter
+from slimtune.export.adapter_check.check_engine import ServedPlace
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory, tiny_llama, tiny_tokenizer):
+    """A base folder, an adapter of PEFT, the tokenizer, and the model with the adapter as PEFT computes it."""
+    folder = tmp_path_factory.mktemp("pair")
+    base = tiny_llama(initializer_range=0.2, num_hidden_layers=4)
+    tokenizer = tiny_tokenizer(chat_template=CHATML)
+    words = [i for i in range(3, 320) if "!" <= tokenizer.decode([i]) <= "~"]
+    base.lm_head.weight.data[[i for i in range(320) if i not in words]] = 0  # answers are texts
+    base.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    adapter = save_adapter(copy.deepcopy(base), folder / "adapter", lora_alpha=16)
+    edit_tensors(adapter, lambda t: {k: v * 0.5 if "lora_B" in k else v for k, v in t.items()})
+    model = peft.PeftModel.from_pretrained(copy.deepcopy(base), adapter).eval()
+    return folder / "base", adapter, tokenizer, model, base
+
+
+def change(model, factor, part=""):
+    """A copy whose modules with `part` in their name have another strength."""
+    other = copy.deepcopy(model)
+    for name, module in other.named_modules():
+        if isinstance(getattr(module, "scaling", None), dict) and part in name:
+            module.scaling["default"] *= factor
+    return other
+
+
+def check(pair, models, dialect, name="tuned", precision="f32", **settings):
+    base, adapter, tokenizer, *_ = pair
+    settings = {"template": CHAT.format("{}"), **settings}
+    with serving(models, tokenizer, dialect, **settings) as url:
+        return check_adapter(adapter, str(base), ServedPlace(url, name=name, timeout=20, precision=precision))
+
+
+CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+EVIDENCE = {
+    "vllm": "log-probabilities", "echo": "log-probabilities", "answers": "log-probabilities of its answers",
+    "ollama": "log-probabilities of its answers", "greedy": "greedy answers",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dialect", ["vllm", "echo", "answers", "ollama"])
+def test_applied(pair, dialect):
+    result = check(pair, {"tuned": pair[3]}, dialect)
+    assert (result.engine.cause, result.engine.passed, result.right) == ("applied", True, True), result.engine
+    assert result.evidence == EVIDENCE[dialect]
+
+
+@pytest.mark.parametrize("dialect", EVIDENCE)
+def test_not_applied(pair, dialect):
+    """vllm-project/vllm#34186, generative-computing/mellea#1651: 200, and the base's words."""
+    result = check(pair, {"tuned": pair[4]}, dialect)
+    assert (result.engine.cause, result.right, result.evidence) == ("not-applied", False, EVIDENCE[dialect])
+
+
+def test_server_that_gives_the_base_for_every_name(pair):
+    models = {"base": pair[4], "tuned": pair[3]}
+    assert check(pair, models, "vllm", lies=True, parents={"tuned": "base"}).engine.cause == "not-applied"
+
+
+@pytest.mark.parametrize(("dialect", "factor"), [("vllm", 0.5), ("vllm", 2.0), ("echo", 0.25), ("ollama", 0.5)])
+def test_another_scale(pair, dialect, factor):
+    """vllm-project/vllm#10798: rsLoRA's scale; NVIDIA/TensorRT-LLM#1477: alpha that is not read."""
+    result = check(pair, {"tuned": change(pair[3], factor)}, dialect)
+    assert result.engine.cause == "another-scale", result.engine
+    assert result.engine.scale == pytest.approx(factor, rel=0.02)
+
+
+@pytest.mark.parametrize(("part", "missing"), [(".mlp.down_proj", ["down_proj"]), (".layers.3.", ["layer 3"])])
+def test_partly(pair, part, missing):
+    """unslothai/unsloth#3405, vllm-project/vllm#41754: some modules are wired nowhere."""
+    result = check(pair, {"tuned": change(pair[3], 0, part)}, "vllm")
+    assert (result.engine.cause, result.engine.missing) == ("partly", missing), result.engine
+
+
+def test_another_base(pair, tiny_llama):
+    other = tiny_llama(seed=5, initializer_range=0.2, num_hidden_layers=4)
+    assert check(pair, {"tuned": other}, "vllm").engine.cause == "another-base"
+
+
+def test_another_base_that_the_server_is_asked_for(pair, tiny_llama):
+    other = copy.deepcopy(pair[4])
+    torch.nn.init.normal_(other.model.layers[0].mlp.up_proj.weight, std=0.3)
+    tuned = peft.PeftModel.from_pretrained(copy.deepcopy(other), pair[1]).eval()
+    result = check(pair, {"base": other, "tuned": tuned}, "vllm", parents={"tuned": "base"})
+    assert result.engine.cause == "another-base"
+
+
+def test_another_template(pair):
+    """LlamaFactory#6320, ollama/ollama#8363: the server renders a chat otherwise."""
+    result = check(pair, {"tuned": pair[3]}, "vllm", template="### {}\n")
+    assert (result.engine.cause, result.right) == ("another-template", False)
+
+
+def test_second_beginning_token(pair):
+    """A server that adds a beginning-of-sequence token to the template's."""
+    assert check(pair, {"tuned": pair[3]}, "vllm", bos=[1]).engine.cause == "another-template"
+
+
+def test_rounding_beyond_the_precision(pair):
+    assert check(pair, {"tuned": pair[3]}, "vllm", noise=0.1).engine.cause == "rounding"
+
+
+def test_rounding_of_the_precision(pair):
+    assert check(pair, {"tuned": pair[3]}, "vllm", noise=0.003).engine.cause == "applied"
+
+
+def test_equal_words_alone_prove_nothing(pair):
+    result = check(pair, {"tuned": pair[3]}, "greedy")
+    assert (result.engine.cause, result.engine.passed, result.right) == ("not-proven", None, False)
+
+
+def test_file_with_other_names_is_computed_as_trained(pair, tmp_path):
+    folder = copy_adapter(pair[1], tmp_path / "renamed")
+    rename(folder, "base_model.model.", "_orig_mod.base_model.model.")
+    result = check((pair[0], folder, *pair[2:]), {"tuned": pair[4]}, "vllm")
+    assert [f.code for f in result.findings] == ["key-prefix"]
+    assert result.engine.cause == "not-applied"
+
+
+def test_unknown_name_lists_what_there_is(pair):
+    with pytest.raises(UsageError, match="'other'"):
+        check(pair, {"other": pair[3]}, "vllm")
+
+
+def test_name_is_needed_where_several_are_served(pair):
+    with pytest.raises(UsageError, match="'a', 'b'"):
+        check(pair, {"a": pair[3], "b": pair[4]}, "vllm", name=None)
+
+
+def test_the_only_adapter_needs_no_name(pair):
+    models = {"base": pair[4], "tuned": pair[3]}
+    assert check(pair, models, "vllm", name=None, parents={"tuned": "base"}).engine.cause == "applied"
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"), [({"status": 503}, RunError), ({"key": "k"}, UsageError), ({"status": 500}, RunError)]
+)
+def test_server_that_refuses(pair, settings, error):
+    with pytest.raises(error):
+        check(pair, {"tuned": pair[3]}, "vllm", **settings)
+
+
+def test_key_is_read_from_the_environment(pair, monkeypatch):
+    monkeypatch.setenv("SLIMTUNE_SERVER_KEY", "k")
+    assert check(pair, {"tuned": pair[3]}, "echo", key="k").engine.cause == "applied"
+
+
+def test_server_that_hangs(pair):
+    base, adapter, tokenizer, model, _ = pair
+    with serving({"tuned": model}, tokenizer, "vllm", delay=1) as url, pytest.raises(ModelError):
+        check_adapter(adapter, str(base), ServedPlace(url, name="tuned", timeout=0.2))
+
+
+def test_nobody_answers(pair):
+    with pytest.raises(ModelError):
+        check_adapter(pair[1], str(pair[0]), ServedPlace("http://127.0.0.1:9", timeout=1))
+
+
+def test_merged_folder(pair, tmp_path):
+    merged = copy.deepcopy(pair[3]).merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    pair[2].save_pretrained(tmp_path / "merged")
+    place = ServedPlace(merged=tmp_path / "merged", precision="f32")
+    assert check_adapter(pair[1], str(pair[0]), place).engine.cause == "applied"
+    pair[4].save_pretrained(tmp_path / "merged")
+    assert check_adapter(pair[1], str(pair[0]), place).engine.cause == "not-applied"
+
+
+def test_without_the_base_nothing_is_proven(pair):
+    _, adapter, tokenizer, model, _ = pair
+    edit_config(adapter, base_model_name_or_path=None)
+    with serving({"tuned": model}, tokenizer, "vllm") as url:
+        result = check_adapter(adapter, None, ServedPlace(url, name="tuned"))
+    assert (result.right, result.engine.cause) == (False, None)
