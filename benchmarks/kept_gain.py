@@ -86,7 +86,7 @@ def measure_run(run: Path, precisions: list[str], ways: list[str], out: Path) ->
             for way in (w for p, w in wanted if p == precision):
                 files = WAYS[way](loaded, run, folder, precision)
                 kept = estimate_kept_gain(unrounded, sum_nats(*files), rounded_base)
-                names = {"run": str(run), "base": loaded.base.spec, "objective": loaded.recipe.task.name}
+                names = {"run": str(run), "base": loaded.recipe.model.name, "objective": loaded.recipe.task.name}
                 size = sum(f.stat().st_size for f in files if f is not None)
                 line = {**names, "precision": precision, "way": way, "bytes": size, **to_json_dict(kept)}
                 with out.open("a") as file:
