@@ -42,7 +42,7 @@ from ..core.foundation.dtype_names import llama_cpp_dtype_name
 from ..core.foundation.progress_bars import track_progress
 from ..core.models.base_config import get_max_positions
 from ..core.training.objective import open_rows_for_objective
-from ..errors import ModelError
+from ..errors import ModelError, UsageError
 from ..extras.row_files import open_rows
 from ..generation.inference_engines import InferenceEngine, TextTokenScores, TransformersInferenceEngine
 from .engine_diagnosis import AdapterVariants, EngineDiagnosis, diagnose_engine
@@ -250,7 +250,10 @@ class AdapterReference:
             return self.differences(self.score(self.engine, "texts for a variant of the adapter"))
 
         variants = AdapterVariants(self.engine.model, self.engine.model.active_adapters[0], compute)
-        return diagnose_engine(differences, torch.zeros_like(effect), effect, noise, variants)
+        try:
+            return diagnose_engine(differences, torch.zeros_like(effect), effect, noise, variants)
+        except UsageError:  # a method without a strength: the faults stand, their cause stays unknown
+            return EngineDiagnosis("not-proven")
 
     def is_hidden(self, differences: Tensor) -> bool:
         """Return whether the engine's arithmetic differs so much that half of the effect could be missing unnoticed."""

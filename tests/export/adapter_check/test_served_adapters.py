@@ -10,9 +10,12 @@ from engine_dialects import serving
 from faulty_adapters import copy as copy_adapter
 from faulty_adapters import edit_config, edit_tensors, rename, save_adapter
 
+import slimtune
 from slimtune.errors import ModelError, RunError, UsageError
 from slimtune.export.adapter_check.check_adapter import check_adapter
 from slimtune.export.adapter_check.check_engine import ServedPlace
+from slimtune.export.expected_logps import AdapterReference, ReferenceText, judge_engine_against_adapter
+from slimtune.generation.inference_engines import TransformersInferenceEngine
 
 
 @pytest.fixture(scope="module")
@@ -188,3 +191,21 @@ def test_without_the_base_nothing_is_proven(pair):
     with serving({"tuned": model}, tokenizer, "vllm") as url:
         result = check_adapter(adapter, None, ServedPlace(url, name="tuned"))
     assert (result.right, result.engine.cause) == (False, None)
+
+
+def test_wrong_engine_fails_also_where_no_cause_can_be_computed(tiny_llama, tiny_tokenizer, monkeypatch):
+    """A method without a strength has no variants; what differs still differs."""
+
+    def refuse(*_):
+        raise UsageError("the method has no strength")
+
+    monkeypatch.setattr("slimtune.export.engine_diagnosis.AdapterTensorInterpolator", refuse)
+    base, tokenizer = tiny_llama(initializer_range=0.2), tiny_tokenizer()
+    adapted = slimtune.get_peft_model(copy.deepcopy(base), slimtune.LoraConfig(target_modules="all-linear"))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    other = TransformersInferenceEngine("other", tiny_llama(seed=3, initializer_range=0.2), tokenizer)
+    reference = AdapterReference(adapted.eval(), tokenizer, [ReferenceText("", list(range(3, 40)))])
+    verdict = judge_engine_against_adapter(reference, other, "f32")
+    assert (verdict.passed, verdict.cause) == (False, "not-proven")
