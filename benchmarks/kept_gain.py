@@ -27,13 +27,13 @@ from slimtune.export.kept_gain import (
     measure_unrounded_nats,
     sum_supervised_nats,
 )
+from slimtune.export.llama_cpp_scorer import LlamaCppScorer
 from slimtune.export.merge import (
     load_run_for_export,
     measure_input_importances,
     write_base_gguf,
     write_merged_gguf,
 )
-from slimtune.generation.inference_engines import InProcessLlamaCppEngine
 
 Files = tuple[Path, Path | None]  # a model, and an adapter beside it
 
@@ -79,8 +79,8 @@ def measure_run(run: Path, precisions: list[str], ways: list[str], out: Path) ->
             write_base_gguf(loaded, folder / "base.gguf", precision)
 
             def sum_nats(model: Path, adapter: Path | None) -> list[float]:
-                with closing(InProcessLlamaCppEngine(model, adapter, max_tokens=longest, threads=1)) as engine:
-                    return sum_supervised_nats(engine, rows, "rows")
+                with closing(LlamaCppScorer(model, adapter, max_tokens=longest, threads=1)) as scorer:
+                    return sum_supervised_nats(scorer, rows, "rows")
 
             rounded_base = sum_nats(folder / "base.gguf", None)
             for way in (w for p, w in wanted if p == precision):

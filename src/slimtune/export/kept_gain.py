@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ..core.data.chat_template import TokenizedRow
 from ..core.data.tokenize import tokenize_rows_with_errors
@@ -20,17 +20,31 @@ from ..core.foundation.progress_bars import track_progress
 from ..core.training.objective import open_rows_for_objective
 from ..core.training.trained_model import TrainedModel
 from ..evaluation.statistics import bootstrap_share, paired_bootstrap
-from ..generation.inference_engines import InferenceEngine, TransformersInferenceEngine
+from ..generation.inference_engines import TransformersInferenceEngine
 from .export_results import KeptGain
 
 MAX_ROWS, MAX_TOKENS = 60, 3000
-"""Held-out rows, and their supervised tokens in total: llama.cpp gives one at a time."""
-OpenEngine = Callable[[int], InferenceEngine]
-"""Opens an engine for texts of up to so many tokens."""
+"""Held-out rows, and their supervised tokens in total."""
+
+
+class TokenScorer(Protocol):
+    """What gives log-probabilities of the tokens of a text."""
+
+    name: str
+
+    def score_tokens(self, ids: Sequence[int], indices: Sequence[int]) -> Any:
+        """Return the log-probabilities of a text's tokens at some indices, 1 or more, ascending, as a tensor."""
+
+    def close(self) -> None:
+        """Release the model."""
+
+
+OpenScorer = Callable[[int], TokenScorer]
+"""Opens a scorer for texts of up to so many tokens."""
 
 
 def measure_kept_gain(
-    loaded: TrainedModel, rows_file: Path | None, open_shipped: OpenEngine, open_rounded_base: OpenEngine
+    loaded: TrainedModel, rows_file: Path | None, open_shipped: OpenScorer, open_rounded_base: OpenScorer
 ) -> KeptGain:
     """Return the share of the held-out gain that is left in an engine; without a share it says why there is none.
 
@@ -112,7 +126,7 @@ def list_held_out_rows(loaded: TrainedModel, rows_file: Path | None) -> list[Tok
     return chosen or f"no row of {file} has a supervised token"
 
 
-def sum_supervised_nats(engine: InferenceEngine, rows: Sequence[TokenizedRow], what: str) -> list[float]:
+def sum_supervised_nats(engine: TokenScorer, rows: Sequence[TokenizedRow], what: str) -> list[float]:
     """Return -log p of each row's supervised tokens, summed."""
     return [
         -engine.score_tokens(row.input_ids, [i for i, on in enumerate(row.supervised) if on and i]).sum().item()

@@ -20,13 +20,12 @@ from ..core.foundation.dtype_names import dtype_name, llama_cpp_dtype_name
 from ..core.foundation.formatting import format_duration
 from ..core.models.loader import load_base
 from ..core.training.trained_model import TrainedModel, load_run
-from ..errors import ModelError, RunError, SlimtuneError, UsageError
+from ..errors import ModelError, RunError, SlimtuneError, UsageError, format_install_command
 from ..generation.inference_engines import (
     InferenceEngine,
     InProcessLlamaCppEngine,
     TransformersInferenceEngine,
     VllmClient,
-    is_xllamacpp_installed,
 )
 from ..generation.run_requirements import require_causal_lm_run
 from . import merge as merging
@@ -42,8 +41,9 @@ from .expected_logps import (
     make_fixed_and_held_out_reference_texts,
 )
 from .export_format import EXPORT_FORMATS
-from .export_results import EngineVerdict, VerifyResult
+from .export_results import EngineVerdict, KeptGain, VerifyResult
 from .kept_gain import list_held_out_rows, measure_kept_gain
+from .llama_cpp_scorer import LlamaCppScorer, is_llama_cpp_library_installed
 from .llama_cpp_tools import LlamaCppToolFailedError
 from .manifest import EXPORT_MANIFEST, ExportManifest, read_export_manifest
 from .ollama import require_base_path_unless_registry_name
@@ -213,19 +213,21 @@ class ExportVerifier:
 
     def find_rounding_tolerance(self, precision: str) -> EngineTolerance | None:
         """Return the tolerance of a whole model if its held-out gain decides; None: that of the precision."""
-        decides = precision not in TOLERANCES and not isinstance(list_held_out_rows(self.loaded, self.rows_file), str)
+        can_decide = precision not in TOLERANCES and is_llama_cpp_library_installed()
+        decides = can_decide and not isinstance(list_held_out_rows(self.loaded, self.rows_file), str)
         return KEPT_GAIN_TOLERANCE if decides else None
 
     def add_kept_gain(self, verdict: EngineVerdict, model: Path, min_kept: float) -> EngineVerdict:
         """Return the verdict of a whole model with the share of the held-out gain that is left; too little fails it."""
-        if not is_xllamacpp_installed():
-            return verdict
+        if not is_llama_cpp_library_installed():
+            reason = f"not measured: {format_install_command('export-check')} brings what scores rows in llama.cpp"
+            return replace(verdict, kept_gain=KeptGain(reason=reason))
         base = self.write_base_in(verdict.precision)
         kept = measure_kept_gain(
             self.loaded,
             self.rows_file,
-            lambda longest: self.open_llama_cpp(model, longest=longest),
-            lambda longest: self.open_llama_cpp(base, longest=longest),
+            lambda longest: LlamaCppScorer(model, max_tokens=longest, threads=self.threads),
+            lambda longest: LlamaCppScorer(base, max_tokens=longest, threads=self.threads),
         )
         verdict = replace(verdict, kept_gain=kept)
         if kept.share is None or kept.share >= min_kept:
@@ -276,10 +278,8 @@ class ExportVerifier:
             merging.write_base_gguf(self.loaded, file, precision)
         return file
 
-    def open_llama_cpp(
-        self, model: Path, adapter: Path | None = None, *, longest: int | None = None
-    ) -> InferenceEngine:
-        longest = longest or max(len(t.prompt_and_answer_ids) for t in self.reference.texts) + 64
+    def open_llama_cpp(self, model: Path, adapter: Path | None = None) -> InferenceEngine:
+        longest = max(len(t.prompt_and_answer_ids) for t in self.reference.texts) + 64
         return InProcessLlamaCppEngine(model, adapter, max_tokens=longest, threads=self.threads)
 
 
