@@ -152,7 +152,7 @@ def _serve_scores(model_file: str, adapter_file: str, max_tokens: int, threads: 
                     highest = logits.max()
                     total = highest + np.log(np.exp(logits - highest).sum())
                     found.append(logits[ids[start + i + 1]] - total)
-        out.write(json.dumps(found) + "\n")
+        out.write(json.dumps(found, allow_nan=False) + "\n")
         out.flush()
 
 
