@@ -74,7 +74,7 @@ class LlamaCppScorer:
 
         assert self._worker.stdin is not None
         try:
-            self._worker.stdin.write(json.dumps([list(ids), list(indices)]) + "\n")
+            self._worker.stdin.write(json.dumps([list(ids), list(indices)], allow_nan=False) + "\n")
             self._worker.stdin.flush()
         except BrokenPipeError:
             pass  # its last words are read below
