@@ -13,8 +13,10 @@ from tiny_gguf import write_tiny_base
 from tiny_run import recipe_of, write_rows
 
 import slimtune
+from slimtune.core.config.recipe import load_recipe
 from slimtune.core.foundation.json_results import to_json_dict
 from slimtune.core.training.train import train
+from slimtune.core.training.trained_model import load_run
 from slimtune.errors import RunError, UsageError
 from slimtune.evaluation.statistics import bootstrap_share
 from slimtune.export import expected_logps, kept_gain
@@ -90,6 +92,15 @@ def test_too_small_a_share_is_refused_with_the_ways_out_and_nothing_is_left(runs
     assert taken.check.passed is True
     assert taken.check.kept_gain.share < 1
     assert verify(tmp_path / "out", threads=1).passed, "what was accepted at export"
+
+
+def test_rows_that_the_run_set_aside_are_held_out(runs, tmp_path):
+    recipe = load_recipe(runs["run"] / "recipe.yaml", {"output_dir": str(tmp_path / "run"), "train.max_steps": 2,
+                         "data.test": None, "data.test_fraction": 0.25})  # fmt: skip
+    train(recipe)
+    rows = kept_gain.list_held_out_rows(load_run(tmp_path / "run", device="cpu"), None)
+    assert 1 < len(rows) <= 6  # as many as have `MAX_TOKENS`
+    assert all(any(row.supervised) for row in rows)
 
 
 def test_without_held_out_rows_nothing_is_said_to_be_kept(runs, tmp_path):

@@ -8,18 +8,23 @@ costs: also what it takes from the base, whose own loss in the same engine and p
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..core.config import Recipe
 from ..core.data.chat_template import TokenizedRow
 from ..core.data.tokenize import tokenize_rows_with_errors
+from ..core.data.tokenized_dataset import IGNORE_INDEX
 from ..core.foundation.progress_bars import track_progress
+from ..core.training.datasets import tokenize_recipe_datasets
 from ..core.training.objective import open_rows_for_objective
 from ..core.training.trained_model import TrainedModel
+from ..errors import SlimtuneError
 from ..evaluation.statistics import bootstrap_share, paired_bootstrap
+from ..extras.training_fingerprint import require_rows_unchanged_since_training
 from ..generation.inference_engines import TransformersInferenceEngine
 from .export_results import KeptGain
 
@@ -44,25 +49,25 @@ OpenScorer = Callable[[int], TokenScorer]
 
 
 def measure_kept_gain(
-    loaded: TrainedModel, rows_file: Path | None, open_shipped: OpenScorer, open_rounded_base: OpenScorer
+    loaded: TrainedModel,
+    held_out_rows: Sequence[TokenizedRow],
+    open_shipped: OpenScorer,
+    open_rounded_base: OpenScorer,
 ) -> KeptGain:
     """Return the share of the held-out gain that is left in an engine; without a share it says why there is none.
 
     Args:
         loaded: base and adapter as they were trained.
-        rows_file: rows that the run was not trained on; None: those it held out, test before validation.
+        held_out_rows: of `list_held_out_rows`.
         open_shipped: opens what is shipped.
         open_rounded_base: opens the base without an adapter in the same precision.
     """
-    rows = list_held_out_rows(loaded, rows_file)
-    if isinstance(rows, str):
-        return KeptGain(reason=f"not measured: {rows}")
-    longest = max(len(row.input_ids) for row in rows) + 1
-    unrounded = measure_unrounded_nats(loaded, rows)
+    longest = max(len(row.input_ids) for row in held_out_rows) + 1
+    unrounded = measure_unrounded_nats(loaded, held_out_rows)
     with closing(open_shipped(longest)) as engine:
-        shipped = sum_supervised_nats(engine, rows, f"rows for {engine.name}")
+        shipped = sum_supervised_nats(engine, held_out_rows, f"rows for {engine.name}")
     with closing(open_rounded_base(longest)) as engine:
-        rounded_base = sum_supervised_nats(engine, rows, f"rows for the base in {engine.name}")
+        rounded_base = sum_supervised_nats(engine, held_out_rows, f"rows for the base in {engine.name}")
     return estimate_kept_gain(unrounded, shipped, rounded_base)
 
 
@@ -112,18 +117,39 @@ def list_held_out_rows(loaded: TrainedModel, rows_file: Path | None) -> list[Tok
         return f"no loss of {recipe.task.name} is computed in an engine"
     files = (recipe.data.test, recipe.data.validation) if rows_file is None else (rows_file,)
     file = next((f for f in files if f is not None and f.exists()), None)
-    if file is None:
-        return "the run held out no file of rows (data.test, data.validation)"
+    try:
+        tokenizer = loaded.base.tokenizer
+        found = _read_rows_set_aside(loaded, recipe) if file is None else _read_rows_of_file(file, recipe, tokenizer)
+        rows = list(found)
+    except SlimtuneError as error:
+        return error.message
+    chosen, left = [], MAX_TOKENS
+    for row in rows:
+        if left > 0 and any(row.supervised[1:]):
+            left -= sum(row.supervised[1:])
+            chosen.append(row)
+    return chosen or f"{file or 'what the run set aside'} has no row with a supervised token"
+
+
+def _read_rows_of_file(file: Path, recipe: Recipe, tokenizer: Any) -> Iterator[TokenizedRow]:
+    """Yield the first rows of a file as the run tokenizes them."""
     opened = open_rows_for_objective(file, recipe.data, recipe.objective())
     rows = list(itertools.islice(opened.require_valid_rows(), MAX_ROWS))
-    chosen, left = [], MAX_TOKENS
-    for row in tokenize_rows_with_errors(rows, loaded.base.tokenizer, train_on=recipe.data.train_on):
-        if isinstance(row, TokenizedRow) and left > 0:
-            row = row.split()[0].truncate(recipe.data.max_seq_len or len(row.input_ids))
-            if any(row.supervised[1:]):
-                left -= sum(row.supervised[1:])
-                chosen.append(row)
-    return chosen or f"no row of {file} has a supervised token"
+    for row in tokenize_rows_with_errors(rows, tokenizer, train_on=recipe.data.train_on):
+        if isinstance(row, TokenizedRow):
+            yield row.split()[0].truncate(recipe.data.max_seq_len or len(row.input_ids))
+
+
+def _read_rows_set_aside(loaded: TrainedModel, recipe: Recipe) -> Iterator[TokenizedRow]:
+    """Yield the first rows that the run set aside: for the test, else for validation; none if it set none aside.
+
+    Raises:
+        AdapterError: the file of rows has changed, so that some may be rows that the run was trained on.
+    """
+    datasets = tokenize_recipe_datasets(recipe, loaded.base.tokenizer)
+    require_rows_unchanged_since_training(loaded.adapter_folder, datasets)
+    for example in itertools.islice(datasets.test or datasets.validation, MAX_ROWS):
+        yield TokenizedRow(example["input_ids"], [label != IGNORE_INDEX for label in example["labels"]])
 
 
 def sum_supervised_nats(engine: TokenScorer, rows: Sequence[TokenizedRow], what: str) -> list[float]:

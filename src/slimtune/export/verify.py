@@ -13,9 +13,11 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ..core.data.chat_template import TokenizedRow
 from ..core.foundation.dtype_names import dtype_name, llama_cpp_dtype_name
 from ..core.foundation.formatting import format_duration
 from ..core.models.loader import load_base
@@ -211,10 +213,15 @@ class ExportVerifier:
                 return EngineVerdict(name, precision, reason=f"not checked: {reason}")
             return EngineVerdict(name, precision, passed=False, reason=reason)
 
+    @cached_property
+    def held_out_rows(self) -> list[TokenizedRow] | str:
+        """The rows that say how much of the gain is left; or why there are none."""
+        return list_held_out_rows(self.loaded, self.rows_file)
+
     def find_rounding_tolerance(self, precision: str) -> EngineTolerance | None:
         """Return the tolerance of a whole model if its held-out gain decides; None: that of the precision."""
         can_decide = precision not in TOLERANCES and is_llama_cpp_library_installed()
-        decides = can_decide and not isinstance(list_held_out_rows(self.loaded, self.rows_file), str)
+        decides = can_decide and not isinstance(self.held_out_rows, str)
         return KEPT_GAIN_TOLERANCE if decides else None
 
     def add_kept_gain(self, verdict: EngineVerdict, model: Path, min_kept: float) -> EngineVerdict:
@@ -222,10 +229,12 @@ class ExportVerifier:
         if not is_llama_cpp_library_installed():
             reason = f"not measured: {format_install_command('export-check')} brings what scores rows in llama.cpp"
             return replace(verdict, kept_gain=KeptGain(reason=reason))
+        if isinstance(rows := self.held_out_rows, str):
+            return replace(verdict, kept_gain=KeptGain(reason=f"not measured: {rows}"))
         base = self.write_base_in(verdict.precision)
         kept = measure_kept_gain(
             self.loaded,
-            self.rows_file,
+            rows,
             lambda longest: LlamaCppScorer(model, max_tokens=longest, threads=self.threads),
             lambda longest: LlamaCppScorer(base, max_tokens=longest, threads=self.threads),
         )
