@@ -20,6 +20,7 @@ from tiny_ggufs import MAKERS, model_of, write
 from slimtune import BottleneckConfig, IA3Config, LoraConfig, get_peft_model
 from slimtune.errors import AdapterError, UsageError
 from slimtune.export import gguf as ours
+from slimtune.export import llama_cpp_tools
 from slimtune.export.expected_logps import (
     ADAPTER_TOLERANCES,
     AdapterReference,
@@ -175,7 +176,7 @@ def test_model_equals_the_converters(smollm2_folder, tmp_path):
     model.model.layers, model.config.num_hidden_layers = model.model.layers[:2], 2
     model.save_pretrained(tmp_path / "two")
     AutoTokenizer.from_pretrained(smollm2_folder).save_pretrained(tmp_path / "two")
-    ours.convert_hf_to_gguf(tmp_path / "two", tmp_path / "its.gguf", "f16")
+    llama_cpp_tools.convert_hf_to_gguf(tmp_path / "two", tmp_path / "its.gguf", "f16")
     ours.write_gguf_from_template(tmp_path / "its.gguf", model, tmp_path / "ours.gguf", "f16")
     assert_same_tensors(tmp_path / "ours.gguf", tmp_path / "its.gguf")
 
