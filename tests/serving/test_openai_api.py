@@ -219,7 +219,7 @@ def test_stopping_ends_answers_with_an_error(serve, run, monkeypatch):
     monkeypatch.setattr("slimtune.serving.model_server.SHUTDOWN_SECONDS", 0.1)
     stopped = serve([run])
     decode = stopped.runner.decode
-    monkeypatch.setattr(stopped.runner, "decode", lambda batch: (time.sleep(0.05), decode(batch))[1])
+    monkeypatch.setattr(stopped.runner, "decode", lambda batch: (time.sleep(0.3), decode(batch))[1])
     stream = make_client(stopped).completions.create(model="sailor", prompt="x", max_tokens=400, stream=True)
     next(stream)
     stopped.stop()

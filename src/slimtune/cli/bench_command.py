@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 def bench_machine_or_run(
     run: Annotated[
-        Path | None, Argument(help="Instead of the machine: how fast this run answers, in each engine.")
+        Path | None,
+        Argument(metavar="RUN", help="Instead of the machine: how fast this run answers, in each engine."),
     ] = None,
     device: Annotated[str | None, Option(help="Device to measure: auto, cpu, cuda, cuda:N or mps.")] = None,
     show: Annotated[bool, Option("--show", help="Show the stored measurement; measure nothing.")] = False,

@@ -5,7 +5,7 @@ EXAMPLES = {
     "choose": (
         "slimtune choose llama-3.1-8b --quantization nf4 --budget 1500",
         "slimtune choose recipe.yaml --hours 10 --kind laptop,mac,rent",
-        "slimtune choose qwen3-30b-a3b --serve --tokens-per-second 20 --kind desktop,mac,mini",
+        "slimtune choose qwen3-30b-a3b --serve --tokens-per-second 20",
     ),
     "cost": (
         "slimtune cost llama-3.1-8b --gpu rtx-3090 --quantization nf4 --runs 20",
@@ -48,8 +48,8 @@ EXAMPLES = {
     "verify": ("slimtune verify runs/first", "slimtune verify merged --data held_out.jsonl"),
     "check": (
         "slimtune check runs/first",
-        "slimtune check unsloth-adapter --base smollm2-135m",
-        "slimtune check unsloth-adapter --base smollm2-135m --at http://127.0.0.1:8000",
+        "slimtune check my-adapter --base smollm2-135m",
+        "slimtune check my-adapter --base smollm2-135m --at http://127.0.0.1:8000",
     ),
     "push": ("slimtune push runs/first me/first --dry-run", "slimtune push runs/first me/first --private"),
     "serve": ("slimtune serve runs/first", "slimtune serve runs/first other=runs/second --engine llama.cpp"),

@@ -39,8 +39,21 @@ IMATRIX = make_flag_metadata(
 )
 
 DEFAULT_MIN_KEPT = 0.9
+
+
+def _parse_share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise UsageError(f"--min-kept {text}", "a share, 0 to 1")
+    return share
+
+
 MIN_KEPT = make_flag_metadata(
-    f"Least share of the held-out gain that few bits may leave; 0 takes any. By default {DEFAULT_MIN_KEPT:g}."
+    f"Least share of the held-out gain that few bits may leave; 0 takes any. By default {DEFAULT_MIN_KEPT:g}.",
+    parse=_parse_share,
 )
 UNROUNDED = ("f32", "f16", "bf16")
 """Precisions in which nothing of the gain is lost, or the check of the strength says so."""
