@@ -13,7 +13,6 @@ from .planned_jobs import load_run_to_plan
 
 if TYPE_CHECKING:
     from ..hardware.serving_choice import ServingChoiceResult, ServingOffer
-    from ..planning.gpu_specs import GpuSpec
 
 SHOWN = 5
 
@@ -21,13 +20,11 @@ SHOWN = 5
 def choose_machine_for_serving(
     job: str,
     settings: Mapping[str, Any],
-    gpus: Sequence[GpuSpec],
     kinds: Sequence[str],
     *,
     serving: Mapping[str, Any],
     budget: float | None,
     min_tokens_per_second: float | None,
-    only_macbook: bool,
     sources: bool,
     as_json: bool,
 ) -> ServingChoiceResult | NegativeVerdictResult:
@@ -36,16 +33,14 @@ def choose_machine_for_serving(
     Args:
         job: base or recipe.
         settings: of the recipe, by path.
-        gpus: to choose from.
-        kinds: what they may be sold as; "rent": also rented.
+        kinds: what machines may be sold as; "rent": also rented.
         serving: engine, precision and context where they are given.
         budget: dollars to buy the machine at most.
         min_tokens_per_second: that it surely writes.
-        only_macbook: of a Mac's chip, only prices of MacBooks count.
         sources: also show where figures are from.
         as_json: show nothing.
     """
-    from ..hardware.run_cost import list_rent_prices
+    from ..hardware.machine_choice import is_only_macbooks, is_sold_as, list_offered_gpus
     from ..hardware.serving_choice import (
         ServingChoiceResult,
         find_binding_serving_limits,
@@ -54,11 +49,13 @@ def choose_machine_for_serving(
     )
 
     jobs = load_run_to_plan(job, settings)
-    if serving.get("engine") == "mlx":
-        gpus = [g for g in gpus if g.vendor == "apple"]
+    gpus = [g for g in list_offered_gpus(kinds) if serving.get("engine") != "mlx" or g.vendor == "apple"]
+    only_macbook = is_only_macbooks(kinds)
     offers = list(make_serving_offers(jobs.base_config.config, gpus, only_macbook=only_macbook, **serving))
-    owned = [o for o in offers if o.machine.kind in kinds or (only_macbook and o.machine.purchases)]
-    ways = {"buy": owned, "rent": [o for o in offers if "rent" in kinds and list_rent_prices(o.machine.gpu)]}
+    ways = {
+        "buy": [offer for gpu, offer in zip(gpus, offers, strict=True) if is_sold_as(gpu, kinds)],
+        "rent": [offer for offer in offers if "rent" in kinds and offer.rent_per_hour is not None],
+    }
     limits: dict[str, Any] = {"budget": budget, "min_tokens_per_second": min_tokens_per_second}
     picks = {way: rank_serving_machines_by_price(some, by_rent=way == "rent", **limits) for way, some in ways.items()}
     result = ServingChoiceResult(
@@ -92,7 +89,7 @@ def _print_choice(result: ServingChoiceResult, ways: Mapping[str, list[ServingOf
             screen.print(Text(f"\nto {way}: none {why}", style="bold"))
         elif ranked:
             screen.print(Text(f"\nto {way}: {_name_pick(ranked, by_rent=way == 'rent')}", style="bold"))
-            fastest = max(ranked, key=lambda o: s.low if (s := o.serve.decode_tokens_per_second) else 0.0)
+            fastest = _find_fastest(ranked)
             screen.print(f"the fastest: {fastest.machine.gpu}, {_describe_offer(fastest, by_rent=way == 'rent')}")
             screen.print(_offers_table(ranked[:SHOWN], by_rent=way == "rent"))
             shown += [offer.machine for offer in ranked[:SHOWN]]
@@ -103,6 +100,11 @@ def _print_choice(result: ServingChoiceResult, ways: Mapping[str, list[ServingOf
     if sources:
         screen.print()
         print_fields(list_offer_figure_sources(shown))
+
+
+def _find_fastest(offers: Sequence[ServingOffer]) -> ServingOffer:
+    """Return the offer that surely writes most."""
+    return max(offers, key=lambda o: s.low if (s := o.serve.decode_tokens_per_second) else 0.0)
 
 
 def _describe_offer(offer: ServingOffer, *, by_rent: bool) -> str:
@@ -133,11 +135,11 @@ def _explain_no_pick(limits: Sequence[str], offers: Sequence[ServingOffer], *, b
     if "price" in limits:
         return "of those that fit has a known price and speed"
     ranked = rank_serving_machines_by_price(offers, by_rent=by_rent)
-    fastest = max(ranked, key=lambda o: s.low if (s := o.serve.decode_tokens_per_second) else 0.0)
-    cheapest, fastest_text = (f"{o.machine.gpu}, {_describe_offer(o, by_rent=by_rent)}" for o in (ranked[0], fastest))
+    picks = (ranked[0], _find_fastest(ranked))
+    cheapest, fastest = (f"{offer.machine.gpu}, {_describe_offer(offer, by_rent=by_rent)}" for offer in picks)
     texts = {
         "budget": f"within --budget: the cheapest that fits is {cheapest}",
-        "tokens_per_second": f"surely reaches --tokens-per-second: the fastest is {fastest_text}",
+        "tokens_per_second": f"surely reaches --tokens-per-second: the fastest is {fastest}",
     }
     return "; and none ".join(texts[limit] for limit in limits)
 

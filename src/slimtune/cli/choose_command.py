@@ -18,6 +18,9 @@ from .options import add_recipe_flags
 from .planned_jobs import (
     JOB,
     JOB_SETTINGS,
+    SERVE_CONTEXT,
+    SERVE_ENGINE,
+    SERVE_PRECISION,
     estimate_run_by_gpu_and_class,
     estimate_runs_collecting_errors,
     load_run_to_plan,
@@ -27,7 +30,6 @@ if TYPE_CHECKING:
     from ..core.config import Recipe
     from ..hardware.hardware_results import CostResult
     from ..hardware.machine_choice import MachineOffer
-    from ..planning.gpu_specs import GpuSpec
 
 KINDS = ("desktop", "laptop", "workstation", "mac", "macbook", "mini", "rent")
 SHOWN = 5
@@ -55,11 +57,9 @@ def choose_machine(
     kind: Annotated[str | None, Option(metavar="KINDS", help=f"Parted by commas, of {', '.join(KINDS)}.")] = None,
     kwh_price: Annotated[float | None, Option(min=0, help="Dollars for a kWh, to show the run's electricity.")] = None,
     serve: Annotated[bool, Option("--serve", help="Instead: machines to run the model on, without training.")] = False,
-    engine: Annotated[str | None, Option(help="With --serve: llama.cpp, mlx, ollama or vllm.")] = None,
-    precision: Annotated[
-        str | None, Option(help="With --serve: precision of the served weights, such as bf16 or q4_k_m.")
-    ] = None,
-    context: Annotated[int | None, Option(min=1, help="With --serve: tokens of the longest conversation.")] = None,
+    engine: Annotated[str | None, SERVE_ENGINE] = None,
+    precision: Annotated[str | None, SERVE_PRECISION] = None,
+    context: Annotated[int | None, SERVE_CONTEXT] = None,
     tokens_per_second: Annotated[
         float | None, Option(min=0, help="With --serve: tokens a second that it surely writes.")
     ] = None,
@@ -81,12 +81,10 @@ def choose_machine(
         return choose_machine_for_serving(
             job,
             settings,
-            _list_offered_gpus(kinds),
             kinds,
             serving={name: value for name, value in serving.items() if value is not None},
             budget=budget,
             min_tokens_per_second=tokens_per_second,
-            only_macbook=_is_only_macbooks(kinds),
             sources=sources,
             as_json=as_json,
         )
@@ -95,6 +93,9 @@ def choose_machine(
     from ..hardware.hardware_results import MILLION, ChooseResult, FittingOffer
     from ..hardware.machine_choice import (
         find_binding_limits,
+        is_only_macbooks,
+        is_sold_as,
+        list_offered_gpus,
         make_machine_offer,
         rank_fitting_machines_by_price,
     )
@@ -102,7 +103,7 @@ def choose_machine(
     from ..planning.gpu_specs import MAX_AGE, load_this_machine_measured_gpu
 
     count = tokens or jobs.tokens or MILLION
-    gpus = [gpu for gpu in _list_offered_gpus(kinds) if gpu.trains]
+    gpus = [gpu for gpu in list_offered_gpus(kinds) if gpu.trains]
     found, planned, unplanned = estimate_run_by_gpu_and_class(jobs, gpus, use_smallest_of_group=False)
     offers = [
         make_machine_offer(
@@ -112,7 +113,7 @@ def choose_machine(
             speed=f.speed,
             verdict=f.verdict,
             dollars_per_kwh=kwh_price or None,
-            only_macbook=_is_only_macbooks(kinds),
+            only_macbook=is_only_macbooks(kinds),
         )
         for f in found
     ]
@@ -123,7 +124,7 @@ def choose_machine(
             mine = make_machine_offer(
                 here, estimate_runs_collecting_errors(jobs, here, advise=False)[0][0], trained_tokens=count
             )
-    owned = [offer for f, offer in zip(found, offers, strict=True) if _is_sold(f.gpu, kinds)]
+    owned = [offer for f, offer in zip(found, offers, strict=True) if is_sold_as(f.gpu, kinds)]
     rented = [offer for offer in offers if list_rent_prices(offer.gpu)] if "rent" in kinds else []
     picks = {
         "buy": rank_fitting_machines_by_price(owned, budget=budget, max_hours=hours),
@@ -183,26 +184,6 @@ def _require_matching_flags(training: Mapping[str, Any], serving: Mapping[str, A
     wrong, what = (training, "a training run") if serve else (serving, "how the model is served")
     for flag in (name for name, value in wrong.items() if value is not None):
         raise UsageError(f"--{flag} describes {what}", hint="leave --serve out" if serve else "add --serve")
-
-
-def _is_only_macbooks(kinds: Sequence[str]) -> bool:
-    return "macbook" in kinds and "mac" not in kinds
-
-
-def _is_sold(gpu: GpuSpec, kinds: Sequence[str]) -> bool:
-    """Return whether a GPU is sold as one of these kinds."""
-    from ..hardware.machine_choice import list_purchase_prices
-
-    in_macbook = gpu.kind == "mac" and any(p.is_in_macbook for p in list_purchase_prices(gpu.name))
-    return gpu.kind in kinds or (_is_only_macbooks(kinds) and in_macbook)
-
-
-def _list_offered_gpus(kinds: Sequence[str]) -> list[GpuSpec]:
-    """Return the GPUs that are sold as one of these kinds, or rented if that is one of them."""
-    from ..hardware.run_cost import list_rent_prices
-    from ..planning.gpu_specs import list_gpu_specs
-
-    return [g for g in list_gpu_specs() if _is_sold(g, kinds) or ("rent" in kinds and list_rent_prices(g.name))]
 
 
 def _name_pick(ranked: list[MachineOffer], way: str, names: Mapping[str, str]) -> str:

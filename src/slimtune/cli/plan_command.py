@@ -21,6 +21,9 @@ from .options import add_recipe_flags
 from .planned_jobs import (
     JOB,
     JOB_SETTINGS,
+    SERVE_CONTEXT,
+    SERVE_ENGINE,
+    SERVE_PRECISION,
     RunsToPlan,
     estimate_runs_collecting_errors,
     find_smaller_base_of_run,
@@ -54,11 +57,9 @@ def plan_run(
     ] = None,
     plot: Annotated[Path | None, Option(metavar="FILE", help="Draw the bars as .svg or .png.")] = None,
     also_serve: Annotated[bool, Option("--serve", help="Also plan serving the tuned model on the GPU.")] = False,
-    engine: Annotated[str | None, Option(help="With --serve: llama.cpp, mlx, ollama or vllm.")] = None,
-    precision: Annotated[
-        str | None, Option(help="With --serve: precision of the served weights, such as bf16 or q4_k_m.")
-    ] = None,
-    context: Annotated[int | None, Option(min=1, help="With --serve: tokens of the longest conversation.")] = None,
+    engine: Annotated[str | None, SERVE_ENGINE] = None,
+    precision: Annotated[str | None, SERVE_PRECISION] = None,
+    context: Annotated[int | None, SERVE_CONTEXT] = None,
     price: Annotated[float | None, Option(min=0, help="Price of the GPU in dollars an hour.")] = None,
     details: Annotated[bool, Option("--details", help="Also show memory by part and every figure.")] = False,
     sources: Annotated[bool, Option("--sources", help="Also show where figures are from, and of what date.")] = False,

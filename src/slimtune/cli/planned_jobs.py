@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from typer import Argument
+from typer import Argument, Option
 
 from ..errors import SlimtuneError, UsageError
 from .common import print_progress
@@ -48,6 +48,9 @@ JOB = Argument(
     help="A base (alias, Hub id, folder or GGUF file), or a recipe; flags override it.",
     show_default=False,
 )
+SERVE_ENGINE = Option(help="With --serve: llama.cpp, mlx, ollama or vllm.")
+SERVE_PRECISION = Option(help="With --serve: precision of the served weights, such as bf16 or q4_k_m.")
+SERVE_CONTEXT = Option(min=1, help="With --serve: tokens of the longest conversation.")
 
 
 @dataclass(frozen=True)

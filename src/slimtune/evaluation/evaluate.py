@@ -57,7 +57,7 @@ from .generated_answers import (
 )
 from .judge import add_judge_verdicts, build_answer_judge, compute_win_rate_and_biases
 from .lm_eval import load_lm_eval_task_manager, score_base_and_tuned_by_lm_eval
-from .model_comparison import ModelComparison
+from .model_comparison import ModelComparison, are_windows_of_few_documents
 from .next_steps import list_next_steps
 from .output_files import resolve_output_file
 from .preference_comparison import KTOEvaluator, PreferenceComparison
@@ -165,8 +165,8 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> EvalResult:
     if not writes_text and (settings.generate or settings.tasks):
         raise UsageError(f"{run} is a classifier, which writes no answers", "neither --generate nor --tasks")
     examples, row_report, training_rows = _load_unseen_rows(trained, sections, file, settings.split)
-    if isinstance(examples, DocumentWindows) and len(set(examples.documents.hashes())) < MIN_EVAL_ROWS:
-        examples = examples.cut_into(FEW_EVAL_ROWS)  # the windows will count as the rows
+    if isinstance(examples, DocumentWindows) and are_windows_of_few_documents(examples):
+        examples = examples.cut_into(FEW_EVAL_ROWS)
     # A prompt that leaves no room for an answer is refused before anything is scored.
     asked = _prepare_prompts(trained, sections, file, examples, settings) if settings.generate else None
     general: list[Example] = []

@@ -60,9 +60,8 @@ class ModelComparison(Generic[Measures]):
 
     @cached_property
     def windows_are_rows(self) -> bool:
-        """Whether each window of a document counts as a row, because the documents are too few for an interval."""
-        documents = self.examples.documents
-        return documents is not self.examples and len(set(documents.hashes())) < MIN_EVAL_ROWS
+        """Whether each window of a document counts as a row."""
+        return are_windows_of_few_documents(self.examples)
 
     @cached_property
     def groups(self) -> np.ndarray:
@@ -101,3 +100,9 @@ class ModelComparison(Generic[Measures]):
                     "evaluate in float32, or take an older checkpoint",
                 )
         return base, tuned
+
+
+def are_windows_of_few_documents(examples: TokenizedDataset) -> bool:
+    """Return whether rows are windows of documents that are too few for an interval: then each window is a row."""
+    documents = examples.documents
+    return documents is not examples and len(set(documents.hashes())) < MIN_EVAL_ROWS

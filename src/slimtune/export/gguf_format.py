@@ -41,7 +41,7 @@ IMATRIX = make_flag_metadata(
 DEFAULT_MIN_KEPT = 0.9
 
 
-def _parse_share(text: str) -> float:
+def _parse_share(text: str | float) -> float:
     try:
         share = float(text)
     except ValueError:
@@ -110,10 +110,10 @@ class GgufFormat(ExportFormat):
         if self.imatrix and (not self.merged or (self.precision or "f16").lower() in PRECISIONS):
             expected = "--merged, and a precision that llama.cpp's quantizer makes, such as --precision Q4_K_M"
             raise UsageError("--imatrix without rounding to few bits", expected)
-        if self.min_kept is not None and not 0 <= self.min_kept <= 1:
-            raise UsageError(f"--min-kept {self.min_kept:g}", "a share, 0 to 1")
-        if self.min_kept is not None and (not self.merged or (self.precision or "f16").lower() in UNROUNDED):
-            raise UsageError("--min-kept without rounding to few bits", "--merged, and q8_0 or fewer bits")
+        if self.min_kept is not None:
+            _parse_share(self.min_kept)
+            if not self.merged or (self.precision or "f16").lower() in UNROUNDED:
+                raise UsageError("--min-kept without rounding to few bits", "--merged, and q8_0 or fewer bits")
         if self.merged and self.convert_to_lora is not None:
             raise UsageError("--merged and --convert-to-lora together", "one of them: a merged model has no adapter")
         if self.precision is None:

@@ -51,6 +51,7 @@ from .export_results import MergeComparison, MergedExportFacts, MergeResult
 from .gptq_rounding import record_linear_layer_inputs
 from .manifest import write_export_manifest
 from .merged_weights import LazyMergedStateDict, round_merged_weight, save_merged_weights
+from .served_base import read_gguf_majority_precision
 
 log = logging.getLogger(__name__)
 
@@ -357,6 +358,15 @@ def write_base_gguf(
         with tempfile.TemporaryDirectory(prefix=".slimtune-", dir=file.parent) as folder:
             _save_checkpoint(loaded, LazyMergedStateDict(loaded.model, adapters=()), Path(folder, "base"), base.dtype)
             llama_cpp_tools.convert_hf_to_gguf(Path(folder, "base"), whole, written)
+
+
+def take_or_write_base_gguf(loaded: TrainedModel, file: Path, precision: str | None) -> tuple[Path, str]:
+    """Return the GGUF that the base is, or write `file`; and the precision of its weights. None: the base's, or f16."""
+    source = loaded.base.source
+    if precision is None and source.kind == "gguf":
+        return Path(source.path), read_gguf_majority_precision(Path(source.path))
+    write_base_gguf(loaded, file, precision or "f16")
+    return file, precision or "f16"
 
 
 @contextmanager

@@ -22,9 +22,9 @@ from ..generation.run_requirements import require_causal_lm_run
 from ..generation.text_generator import TextGenerator
 from ..methods.lora import LoraConfig
 from .exporter import refuse_adapter_bound_to_quantized_base
-from .gguf import PRECISIONS, write_adapter_gguf
-from .merge import load_runs_for_export, write_base_gguf, write_merged_gguf
-from .served_base import read_gguf_majority_precision
+from .gguf import write_adapter_gguf
+from .llama_cpp_tools import PRECISIONS
+from .merge import load_runs_for_export, take_or_write_base_gguf, write_merged_gguf
 
 PROMPT_TOKENS, NEW_TOKENS = 256, 64
 ROUNDS = 3
@@ -100,22 +100,14 @@ def measure_run_speed(
         SlimtuneError: as for loading a run.
     """
     require_causal_lm_run(run)
-    speeds: list[AnswerSpeed] = []
-    missing: list[NotMeasured] = []
     (trained,) = load_trained_models_sharing_base([run], device=device)
-    model, where = trained.base.source.name, str(trained.base.device)
-    prompt = _count_prompt_tokens(trained)
-    for engine, measured in (
-        ("slimtune", _measure_slimtune(trained, prompt)),
-        ("llama.cpp", _measure_llama_cpp(run, prompt, precision, use_gpu=device != "cpu")),
-    ):
-        way: Way = "base"
-        progress(f"{engine}: the base, the adapter beside it, both merged")
-        for way, found in measured:
-            if isinstance(found, SlimtuneError):
-                missing.append(NotMeasured(engine, way, f"{found.message}{'; ' * bool(found.hint)}{found.hint}"))
-            else:
-                speeds.append(replace(found, engine=engine, way=way))
+    model, where, prompt = trained.base.source.name, str(trained.base.device), _count_prompt_tokens(trained)
+    progress("slimtune: the base, the adapter beside it, both merged")
+    found = list(_measure_slimtune(trained, prompt))
+    progress("llama.cpp: the base, the adapter beside it, both merged")
+    found += _measure_llama_cpp(run, prompt, precision, use_gpu=device != "cpu")
+    speeds = [each for each in found if isinstance(each, AnswerSpeed)]
+    missing = [each for each in found if isinstance(each, NotMeasured)]
     return RunSpeedResult(run, model, where, prompt, NEW_TOKENS, speeds, missing)
 
 
@@ -125,25 +117,32 @@ def _count_prompt_tokens(trained: TrainedModel) -> int:
     return max(1, min(PROMPT_TOKENS, (longest or 1 << 20) - NEW_TOKENS - 1))
 
 
-Measured = Iterator[tuple[Way, AnswerSpeed | SlimtuneError]]
+Rounds = list[tuple[float, float]]
+"""Of each round the seconds of a prompt's token and of a written one."""
 
 
-def _make_speed(precision: str, rounds: list[tuple[float, float]]) -> AnswerSpeed:
-    """Return the median speed of rounds; each has the seconds of a prompt's token and of a written one."""
+def _make_speed(engine: str, precision: str, way: Way, rounds: Rounds) -> AnswerSpeed:
+    """Return the median speed of rounds."""
     prefill, decode = (1 / statistics.median(seconds) for seconds in zip(*rounds, strict=True))
-    return AnswerSpeed("", precision, "base", prefill, decode)
+    return AnswerSpeed(engine, precision, way, prefill, decode)
+
+
+def _explain_missing(engine: str, way: Way, error: SlimtuneError) -> NotMeasured:
+    """Return why a way was not measured."""
+    return NotMeasured(engine, way, f"{error.message}{'; ' * bool(error.hint)}{error.hint}")
 
 
 # --- slimtune's own generator -----------------------------------------------------------------------------------------
 
 
-def _measure_slimtune(trained: TrainedModel, prompt: int) -> Measured:
+def _measure_slimtune(trained: TrainedModel, prompt: int) -> Iterator[AnswerSpeed | NotMeasured]:
     """Yield the speeds of `slimtune chat` and `serve`; at the end the model is merged."""
     model, tokenizer = trained.model, trained.base.tokenizer
     precision = trained.base.quantization or dtype_name(trained.base.dtype)
     ways: tuple[tuple[Way, str], ...] = (("base", BASE_ROW), ("adapter", trained.adapter_name))
     for way, row in ways:
-        yield way, _make_speed(precision, _time_generator(make_generation_model(model, tokenizer, row), model, prompt))
+        rounds = _time_generator(make_generation_model(model, tokenizer, row), model, prompt)
+        yield _make_speed("slimtune", precision, way, rounds)
     try:
         # The generator runs adapted models: one with an adapter that no row has is the merged model.
         target = next(iter(trained.model.adapted_layers()))
@@ -151,12 +150,12 @@ def _measure_slimtune(trained: TrainedModel, prompt: int) -> Measured:
         model = get_peft_model(plain, LoraConfig(r=1, target_modules=[target.rpartition(".")[2]])).eval()
         rounds = _time_generator(make_generation_model(model, tokenizer, BASE_ROW), model, prompt)
     except SlimtuneError as error:
-        yield "merged", error
+        yield _explain_missing("slimtune", "merged", error)
     else:
-        yield "merged", _make_speed(precision, rounds)
+        yield _make_speed("slimtune", precision, "merged", rounds)
 
 
-def _time_generator(answering: GenerationModel, model: Any, prompt: int) -> list[tuple[float, float]]:
+def _time_generator(answering: GenerationModel, model: Any, prompt: int) -> Rounds:
     """Return the seconds of a prompt's token and of a written one, of each round."""
     endless = replace(answering, end_tokens=frozenset())
     generator, rounds = TextGenerator(model, max_batch=1), []
@@ -171,36 +170,38 @@ def _time_generator(answering: GenerationModel, model: Any, prompt: int) -> list
 # --- llama.cpp --------------------------------------------------------------------------------------------------------
 
 
-def _measure_llama_cpp(run: Path, prompt: int, asked: str | None, *, use_gpu: bool) -> Measured:
+def _measure_llama_cpp(
+    run: Path, prompt: int, asked: str | None, *, use_gpu: bool
+) -> Iterator[AnswerSpeed | NotMeasured]:
     """Yield the speeds in llama.cpp, over files that are deleted again."""
+
+    def measure(way: Way, precision: str, model: Path, adapter: Path | None = None) -> AnswerSpeed:
+        return _make_speed("llama.cpp", precision, way, _time_llama_cpp(model, adapter, prompt, use_gpu=use_gpu))
+
     with tempfile.TemporaryDirectory(prefix="slimtune-bench-") as temporary:
-        base, adapter, merged = (Path(temporary, f"{name}.gguf") for name in ("base", "adapter", "merged"))
+        written, adapter, merged = (Path(temporary, f"{name}.gguf") for name in ("base", "adapter", "merged"))
         way: Way = "base"
         try:
             (trained,) = load_runs_for_export([run])
-            source, precision = Path(trained.base.source.path), asked or "f16"
-            if asked is None and trained.base.source.kind == "gguf":
-                base, precision = source, read_gguf_majority_precision(source)
-            else:
-                write_base_gguf(trained, base, precision)
-            yield way, _make_speed(precision, _time_llama_cpp(base, None, prompt, use_gpu=use_gpu))
+            base, precision = take_or_write_base_gguf(trained, written, asked)
+            yield measure(way, precision, base)
             way = "adapter"
             refuse_adapter_bound_to_quantized_base(trained, run)
             write_adapter_gguf(adapter, trained.model, trained.adapter_name)
-            yield way, _make_speed(precision, _time_llama_cpp(base, adapter, prompt, use_gpu=use_gpu))
+            yield measure(way, precision, base, adapter)
         except SlimtuneError as error:
-            yield way, error
+            yield _explain_missing("llama.cpp", way, error)
             if way == "base":  # nothing runs there
                 return
         try:
             precision = precision if asked or precision in PRECISIONS else "q8_0"
             write_merged_gguf(trained, run, merged, precision)
-            yield "merged", _make_speed(precision, _time_llama_cpp(merged, None, prompt, use_gpu=use_gpu))
+            yield measure("merged", precision, merged)
         except SlimtuneError as error:
-            yield "merged", error
+            yield _explain_missing("llama.cpp", "merged", error)
 
 
-def _time_llama_cpp(model: Path, adapter: Path | None, prompt: int, *, use_gpu: bool) -> list[tuple[float, float]]:
+def _time_llama_cpp(model: Path, adapter: Path | None, prompt: int, *, use_gpu: bool) -> Rounds:
     """Return the seconds of a prompt's token and of a written one, of each round."""
     engine = InProcessLlamaCppEngine(
         model, adapter, max_tokens=prompt + NEW_TOKENS + 1, cache="f16", gpu_layers=999 if use_gpu else 0

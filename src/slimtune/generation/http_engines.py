@@ -156,11 +156,30 @@ def _choose_model(url: str, names: list[ServedModelName], model: str | None) -> 
     return choices[0]
 
 
-class CompletionsClient:
-    """OpenAI's /v1/completions of a server that echoes the prompt with its log-probabilities."""
+class ServerWithoutTokenizer:
+    """A server whose texts are split by the base's own tokenizer, because it has none to ask."""
 
     def __init__(self, client: JsonClient, model: str, tokenizer: Any) -> None:
         self.name, self.model, self.tokenizer, self._client = "server", model, tokenizer, client
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return the base's own ids."""
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def score(self, ids: Sequence[int]) -> TextTokenScores:
+        """Return log-probabilities of all tokens of a text but the first."""
+        raise NotImplementedError
+
+    def score_tokens(self, ids: Sequence[int], indices: Sequence[int]) -> Tensor:
+        """Return the log-probabilities of the tokens at some indices of a text, 1 and up."""
+        return self.score(ids).token_log_probs[[at - 1 for at in indices]]
+
+    def close(self) -> None:
+        """Do nothing: the server keeps running."""
+
+
+class CompletionsClient(ServerWithoutTokenizer):
+    """OpenAI's /v1/completions of a server that echoes the prompt with its log-probabilities."""
 
     def _complete(self, prompt: Any, max_tokens: int, **settings: Any) -> Any:
         body = {"model": self.model, "prompt": prompt, "max_tokens": max_tokens, **_NEUTRAL, **settings}
@@ -189,10 +208,6 @@ class CompletionsClient:
         values = (self._try_completing(list(ids), echo=True, logprobs=1).get("logprobs") or {}).get("token_logprobs")
         return isinstance(values, list) and len(values) >= len(ids)
 
-    def tokenize(self, text: str) -> list[int]:
-        """Return the base's own ids: such a server has no tokenizer to ask."""
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
     def score(self, ids: Sequence[int]) -> TextTokenScores:
         """Return log-probabilities of all tokens of a text but the first."""
         values = (self._complete(list(ids), 1, echo=True, logprobs=1).get("logprobs") or {}).get("token_logprobs")
@@ -200,16 +215,9 @@ class CompletionsClient:
             raise RunError(f"the server at {self._client.url} gave no log-probabilities of the prompt", "logprobs")
         return _make_scores_of_own_tokens(ids, values[1 : len(ids)])
 
-    def score_tokens(self, ids: Sequence[int], indices: Sequence[int]) -> Tensor:
-        """Return the log-probabilities of the tokens at some indices of a text, 1 and up."""
-        return self.score(ids).token_log_probs[[at - 1 for at in indices]]
-
     def generate(self, ids: Sequence[int], max_new_tokens: int) -> list[int]:
         """Return the greedy continuation of a prompt, as the base's tokenizer splits its text."""
         return self.tokenize(str(self._complete(list(ids), max_new_tokens).get("text", "")))[:max_new_tokens]
-
-    def close(self) -> None:
-        """Do nothing: the server keeps running."""
 
 
 def _make_scores_of_own_tokens(ids: Sequence[int], values: Sequence[float | None]) -> TextTokenScores:
@@ -218,14 +226,14 @@ def _make_scores_of_own_tokens(ids: Sequence[int], values: Sequence[float | None
     return TextTokenScores(own, torch.tensor(list(ids[1:]))[:, None], own[:, None])
 
 
-class AnsweringClient:
+class AnsweringClient(ServerWithoutTokenizer):
     """A server that takes a text, and gives log-probabilities of its own greedy answer at most.
 
     `record_answers` asks it, and `score` returns what it gave for these texts; it knows no others.
     """
 
     def __init__(self, client: JsonClient, model: str, tokenizer: Any) -> None:
-        self.name, self.model, self.tokenizer, self._client = "server", model, tokenizer, client
+        super().__init__(client, model, tokenizer)
         self._recorded: dict[tuple[int, ...], TextTokenScores] = {}
 
     def answer(self, prompt: str, max_new_tokens: int) -> tuple[list[str], list[float]]:
@@ -250,25 +258,14 @@ class AnsweringClient:
                 texts.append((prompt, list(text)))
         return texts
 
-    def tokenize(self, text: str) -> list[int]:
-        """Return the base's own ids: such a server has no tokenizer to ask."""
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
     def score(self, ids: Sequence[int]) -> TextTokenScores:
         """Return the recorded log-probabilities; NaN for the tokens of the prompt."""
         return self._recorded[tuple(ids)]
-
-    def score_tokens(self, ids: Sequence[int], indices: Sequence[int]) -> Tensor:
-        """Return the log-probabilities of the tokens at some indices of a text, 1 and up."""
-        return self.score(ids).token_log_probs[[at - 1 for at in indices]]
 
     def generate(self, ids: Sequence[int], max_new_tokens: int) -> list[int]:
         """Return the greedy continuation of a prompt, as the base's tokenizer splits its text."""
         tokens, _ = self.answer(self.tokenizer.decode(list(ids)), max_new_tokens)
         return self.tokenize("".join(tokens))[:max_new_tokens]
-
-    def close(self) -> None:
-        """Do nothing: the server keeps running."""
 
 
 class AnsweringCompletionsClient(AnsweringClient):

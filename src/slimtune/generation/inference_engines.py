@@ -260,7 +260,7 @@ class InProcessLlamaCppEngine(LlamaServerClient):
         files = [file for file in adapters if file is not None]
         self._started, self._key = False, secrets.token_urlsafe()
         self._adapters = len(files)
-        self._active: int | None = 0
+        self._scales = self._list_scales(0)
         params: Any = xllamacpp.CommonParams()
         params.model.path = str(model)
         params.n_ctx, params.n_parallel, params.n_gpu_layers = max_tokens * slots, slots, gpu_layers
@@ -307,14 +307,16 @@ class InProcessLlamaCppEngine(LlamaServerClient):
 
     def _make_request(self, ids: Sequence[int]) -> JsonObject:
         self._started = True
-        # All are named: a list without entries would leave the scales that the server began with.
-        self._scales = [{"id": i, "scale": float(i == self._active)} for i in range(self._adapters)]
         return super()._make_request(ids)
+
+    def _list_scales(self, active: int | None) -> list[dict[str, float]]:
+        """Return each adapter's scale. All are named: the others would keep those that the server began with."""
+        return [{"id": i, "scale": float(i == active)} for i in range(self._adapters)]
 
     def with_adapter(self, index: int | None) -> "InProcessLlamaCppEngine":
         """Return the same server as it answers with another of its adapters, or with none."""
         other = copy.copy(self)
-        other._active = index
+        other._scales = self._list_scales(index)
         return other
 
     def without_adapter(self) -> "InProcessLlamaCppEngine":

@@ -3,7 +3,7 @@
 It imports no torch: estimates of the run are made elsewhere and given.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any, Literal, cast
@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 from ..core.foundation.formatting import format_bytes
 from ..core.foundation.json_results import make_json_key_metadata
 from ..core.models.gpu_support import NO_XPU
-from ..planning.gpu_specs import GpuSpec, format_date_with_age_note, is_date_outdated
+from ..planning.gpu_specs import GpuSpec, format_date_with_age_note, is_date_outdated, list_gpu_specs
 from ..planning.interval import Interval, format_interval_compact, format_three_digits
 from ..planning.plan_result import MemoryVerdict, ResourceEstimate
 from ..planning.serving_speed import ServingSpeed, estimate_decode_and_prefill_speed
@@ -106,6 +106,22 @@ def select_deciding_prices(prices: tuple[MachinePurchasePrice, ...]) -> tuple[Ma
     return tuple(p for p in prices if p.condition != "launch") or prices
 
 
+def is_only_macbooks(kinds: Sequence[str]) -> bool:
+    """Return whether of Macs only MacBooks are asked for."""
+    return "macbook" in kinds and "mac" not in kinds
+
+
+def is_sold_as(gpu: GpuSpec, kinds: Sequence[str]) -> bool:
+    """Return whether a GPU is sold as one of these kinds."""
+    in_macbook = gpu.kind == "mac" and any(p.is_in_macbook for p in list_purchase_prices(gpu.name))
+    return gpu.kind in kinds or (is_only_macbooks(kinds) and in_macbook)
+
+
+def list_offered_gpus(kinds: Sequence[str]) -> list[GpuSpec]:
+    """Return the GPUs that are sold as one of these kinds, or rented if "rent" is one of them."""
+    return [g for g in list_gpu_specs() if is_sold_as(g, kinds) or ("rent" in kinds and list_rent_prices(g.name))]
+
+
 @cache
 def list_tuning_service_prices() -> tuple[TuningServicePrice, ...]:
     """Return the prices of `api_prices.csv`."""
@@ -171,6 +187,15 @@ class MachineOffer:
     def draws_screen(self) -> bool:
         """Whether the run shares the GPU's memory with what is on a screen."""
         return self.kind in SCREEN_KINDS
+
+    def make_price_rank(self, dollars: Interval, free_bytes: float, *, by_rent: bool) -> tuple[bool, bool, float]:
+        """Return what machines are ranked by: the lower, the better.
+
+        The cheapest is the best. Machines to buy of which only the price at their launch is known follow the others:
+        today's price is another one. Last are those that draw their screen in less than `SCREEN_BYTES` of memory.
+        """
+        is_crowded = not by_rent and self.draws_screen and free_bytes < SCREEN_BYTES
+        return is_crowded, not by_rent and self.has_only_launch_price, dollars.high
 
     @property
     def electricity_dollars(self) -> Interval | None:
@@ -256,9 +281,7 @@ def rank_fitting_machines_by_price(
 ) -> list[MachineOffer]:
     """Return the machines that a run fits on, within a budget and a time, the best first.
 
-    The best is the cheapest that surely fits and is surely in time: to buy, or to rent for the run. Machines to buy of
-    which only the price at their launch is known follow the others: today's price is another one. Last are those that
-    draw their screen in less than `SCREEN_BYTES` beside the run.
+    The best is the first by `make_price_rank` that surely fits and is surely in time: to buy, or to rent for the run.
 
     Args:
         offers: with a verdict each.
@@ -271,10 +294,9 @@ def rank_fitting_machines_by_price(
         if offer.verdict != "fits" or offer.cost is None or (amount := _get_price_or_rent(offer, by_rent)) is None:
             continue
         if (budget is None or amount.high <= budget) and (max_hours is None or offer.cost.hours.high <= max_hours):
-            is_crowded = not by_rent and offer.draws_screen and (offer.free_bytes or 0) < SCREEN_BYTES
-            is_old = not by_rent and offer.has_only_launch_price
-            suited.append((is_crowded, is_old, amount.high, offer.cost.hours.high, offer))
-    return [offer for *_, offer in sorted(suited, key=lambda item: item[:4])]
+            rank = offer.make_price_rank(amount, offer.free_bytes or 0, by_rent=by_rent)
+            suited.append((rank, offer.cost.hours.high, offer))
+    return [offer for *_, offer in sorted(suited, key=lambda item: item[:2])]
 
 
 def find_binding_limits(
@@ -285,18 +307,28 @@ def find_binding_limits(
     The arguments are those of `rank_fitting_machines_by_price`.
     """
     rank = partial(rank_fitting_machines_by_price, offers, by_rent=by_rent)
-    if rank(budget=budget, max_hours=max_hours):
+    some_fit = any(offer.verdict == "fits" for offer in offers)
+    limits = {"budget": ("budget", budget), "hours": ("max_hours", max_hours)}
+    return find_limits_that_leave_none(rank, limits, some_fit)
+
+
+def find_limits_that_leave_none(
+    rank: Callable[..., Sequence[Any]], limits: Mapping[str, tuple[str, float | None]], some_fit: bool
+) -> list[Any]:
+    """Return which limits leave no machine: each that alone does, else all of them; [] if one is left.
+
+    Args:
+        rank: returns the machines within limits, which are its keyword arguments.
+        limits: argument and value of each limit, by the limit's name.
+        some_fit: whether the memory of some machine is enough.
+    """
+    if rank(**dict(limits.values())):
         return []
-    if not any(offer.verdict == "fits" for offer in offers):
+    if not some_fit:
         return ["memory"]
     if not rank():
         return ["price"]
-    alone: list[BindingLimit] = []
-    if not rank(budget=budget):
-        alone.append("budget")
-    if not rank(max_hours=max_hours):
-        alone.append("hours")
-    return alone or ["budget", "hours"]
+    return [name for name, (argument, value) in limits.items() if not rank(**{argument: value})] or [*limits]
 
 
 def _get_price_or_rent(offer: MachineOffer, by_rent: bool) -> Interval | None:

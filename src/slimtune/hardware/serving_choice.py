@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..core.foundation.json_results import INLINE
 from ..planning.gpu_specs import GpuSpec
 from ..planning.interval import Interval
 from ..planning.plan_result import ServingEstimate
-from .machine_choice import SCREEN_BYTES, MachineOffer, make_machine_offer
+from .machine_choice import MachineOffer, find_limits_that_leave_none, make_machine_offer
 from .run_cost import list_rent_prices
 
 if TYPE_CHECKING:
@@ -79,22 +80,16 @@ def rank_serving_machines_by_price(
     min_tokens_per_second: float | None = None,
     by_rent: bool = False,
 ) -> list[ServingOffer]:
-    """Return the machines that a model surely fits on and is surely fast enough on, the cheapest first.
-
-    As for training, machines to buy of which only the price at their launch is known follow the others, and last are
-    those that draw their screen in less than `SCREEN_BYTES` beside the model.
-    """
+    """Return the machines that a model surely fits on and is surely fast enough on, by `make_price_rank`."""
     suited = []
     for offer in offers:
         dollars, speed = offer.get_dollars(by_rent=by_rent), offer.serve.decode_tokens_per_second
         if offer.serve.verdict != "fits" or speed is None or dollars is None:
             continue
         if speed.low >= (min_tokens_per_second or 0) and (budget is None or by_rent or dollars.high <= budget):
-            machine = offer.machine
-            is_crowded = not by_rent and machine.draws_screen and offer.free_bytes < SCREEN_BYTES
-            is_old = not by_rent and machine.has_only_launch_price
-            suited.append((is_crowded, is_old, dollars.high, -speed.low, offer))
-    return [offer for *_, offer in sorted(suited, key=lambda item: item[:4])]
+            rank = offer.machine.make_price_rank(dollars, offer.free_bytes, by_rent=by_rent)
+            suited.append((rank, -speed.low, offer))
+    return [offer for *_, offer in sorted(suited, key=lambda item: item[:2])]
 
 
 def find_binding_serving_limits(
@@ -104,17 +99,7 @@ def find_binding_serving_limits(
 
     The arguments are those of `rank_serving_machines_by_price`.
     """
-
-    def has_none(**limits: Any) -> bool:
-        return not rank_serving_machines_by_price(offers, by_rent=by_rent, **limits)
-
-    if not has_none(budget=budget, min_tokens_per_second=min_tokens_per_second):
-        return []
-    if not any(offer.serve.verdict == "fits" for offer in offers):
-        return ["memory"]
-    if has_none():
-        return ["price"]
-    alone: list[ServingLimit] = ["budget"] if has_none(budget=budget) else []
-    if has_none(min_tokens_per_second=min_tokens_per_second):
-        alone.append("tokens_per_second")
-    return alone or ["budget", "tokens_per_second"]
+    rank = partial(rank_serving_machines_by_price, offers, by_rent=by_rent)
+    some_fit = any(offer.serve.verdict == "fits" for offer in offers)
+    limits = {"budget": ("budget", budget), "tokens_per_second": ("min_tokens_per_second", min_tokens_per_second)}
+    return find_limits_that_leave_none(rank, limits, some_fit)

@@ -24,7 +24,6 @@ from ..core.adapters.peft_config import PeftConfig
 from ..core.foundation.files import translate_os_errors
 from ..core.models.base_config import load_convertible_base_config
 from ..core.training.run_dir import RunDir, find_adapter_folder
-from ..core.training.trained_model import TrainedModel
 from ..errors import AdapterError, RunError, SlimtuneError, UsageError
 from ..export.adapter_file_check import require_trained_adapter_in_gguf
 from ..export.export_results import EngineVerdict
@@ -35,8 +34,7 @@ from ..export.gguf import (
     write_adapter_gguf,
 )
 from ..export.llama_cpp_tools import resolve_gguf_precision
-from ..export.merge import load_runs_for_export, write_base_gguf
-from ..export.served_base import read_gguf_majority_precision
+from ..export.merge import load_runs_for_export, take_or_write_base_gguf
 from ..export.verify import ExportVerifier
 from ..generation.answer_grammar import AnswerMatcher, GrammarError
 from ..generation.answer_queue import (
@@ -113,7 +111,7 @@ def start_llama_cpp_server(
         folder = Path(temporary)
         with translate_os_errors(folder / "base.gguf", hint="set TMPDIR to a folder on another disk"):
             progress("writing base and adapters as GGUF")
-            base, weights = _write_base(loaded[0], folder, precision)
+            base, weights = take_or_write_base_gguf(loaded[0], folder / "base.gguf", precision)
             adapters = [folder / f"{trained.adapter_name}.gguf" for trained in loaded]
             for run, trained, file in zip(runs.values(), loaded, adapters, strict=True):
                 refuse_adapter_bound_to_quantized_base(trained, run)
@@ -162,16 +160,6 @@ def _require_gguf_form(run: Path) -> None:
         get_lora_factors_and_scales(build_adapted_meta_model(base, config, torch.float32))
     except UsageError as error:
         raise UsageError(f"llama.cpp cannot serve {run}: {error.message}", error.expected, FIXES) from error
-
-
-def _write_base(trained: TrainedModel, folder: Path, precision: str | None) -> tuple[Path, str]:
-    """Return the GGUF of the base and the precision of its weights."""
-    source = trained.base.source
-    if precision is None and source.kind == "gguf":
-        return Path(source.path), read_gguf_majority_precision(Path(source.path))
-    file, precision = folder / "base.gguf", precision or "f16"
-    write_base_gguf(trained, file, precision)
-    return file, precision
 
 
 class LlamaCppAnswerQueue(BaseAnswerQueue):

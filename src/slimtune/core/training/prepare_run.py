@@ -22,7 +22,7 @@ from ..foundation.registry import Registry
 from .adapted_model import load_base_and_adapted_model
 from .base_model import LoadBase, load_base_model
 from .datasets import load_training_datasets
-from .default_learning_rate import compute_default_learning_rate, fill_in_learning_rate
+from .default_learning_rate import fill_in_learning_rate
 from .fingerprint_checks import FINGERPRINT_CHECKS
 from .forgetting_budget import GENERAL_TEXTS, get_forgetting_budget
 from .loss import build_run_collator
@@ -88,7 +88,6 @@ def prepare_run(
 
         base, model = load_base_and_adapted_model(recipe, data, init_adapter, load_base, allow_faulty_rows)
         loading_peak = count_peak_memory(base.device)
-        default_learning_rate = compute_default_learning_rate(recipe, len(data.train), base.hidden_size)
         recipe = fill_in_learning_rate(recipe, len(data.train), base.hidden_size)
         if os.path.isabs(base.source.spec):
             recipe = replace(recipe, model=replace(recipe.model, name=base.source.spec))
@@ -120,7 +119,6 @@ def prepare_run(
                 general_rows=[] if text is None else text.choose_rows(recipe, base.tokenizer, model, logger.say),
                 loading_peak=loading_peak,
                 init_adapter=init_adapter,
-                default_learning_rate=default_learning_rate,
                 fingerprint=fingerprint,
             )
             log_run_description(prepared)

@@ -75,7 +75,6 @@ class PreparedRun:
         general_rows: rows of general text to measure forgetting on, if the settings have a budget for it.
         loading_peak: most bytes in use until the adapter was attached.
         init_adapter: the adapter that the run started from, if there is one.
-        default_learning_rate: what training takes by itself.
         fingerprint: what the run is trained on.
         start_seconds: time until the first step.
         state: what is done already; more than nothing if the run is resumed.
@@ -95,7 +94,6 @@ class PreparedRun:
     general_rows: Sequence[Example]
     loading_peak: int
     init_adapter: Path | None
-    default_learning_rate: float
     fingerprint: TrainingFingerprint
     start_seconds: float = 0.0
     state: TrainingState = field(init=False)

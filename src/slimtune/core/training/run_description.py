@@ -8,7 +8,7 @@ from ..foundation import distributed
 from ..foundation.dtype_names import dtype_name
 from ..foundation.formatting import format_count
 from .datasets import RunDatasets
-from .default_learning_rate import describe_far_learning_rate
+from .default_learning_rate import compute_default_learning_rate, describe_far_learning_rate
 from .held_out_rows import MIN_EVAL_ROWS, count_rows_split_off_for_eval, find_test_or_validation_split
 from .prepared_run import PreparedRun
 from .progress_logger import ProgressLogger
@@ -37,13 +37,13 @@ def log_run_description(prepared: PreparedRun) -> None:
     if settings.fsdp:
         sharded = "each process keeps its part of the base and gathers one layer at a time"
         logger.say(f"train.fsdp: {sharded if processes > 1 else 'there is one process, which keeps the whole base'}")
-    rate = float(settings.learning_rate)
-    if rate == prepared.default_learning_rate:
-        rows = len(prepared.data.train)
+    rate, rows = float(settings.learning_rate), len(prepared.data.train)
+    default_rate = compute_default_learning_rate(prepared.recipe, rows, base.hidden_size)
+    if rate == default_rate:
         steps = f"{settings.count_steps(rows)} steps over {rows} rows on this base"
         default = f"the default of {prepared.recipe.method.name} for {steps}"
         logger.say(f"learning rate: {rate:g}, {default}; --lr sets another")
-    elif far := describe_far_learning_rate(rate, prepared.default_learning_rate):
+    elif far := describe_far_learning_rate(rate, default_rate):
         logger.say(f"warning: {far}")
 
 

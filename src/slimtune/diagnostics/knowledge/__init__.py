@@ -86,14 +86,6 @@ def find_answers(text: str, max_near: int = 2) -> AnswerAndNearPages:
         return AnswerAndNearPages(pages[code], ())
     scores = _score_questions(text)
     ranked = sorted(scores, key=lambda name: scores[name], reverse=True)
-    has_exception = _EXCEPTION.search(text) is not None
-    least = _LEAST_CONFIDENCE_ABOUT_ERRORS if has_exception else _LEAST_CONFIDENCE
-    is_sure = bool(ranked) and scores[ranked[0]] >= _SURE_SCORE
-    is_answered = is_sure or (
-        bool(ranked)
-        and (ranked[0] in pages or not has_exception)  # a question's answer explains no exception
-        and _estimate_confidence(text, ranked, scores) >= least
-    )
     if len(text) <= _MOST_QUESTION and (headed := find_section_by_exact_heading(text)):
         return AnswerAndNearPages(headed, ())
     fits = {
@@ -104,15 +96,27 @@ def find_answers(text: str, max_near: int = 2) -> AnswerAndNearPages:
         key=lambda code: (code != _WARNINGS_PAGE and fits[code][0] > 0, fits[code]),
         reverse=True,
     )
+    is_sure = bool(ranked) and scores[ranked[0]] >= _SURE_SCORE
     if by_pattern and fits[by_pattern[0]][0] and not is_sure:
         first, *others = by_pattern
         others += [name for name in ranked if scores[name] >= _LEAST_NEAR]
-    elif is_answered:
+    elif is_sure or _is_likely_right(text, ranked, scores):
         first, *others = (name for name in ranked if name == ranked[0] or scores[name] >= _LEAST_NEAR)
     else:
         first, others = "", [*by_pattern, *(name for name in ranked if scores[name] >= _LEAST_NEAR)]
     near = list(dict.fromkeys(name for name in others if name != first))[:max_near]
     return AnswerAndNearPages(_get_answers([first])[0] if first else None, _get_answers(near))
+
+
+def _is_likely_right(text: str, ranked: Sequence[str], scores: Mapping[str, float]) -> bool:
+    """Return whether the first answer is given: to a text that names an exception a page of errors alone, if surer."""
+    if not ranked:
+        return False
+    has_exception = _EXCEPTION.search(text) is not None
+    if has_exception and ranked[0] not in load_error_pages():
+        return False
+    least = _LEAST_CONFIDENCE_ABOUT_ERRORS if has_exception else _LEAST_CONFIDENCE
+    return _estimate_confidence(text, ranked, scores) >= least
 
 
 def _estimate_confidence(question: str, ranked: Sequence[str], scores: Mapping[str, float]) -> float:
