@@ -1,7 +1,7 @@
 """Small real-life jobs, from texts that ship in Debian's packages: what the defaults of a first run are judged by.
 
     for p in dict-foldoc dict-jargon dict-vera dict-elements dict-freedict-fra-eng debian-faq developers-reference \
-        fortunes miscfiles r-cran-janeaustenr; do apt-get download $p; done
+        fortunes fortunes-min miscfiles r-cran-janeaustenr; do apt-get download $p; done
     for p in *.deb; do dpkg-deb -x $p texts; done
     python benchmarks/first_run_jobs.py --texts texts --out JOBS
 
