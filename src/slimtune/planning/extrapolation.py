@@ -230,13 +230,15 @@ def fit_memory_formula(job: MicroBatchWorkload, model: Any) -> MemoryFormula:
     if by_row:
         columns.append(3)
         shapes.append(_split_row(2 * tokens, min(tokens, longest // 2)))
+    # The job's own lengths are traced whole: the plan needs that trace, too, and finds it kept.
     traces = [
-        extrapolate_step_trace(replace(job, lengths=lengths), stop_after_backward=lengths is not job.lengths)
+        extrapolate_step_trace(replace(job, lengths=lengths), stop_after_backward=lengths != job.lengths)
         for lengths in shapes
     ]
     features = np.array([_features(lengths) for lengths in shapes])[:, columns]
     coefficients = {}
-    for phase in traces[1].bytes_by_phase_and_part:  # without those of the optimizer and the evaluation
+    partial_trace = min(traces, key=lambda trace: len(trace.bytes_by_phase_and_part))
+    for phase in partial_trace.bytes_by_phase_and_part:  # without those of the optimizer and the evaluation
         solution = np.zeros(4)
         solution[columns] = np.linalg.solve(features, [t.peaks[phase] - t.state_bytes for t in traces])
         coefficients[phase] = solution

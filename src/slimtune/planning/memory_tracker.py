@@ -106,12 +106,15 @@ class MemoryTracker(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Run an operator and count its results."""
         kwargs = kwargs or {}
+        if func is _DEVICE:  # every second call, and it makes nothing
+            self._operators += not self.paused
+            return self._run_operator(func, args, kwargs)
         if self.paused:
             return self._run_operator(func, args, kwargs)
         if func is _ADD and _accumulates_gradient(*args):
             func = _ADD_IN_PLACE
         out = self._run_operator(func, args, kwargs)
-        results = list(iterate_nested_tensors(out))
+        results = [out] if isinstance(out, Tensor) else list(iterate_nested_tensors(out))
         for tensor in results:
             self._count(tensor)
         self._operators += 1
