@@ -28,11 +28,16 @@ from slimtune.export.export_format import EXPORT_FORMATS
 from slimtune.export.exporter import export
 from slimtune.export.manifest import EXPORT_MANIFEST, ExportManifest, read_export_manifest
 from slimtune.export.verify import find_nearest_lora_error_tolerance, verify
+from slimtune.generation.mlx_engine import is_mlx_lm_installed
 
 pytest.importorskip("gguf")
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="xllamacpp is not installed")
-FORMATS: dict[str, dict[str, Any]] = {"merged": {}, "gguf": {}, "ollama": {"name": "mine"}, "vllm": {}}
+FORMATS: dict[str, dict[str, Any]] = {"merged": {}, "gguf": {}, "mlx": {}, "ollama": {"name": "mine"}, "vllm": {}}
 """The options with which the tests that run over every format export to each."""
+MARKS = {
+    "ollama": [pytest.mark.slow],
+    "mlx": [pytest.mark.skipif(not is_mlx_lm_installed(), reason="mlx-lm is not installed")],
+}
 LORA = {"r": 4, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 
@@ -84,7 +89,7 @@ def test_method_without_exports_is_refused_before_its_base_is_loaded(base, tmp_p
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.slow] if k == "ollama" else []) for k in FORMATS])
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=MARKS.get(k, [])) for k in FORMATS])
 def test_every_format_is_proven_and_a_damaged_one_is_not(kind, run, tmp_path):
     out = tmp_path / "out"
     if kind == "merged":  # `slimtune merge`, no target of `slimtune export`

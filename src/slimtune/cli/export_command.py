@@ -113,7 +113,7 @@ def export_run(
     threads: Annotated[int | None, Option(help="Threads of llama.cpp during the check.")] = None,
     as_json: Json = False,
 ) -> Any:
-    """Write a run as Ollama, llama.cpp or vLLM reads it, checked by the engine."""
+    """Write a run as Ollama, llama.cpp, vLLM or MLX reads it, checked by the engine."""
     from ..export.export_format import require_known_export_target
 
     require_known_export_target(to)

@@ -31,7 +31,9 @@ ADAPTER_GGUF, MODEL_GGUF = "adapter.gguf", "model.gguf"
 ADAPTER_PRECISIONS = ("f32", "f16")
 ADAPTER_ENGINE, MODEL_ENGINE = "llama.cpp, adapter GGUF", "llama.cpp, merged GGUF"
 PRECISION = make_flag_metadata(
-    "f32, f16; merged also bf16, q8_0, and llama.cpp's Q4_K_M, Q4_0, …", "--precision", "--quantize"
+    "f32, f16; merged also bf16, q8_0 and Q4_K_M, Q4_0, … of llama.cpp, 8bit and 4bit of MLX.",
+    "--precision",
+    "--quantize",
 )
 
 IMATRIX = make_flag_metadata(

@@ -360,6 +360,15 @@ def write_base_gguf(
             llama_cpp_tools.convert_hf_to_gguf(Path(folder, "base"), whole, written)
 
 
+def write_base_checkpoint(loaded: TrainedModel, folder: Path) -> None:
+    """Write the base an adapter was trained on as a Hugging Face folder, in the dtype of the training, 32 bits at most.
+
+    The folder may exist.
+    """
+    dtype = torch.float32 if loaded.base.dtype == torch.float64 else loaded.base.dtype
+    _save_checkpoint(loaded, LazyMergedStateDict(loaded.model, adapters=()), folder, dtype)
+
+
 def take_or_write_base_gguf(loaded: TrainedModel, file: Path, precision: str | None) -> tuple[Path, str]:
     """Return the GGUF that the base is, or write `file`; and the precision of its weights. None: the base's, or f16."""
     source = loaded.base.source

@@ -44,7 +44,7 @@ from .expected_logps import (
 )
 from .export_format import EXPORT_FORMATS
 from .export_results import EngineVerdict, KeptGain, VerifyResult
-from .kept_gain import list_held_out_rows, measure_kept_gain
+from .kept_gain import OpenScorer, list_held_out_rows, measure_kept_gain
 from .llama_cpp_scorer import LlamaCppScorer, is_llama_cpp_library_installed
 from .llama_cpp_tools import LlamaCppToolFailedError
 from .manifest import EXPORT_MANIFEST, ExportManifest, read_export_manifest
@@ -218,9 +218,13 @@ class ExportVerifier:
         """The rows that say how much of the gain is left; or why there are none."""
         return list_held_out_rows(self.loaded, self.rows_file)
 
-    def find_rounding_tolerance(self, precision: str) -> EngineTolerance | None:
-        """Return the tolerance of a whole model if its held-out gain decides; None: that of the precision."""
-        can_decide = precision not in TOLERANCES and is_llama_cpp_library_installed()
+    def find_rounding_tolerance(self, precision: str, can_score: bool | None = None) -> EngineTolerance | None:
+        """Return the tolerance of a whole model if its held-out gain decides; None: that of the precision.
+
+        `can_score` says whether the engine can score rows; None: llama.cpp is the engine.
+        """
+        can_score = is_llama_cpp_library_installed() if can_score is None else can_score
+        can_decide = precision not in TOLERANCES and can_score
         decides = can_decide and not isinstance(self.held_out_rows, str)
         return KEPT_GAIN_TOLERANCE if decides else None
 
@@ -232,12 +236,20 @@ class ExportVerifier:
         if isinstance(rows := self.held_out_rows, str):
             return replace(verdict, kept_gain=KeptGain(reason=f"not measured: {rows}"))
         base = self.write_base_in(verdict.precision)
-        kept = measure_kept_gain(
-            self.loaded,
-            rows,
+        return self.add_kept_gain_of_scorers(
+            verdict,
+            min_kept,
             lambda longest: LlamaCppScorer(model, max_tokens=longest, threads=self.threads),
             lambda longest: LlamaCppScorer(base, max_tokens=longest, threads=self.threads),
         )
+
+    def add_kept_gain_of_scorers(
+        self, verdict: EngineVerdict, min_kept: float, open_shipped: OpenScorer, open_rounded_base: OpenScorer
+    ) -> EngineVerdict:
+        """Return the verdict with the share of the held-out gain, measured by scorers of two models."""
+        if isinstance(rows := self.held_out_rows, str):
+            return replace(verdict, kept_gain=KeptGain(reason=f"not measured: {rows}"))
+        kept = measure_kept_gain(self.loaded, rows, open_shipped, open_rounded_base)
         verdict = replace(verdict, kept_gain=kept)
         if kept.share is None or kept.share >= min_kept:
             return verdict
