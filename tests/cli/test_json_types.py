@@ -50,6 +50,7 @@ COMMAND_LINES = {
     "ExportResult": "export run --to vllm --out {new}",
     "VerifyResult": "verify run",
     "AdapterCheckResult": "check run",
+    "RepairResult": "repair run --for vllm --out {new}",
     "MergeResult": "merge run --out {new}",
     "PushPreview": "push run me/name --dry-run",
     "ServeResult": "serve run --port 0",

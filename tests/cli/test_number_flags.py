@@ -11,6 +11,7 @@ NEEDED = {
     "gpus": ["t4", "l4", "--for", "gpt2"],
     "tune": ["gpt2", "--over", "lr=1e-3"],
     "generate": ["run", "hi"],
+    "repair": ["gpt2", "--for", "peft", "--out", "new"],
 }
 """What a command needs besides the flag; a base or a run for the others."""
 SETTINGS = {"--lr": "learning_rate", "--rank": "method.r"}

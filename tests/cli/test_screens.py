@@ -64,6 +64,8 @@ SCREENS = {
     "verify-error": "verify nowhere",
     "check": "check RUN",
     "check-error": "check nowhere",
+    "repair": "repair RUN --for vllm --out repaired",
+    "repair-error": "repair RUN --for vlm --out repaired",
     "push": "push RUN me/name --dry-run",
     "push-error": "push RUN name",
     "methods": "methods",

@@ -34,6 +34,7 @@ from .gpus_command import gpus_table
 from .methods_command import methods_table
 from .models_command import models_table
 from .plan_command import plan_run
+from .repair_command import repair_adapter
 from .serve_command import serve_runs
 from .streams import WriteErrorIgnoringStream
 from .train_command import train_run
@@ -52,7 +53,7 @@ GROUPS = {
     ),
     "Train": (data_report, train_run, tune_settings),
     "Judge": (eval_run, compare_methods, report_run, generate_answer, chat_with_run, predict_rows),
-    "Ship": (export_run, verify_run, check_adapter, merge_run, push_run),
+    "Ship": (export_run, verify_run, check_adapter, repair_adapter, merge_run, push_run),
     "Serve": (serve_runs,),
     "In the browser": (ui_server,),
     "Help": (doctor, explain_error),
@@ -61,6 +62,7 @@ GROUPS = {
 LOAD_RUN = (
     bench_machine_or_run,
     check_adapter,
+    repair_adapter,
     eval_run,
     generate_answer,
     chat_with_run,

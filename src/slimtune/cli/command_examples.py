@@ -51,6 +51,10 @@ EXAMPLES = {
         "slimtune check my-adapter --base smollm2-135m",
         "slimtune check my-adapter --base smollm2-135m --at http://127.0.0.1:8000",
     ),
+    "repair": (
+        "slimtune repair my-adapter --for peft --out mended",
+        "slimtune repair my-adapter --for llama.cpp --base smollm2-135m --out gguf",
+    ),
     "push": ("slimtune push runs/first me/first --dry-run", "slimtune push runs/first me/first --private"),
     "serve": ("slimtune serve runs/first", "slimtune serve runs/first other=runs/second --engine llama.cpp"),
     "ui": ("slimtune ui", "slimtune ui ~/tuning --port 0"),

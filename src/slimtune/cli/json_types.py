@@ -45,6 +45,7 @@ JSON_TYPES: dict[str, Sequence[str]] = {
     "export": ("export.export_results:ExportResult",),
     "verify": ("export.export_results:VerifyResult",),
     "check": ("export.adapter_check.adapter_findings:AdapterCheckResult",),
+    "repair": ("export.adapter_repair.repair_result:RepairResult",),
     "merge": ("export.export_results:MergeResult",),
     "push": ("export.export_results:PushResult", "export.export_results:PushPreview"),
     "serve": ("cli.serve_command:ServeResult",),

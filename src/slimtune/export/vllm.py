@@ -180,15 +180,15 @@ def write_vllm_adapter(
         max_lora_rank=round_up_max_lora_rank(rank),
         modules=len(layers),
         folded=folded,
-        bytes=_write_files(model, adapter, layers, folder, folded),
+        bytes=write_plain_lora_files(model, adapter, layers, folder, folded),
         arguments=arguments,
         conversion=conversion,
     )
     return WrittenExport(facts, [shlex.join(["vllm", "serve", *arguments])], notes)
 
 
-def _write_files(model: Any, adapter: str, layers: dict[str, Factors], folder: Path, folded: bool) -> int:
-    """Write the adapter's config and weights; return their bytes."""
+def write_plain_lora_files(model: Any, adapter: str, layers: dict[str, Factors], folder: Path, folded: bool) -> int:
+    """Write an adapter as a LoRA without a stored start, with scale 1 if `folded`; return the bytes of its files."""
     config, kinds = model.peft_config[adapter], model.match_report(adapter).kinds
     tensors: dict[str, Tensor] = {}
     for module, (A, B, scale) in layers.items():

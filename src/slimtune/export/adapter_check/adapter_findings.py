@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Literal, NamedTuple
 
 from ...core.foundation.formatting import format_bytes, format_count
@@ -12,12 +13,30 @@ SHOWN_KEYS = 2
 """Keys of the file that a finding names."""
 
 
+class Mend(Enum):
+    """How `slimtune repair` mends a finding, in the order in which it does; the value says what is done."""
+
+    SELECT_ADAPTER = "one of the adapters is taken: --adapter NAME"
+    GIVE_ALPHA = "lora_alpha is written: --alpha NUMBER"
+    RENAME_KEYS = "the keys get the base's names"
+    CONVERT_EXPERTS = "the experts' matrices get the base's layout"
+    TRANSPOSE = "the matrices are transposed"
+    LEAVE_OUT_UNTRAINED = "modules without an update are left out"
+    SELECT_MODULES = "the config selects the modules of the file"
+    READ_RANKS = "ranks are read from the matrices"
+    MARK_DORA = "use_dora is set"
+    FOLD_START = "the start is folded into A and B"
+    MERGE = "base and adapter are written as one model"
+    CARRY_TOKENIZER = "tokenizer and template are written beside the adapter"
+
+
 class FindingKind(NamedTuple):
     """A fault that a file can have: what it means for whoever loads the file, and the way out."""
 
     severity: Severity
     expected: str
     fix: str
+    mend: Mend | None = None  # None: only the trainer, or another file, can mend it
 
 
 _SAVE_AGAIN = "save it again where it was trained, with save_pretrained of the unwrapped PEFT model"
@@ -37,51 +56,61 @@ FINDING_KINDS = {
         "the training changed nothing: no gradient reached the adapter, or it was saved before the first step"),
     "untrained-modules": FindingKind(
         "fault", "an update B·A other than 0 in some layer",
-        "no gradient reached these modules: leave them out of the targets, or train with a library that computes them"),
+        "no gradient reached these modules: leave them out of the targets, or train with a library that computes them",
+        Mend.LEAVE_OUT_UNTRAINED),
     "untrained-layers": FindingKind(
         "warning", "an update B·A other than 0",
         "these layers learned nothing; if that was not meant, look whether they are frozen or skipped in the forward"),
     "missing-half": FindingKind("fault", "both A and B of each module", _SAVE_AGAIN),
     "several-adapters": FindingKind(
-        "fault", "one adapter in a file", "save each alone: save_pretrained(selected_adapters=[…])"),
+        "fault", "one adapter in a file", "save each alone: save_pretrained(selected_adapters=[…])",
+        Mend.SELECT_ADAPTER),
     # --- the config beside it
     "config-unreadable": FindingKind(
         "fault", "an adapter_config.json as PEFT writes it",
-        "take the adapter_config.json that was saved with the tensors"),
+        "take the adapter_config.json that was saved with the tensors", Mend.GIVE_ALPHA),
     "rank-differs": FindingKind(
         "fault", "the rank of `r` and `rank_pattern`",
-        "correct r in adapter_config.json: a reader that takes the scale alpha / r from it applies another strength"),
+        "correct r in adapter_config.json: a reader that takes the scale alpha / r from it applies another strength",
+        Mend.READ_RANKS),
     "targets-unmatched": FindingKind(
-        "fault", "targets that match modules of the base", "check it against the base it was trained on: --base"),
+        "fault", "targets that match modules of the base", "check it against the base it was trained on: --base",
+        Mend.SELECT_MODULES),
     "pattern-unmatched": FindingKind(
         "fault", "patterns that match a module with tensors",
-        "write the patterns with the base's names of its modules: such an entry changes no rank and no scale"),
+        "write the patterns with the base's names of its modules: such an entry changes no rank and no scale",
+        Mend.READ_RANKS),
     "magnitudes-missing": FindingKind(
         "fault", "lora_magnitude_vector of each module, since use_dora is true",
         "save it again with a PEFT that has DoRA; a LoRA without magnitudes has use_dora: false"),
     "dora-flag-missing": FindingKind(
-        "fault", "use_dora: true, since the file has magnitudes", "set use_dora: true in adapter_config.json"),
+        "fault", "use_dora: true, since the file has magnitudes", "set use_dora: true in adapter_config.json",
+        Mend.MARK_DORA),
     "start-in-base": FindingKind(
         "warning", "a start that B·A alone does not need the base for",
-        "engines that only add B·A give something else: merge, or save with path_initial_model_for_weight_conversion"),
+        "engines that only add B·A give something else: merge, or save with path_initial_model_for_weight_conversion",
+        Mend.FOLD_START),
     "alpha-missing": FindingKind(
-        "warning", "lora_alpha in adapter_config.json", "write the alpha of the training: readers assume 8, or r"),
+        "warning", "lora_alpha in adapter_config.json", "write the alpha of the training: readers assume 8, or r",
+        Mend.GIVE_ALPHA),
     # --- against the base
     "key-prefix": FindingKind(
         "fault", "the base's own names of its modules, after base_model.model.",
-        "rename the keys: as they are, loaders skip these tensors and answer as the base does"),
+        "rename the keys: as they are, loaders skip these tensors and answer as the base does", Mend.RENAME_KEYS),
     "older-names": FindingKind(
         "warning", "the names that transformers gives the modules now",
-        "rename the keys: PEFT and slimtune translate them, engines with names of their own may skip them"),
+        "rename the keys: PEFT and slimtune translate them, engines with names of their own may skip them",
+        Mend.RENAME_KEYS),
     "expert-layout": FindingKind(
         "fault", "experts as the base has them (split into modules, or stacked in one parameter)",
-        "convert the experts' matrices to the base's layout: as they are, loaders skip them"),
+        "convert the experts' matrices to the base's layout: as they are, loaders skip them", Mend.CONVERT_EXPERTS),
     "transposed": FindingKind(
         "fault", "A of shape (r, in) and B of shape (out, r)", "transpose these matrices, or train with a library that "
-        "writes PEFT's layout"),
+        "writes PEFT's layout", Mend.TRANSPOSE),
     "untargeted": FindingKind(
         "fault", "modules that the config selects",
-        "add them to target_modules (to modules_to_save, if they are trained in full): PEFT skips their tensors"),
+        "add them to target_modules (to modules_to_save, if they are trained in full): PEFT skips their tensors",
+        Mend.SELECT_MODULES),
     "unknown-modules": FindingKind(
         "fault", "modules of the base", "check it against the base it was trained on: --base"),
     "another-shape": FindingKind(
@@ -91,7 +120,7 @@ FINDING_KINDS = {
         f"only a part of the layers was saved: {_SAVE_AGAIN}"),
     "untargeted-in-file": FindingKind(
         "warning", "tensors of each kind of module that the config selects",
-        "these modules stay as the base has them; if that was not meant, save the adapter again"),
+        "these modules stay as the base has them; if that was not meant, save the adapter again", Mend.SELECT_MODULES),
     "saved-module-missing": FindingKind(
         "fault", "the weights of each module in modules_to_save",
         "the trained head or embedding is not in the file: save it again, or take an earlier checkpoint"),
@@ -103,18 +132,20 @@ FINDING_KINDS = {
         "save with save_embedding_layers=True, or with the embeddings in modules_to_save"),
     "tied-weights-differ": FindingKind(
         "fault", "one value of a weight that the base ties",
-        "untie the base's head before merging or serving, or train with ensure_weight_tying=True"),
+        "untie the base's head before merging or serving, or train with ensure_weight_tying=True", Mend.MERGE),
     "tied-head": FindingKind(
         "warning", "an adapter of the embedding and the head together, since the base ties them",
-        "do not merge it with a library that writes the change into the shared weight; untie the head first"),
+        "do not merge it with a library that writes the change into the shared weight; untie the head first",
+        Mend.MERGE),
     "another-base": FindingKind(
         "fault", "the base that the adapter was trained on", "give that base: --base; or train again"),
     "template": FindingKind(
         "warning", "the chat template of the base, or a server that is given the adapter's",
-        "give the engine the adapter's template: vllm serve --chat-template, llama-server --chat-template-file"),
+        "give the engine the adapter's template: vllm serve --chat-template, llama-server --chat-template-file",
+        Mend.CARRY_TOKENIZER),
     "special-tokens": FindingKind(
         "warning", "the base's special tokens",
-        "serve it with the tokenizer beside the adapter, or answers do not end"),
+        "serve it with the tokenizer beside the adapter, or answers do not end", Mend.CARRY_TOKENIZER),
 }  # fmt: skip
 """By the code of a finding. A fault: a reader that follows PEFT's format does not compute what was trained."""
 
@@ -137,12 +168,15 @@ class AdapterFinding:
     """The first few keys or modules that it is about."""
     count: int
     """How many keys or modules it is about."""
+    mend: str | None = None
+    """What `slimtune repair` does about it; null: only the trainer, or another file, can mend it."""
 
 
 def make_finding(code: str, found: str, keys: Sequence[str] = ()) -> AdapterFinding:
     """Return the finding of a kind: what was found, and the keys that it is about."""
     kind = FINDING_KINDS[code]
-    return AdapterFinding(code, kind.severity, found, kind.expected, kind.fix, list(keys[:SHOWN_KEYS]), len(keys))
+    mend = kind.mend.value if kind.mend is not None else None
+    return AdapterFinding(code, kind.severity, found, kind.expected, kind.fix, list(keys[:SHOWN_KEYS]), len(keys), mend)
 
 
 @dataclass(frozen=True)
@@ -185,6 +219,8 @@ class AdapterCheckResult:
     """That the check of the file took."""
     engine: EngineVerdict | None = None
     """What the engine computes; null: none was asked."""
+    repair: str | None = None
+    """The command that mends it, for an ENGINE; null: nothing to mend, or a fault that only the trainer can mend."""
     evidence: str | None = None
     """What the engine was compared by: log-probabilities, those of its answers, or greedy answers (weaker)."""
 
@@ -204,6 +240,9 @@ class AdapterCheckResult:
                 yield f"  … ({f.count - len(f.keys)} more)"
             yield f"  expected: {f.expected}"
             yield f"  fix: {f.fix}"
+        if self.repair:
+            yield ""
+            yield f"to mend it: {self.repair}"
         if self.not_proven:
             yield ""
             yield from (f"not proven: {text}" for text in self.not_proven)

@@ -107,12 +107,8 @@ def find_placed_shape_faults(
     placement: KeyPlacement, adapter: ForeignAdapter, config: PeftConfig
 ) -> Iterator[AdapterFinding]:
     """Yield which placed tensors have another shape than their module, by the cause."""
-    shapes = {key: (adapter.tensors[key].shape, placement.expected[place]) for key, place in placement.placed.items()}
-    shapes |= {key: (adapter.tensors[key].shape, shape) for key, shape in placement.weights.items()}
-    found: dict[str, list[str]] = defaultdict(list)
-    for key, (there, here) in shapes.items():
-        if there != here and len(there) == len(here) and 0 not in there:
-            found[_classify_shape(key, there, here)].append(key)
+    shapes = _pair_placed_shapes(placement, adapter)
+    found = group_misshapen_keys(placement, adapter)
     found.pop("rank-differs", None)  # the config's findings have it
     if config.name == "adalora":  # prunes ranks
         found.pop("another-shape", None)
@@ -120,6 +116,21 @@ def find_placed_shape_faults(
         there, here = shapes[keys[0]]
         what = f"{len(keys)} tensors: {list(there)} in the file, {list(here)} on the base"
         yield make_finding(code, what, keys)
+
+
+def group_misshapen_keys(placement: KeyPlacement, adapter: ForeignAdapter) -> dict[str, list[str]]:
+    """Return the keys of placed tensors that have another shape than their module, by the code of the finding."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for key, (there, here) in _pair_placed_shapes(placement, adapter).items():
+        if there != here and len(there) == len(here) and 0 not in there:
+            found[_classify_shape(key, there, here)].append(key)
+    return found
+
+
+def _pair_placed_shapes(placement: KeyPlacement, adapter: ForeignAdapter) -> dict[str, tuple[Shape, Shape]]:
+    """Return the shapes in the file and on the base, by key of the file."""
+    shapes = {key: (adapter.tensors[key].shape, placement.expected[place]) for key, place in placement.placed.items()}
+    return shapes | {key: (adapter.tensors[key].shape, shape) for key, shape in placement.weights.items()}
 
 
 def _classify_shape(key: str, there: Shape, here: Shape) -> str:

@@ -1,9 +1,10 @@
 """Check an adapter's file against its base, without an engine and without the base's weights: `slimtune check`."""
 
 import copy
+import shlex
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,17 +31,21 @@ _PATTERN_FIELDS = ("exclude_modules", "layers_to_transform", "layers_pattern", "
 class BaseComparison(NamedTuple):
     """What comparing an adapter with its base gave."""
 
+    model: Any  # the base on the meta device
     placement: KeyPlacement | None  # None: the keys could not be compared
     findings: list[AdapterFinding]
     not_proven: list[str]
 
 
 class FileCheck(NamedTuple):
-    """The check of a file, and what a comparison with an engine needs of it."""
+    """The check of a file, and what a comparison with an engine, or a repair, needs of it."""
 
     result: AdapterCheckResult
     adapter: ForeignAdapter
+    config: PeftConfig | None  # None: it cannot be read
+    model: Any  # the base on the meta device; None: no base was at hand
     placement: KeyPlacement | None
+    updates: dict[str, tensor_findings.UpdateNorm]  # by module
 
 
 def check_adapter(
@@ -82,7 +87,7 @@ def check_file(path: Path, base: str | None = None) -> FileCheck:
     value_findings, updates = tensor_findings.find_value_faults(adapter)
     findings += value_findings
     spec = base or _find_base_name(path, adapter)
-    placement = None
+    model = placement = None
     if spec is None:
         not_proven.append("keys, shapes and tokens: the adapter does not name its base, and no --base was given")
     else:
@@ -96,7 +101,7 @@ def check_file(path: Path, base: str | None = None) -> FileCheck:
             )
             spec = None
         else:
-            placement, base_faults, reasons = _compare_with_base(adapter, config, base_config, spec)
+            model, placement, base_faults, reasons = _compare_with_base(adapter, config, base_config, spec)
             findings += base_faults
             not_proven += reasons
     if config is not None and config.name != "lora":
@@ -114,8 +119,18 @@ def check_file(path: Path, base: str | None = None) -> FileCheck:
         not_proven=not_proven,
         layers=tensor_findings.sum_update_norms_by_layer(updates, _compute_scales(config, updates)),
         seconds=time.monotonic() - started,
+        repair=_format_repair_command(path, base, findings) if spec is not None else None,
     )
-    return FileCheck(result, adapter, placement)
+    return FileCheck(result, adapter, config, model, placement, updates)
+
+
+def _format_repair_command(path: Path, base: str | None, findings: Sequence[AdapterFinding]) -> str | None:
+    """Return the command that mends an adapter; None if nothing can be mended, or a fault would be left."""
+    mendable = [f for f in findings if f.mend is not None]
+    if not mendable or any(f.severity == "fault" and f.mend is None for f in findings):
+        return None
+    names = shlex.join([str(path), *(["--base", base] if base else [])])
+    return f"slimtune repair {names} --for ENGINE --out DIR"
 
 
 def _read_config(adapter: ForeignAdapter) -> tuple[PeftConfig | None, list[AdapterFinding], list[str]]:
@@ -147,7 +162,8 @@ def _compare_with_base(
 ) -> BaseComparison:
     """Compare keys, shapes, tied weights, tokens and template with a base's."""
     findings = list(base_findings.find_recorded_base_faults(adapter, base_config))
-    not_proven, placement = [], None
+    not_proven = []
+    model = placement = None
     if config is not None:
         try:
             model = _build_meta_base(base_config, config, adapter, spec)
@@ -171,7 +187,7 @@ def _compare_with_base(
         else:
             findings += base_findings.find_tokenizer_faults(template, tokens, tokenizer)
     not_proven.append("whether the base has the weights of the training: only its config was compared")
-    return BaseComparison(placement, findings, not_proven)
+    return BaseComparison(model, placement, findings, not_proven)
 
 
 def _build_meta_base(base_config: PreTrainedConfig, config: PeftConfig, adapter: ForeignAdapter, spec: str) -> Any:

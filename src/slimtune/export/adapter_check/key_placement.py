@@ -74,8 +74,15 @@ def group_lora_pairs(keys: Mapping[str, Any]) -> dict[str, LoraPairKeys]:
 
 def list_adapter_names_in_keys(keys: Mapping[str, Any]) -> list[str]:
     """Return the adapter names that keys contain, which PEFT takes out before it writes them."""
-    found = (_ADAPTER_NAME.search(key) for key in keys)
-    return sorted({match[2] or match[5] for match in found if match})
+    return sorted({name for key in keys if (name := split_adapter_name(key)[1]) is not None})
+
+
+def split_adapter_name(key: str) -> tuple[str, str | None]:
+    """Return a key without the adapter's name, and the name; None: it contains none."""
+    if (match := _ADAPTER_NAME.search(key)) is None:
+        return key, None
+    plain = f".{match[1]}{match[3] or ''}" if match[1] else f".{match[4]}"
+    return key[: match.start()] + plain, match[2] or match[5]
 
 
 def place_keys(tensors: Mapping[str, TensorHeader], model: nn.Module, config: PeftConfig) -> KeyPlacement:
@@ -122,11 +129,11 @@ def _place_without_wrappers(keys: list[str], parameters: Mapping[str, Shape], pl
     """Place keys that have a wrapper's components or an adapter's name too much, or lack PEFT's prefix."""
     rest = []
     for key in keys:
-        plain, faults = _remove_wrappers(key)
+        plain, faults = remove_wrappers(key)
         if plain in placement.expected:
             placement.placed[key] = plain
-        elif plain.removeprefix(PREFIX) in parameters:
-            placement.weights[key] = parameters[plain.removeprefix(PREFIX)]
+        elif (name := plain.removeprefix(PREFIX).replace(".base_layer.", ".")) in parameters:
+            placement.weights[key] = parameters[name]
         else:
             rest.append(key)
             continue
@@ -134,13 +141,15 @@ def _place_without_wrappers(keys: list[str], parameters: Mapping[str, Shape], pl
     return rest
 
 
-def _remove_wrappers(key: str) -> tuple[str, list[str]]:
+def remove_wrappers(key: str) -> tuple[str, list[str]]:
     """Return a key as PEFT writes it, and what was wrong with it."""
     faults = []
-    if match := _ADAPTER_NAME.search(key):
-        plain = f".{match[1]}{match[3] or ''}" if match[1] else f".{match[4]}"
-        faults.append(f"the adapter's name {match[2] or match[5]!r} is in the key")
-        key = key[: match.start()] + plain
+    key, name = split_adapter_name(key)
+    if name is not None:
+        faults.append(f"the adapter's name {name!r} is in the key")
+    if match := re.search(r"(?<=\.modules_to_save)\.(?!weight$|bias$)([^.]+)(?=\.)", key):
+        faults.append(f"the adapter's name {match[1]!r} is in the key")
+        key = key[: match.start()] + key[match.end() :]
     parts = key.split(".")
     if wrappers := dict.fromkeys(p for p in parts if p in WRAPPERS):
         faults.append(f"{' and '.join(map(repr, wrappers))} of a wrapper is in the path")
@@ -159,7 +168,7 @@ def _place_by_substitution(keys: list[str], tensors: Mapping[str, TensorHeader],
         for start in range(len(path)):
             by_ending[path[start:]].append(path)
     taken = set(placement.placed.values())
-    plain = {key: tuple(_remove_wrappers(key)[0].removeprefix(PREFIX).split(".")) for key in keys}
+    plain = {key: tuple(remove_wrappers(key)[0].removeprefix(PREFIX).split(".")) for key in keys}
     for _ in range(_MOST_SUBSTITUTIONS):
         votes: Counter[tuple[Path, Path]] = Counter()
         for key in keys:
@@ -207,7 +216,7 @@ def _sort_unplaced(keys: list[str], model: nn.Module, placement: KeyPlacement) -
     modules = {name for name, _ in model.named_modules()}
     stacked = {name.rpartition(".")[0] for name, p in model.named_parameters() if p.dim() == 3 and "experts" in name}
     for key in keys:
-        path = _remove_wrappers(key)[0].removeprefix(PREFIX)
+        path = remove_wrappers(key)[0].removeprefix(PREFIX)
         module = path.partition(".lora_")[0]
         if ".experts" in module and (re.search(r"\.experts\.\d+\.", module) is not None) == bool(stacked):
             placement.other_expert_layout.append(key)

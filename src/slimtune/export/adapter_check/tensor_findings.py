@@ -101,16 +101,21 @@ def _find_untrained(updates: Mapping[str, UpdateNorm], pairs: Mapping[str, LoraP
     if len(zero) == len(updates):
         yield make_finding("untrained", f"B or A is 0 in each of {len(zero)} modules", zero)
         return
-    kinds: dict[str, list[str]] = defaultdict(list)
-    for module in updates:
-        kinds[generalize_layer_indices(module)].append(module)
-    whole = [m for kind in kinds.values() if all(updates[m].is_zero for m in kind) for m in kind]
-    faulty = [m for m in whole if not _TOWERS.search(m)]
+    faulty = list_modules_of_untrained_kinds(updates)
     if faulty:
         names = ", ".join(dict.fromkeys(generalize_layer_indices(m).rpartition("*.")[2] for m in faulty))
         yield make_finding("untrained-modules", f"B or A is 0 in all modules {names}", faulty)
     if some := [m for m in zero if m not in faulty]:
         yield make_finding("untrained-layers", f"B or A is 0 in {len(some)} of {len(updates)} modules", some)
+
+
+def list_modules_of_untrained_kinds(updates: Mapping[str, UpdateNorm]) -> list[str]:
+    """Return the modules of the kinds whose update is 0 in every layer, without those that a text does not reach."""
+    kinds: dict[str, list[str]] = defaultdict(list)
+    for module in updates:
+        kinds[generalize_layer_indices(module)].append(module)
+    whole = (m for kind in kinds.values() if all(updates[m].is_zero for m in kind) for m in kind)
+    return [module for module in whole if not _TOWERS.search(module)]
 
 
 def sum_update_norms_by_layer(updates: Mapping[str, UpdateNorm], scales: Mapping[str, float]) -> list[LayerUpdateNorm]:
