@@ -73,6 +73,7 @@ PARTS: dict[str, dict[str, str]] = {
     "slimtune.strength_searches": {
         "interpolation": "slimtune.extras.adapter_strength:search_and_set_strength_within_budget"
     },
+    "slimtune.loss_scalers": {"dynamic": "slimtune.extras.loss_scaling:compute_gradients_with_loss_scale"},
     "slimtune.chat_template_setters": {"files": "slimtune.extras.chat_templates:set_chat_template"},
     "slimtune.tool_hints": {"bases": "slimtune.extras.known_models:make_tools_hint"},
     "slimtune.chat_templates": {

@@ -6,7 +6,7 @@ from models_zoo import llama
 
 from slimtune.core.models import dtype as dtypes
 from slimtune.core.models.base_config import LoadedBaseConfig
-from slimtune.core.models.dtype import pick_device, pick_training_dtype
+from slimtune.core.models.dtype import pick_device, pick_dtype
 from slimtune.errors import UsageError
 from slimtune.methods.lora import LoraConfig
 from slimtune.planning import gpu_specs as gpus
@@ -36,7 +36,7 @@ def set_machine(monkeypatch, *, cuda=None, bf16=False, mps=False, macos14=True, 
 
 def trained(device="auto"):
     picked = pick_device(device)
-    return picked.type, pick_training_dtype("auto", picked)
+    return picked.type, pick_dtype("auto", picked)
 
 
 def planned(gpu):
@@ -87,9 +87,12 @@ def test_intel_gpus_do_not_train(monkeypatch):
         gpus.require_trainable_gpu(require_gpu_by_name("arc-b580"))
 
 
-def test_float16_is_refused_as_training_refuses_it():
-    with pytest.raises(UsageError, match="float16"):
-        PlanRequest(BASE, require_gpu_by_name("t4"), LORA, dtype="float16").job()
+def test_float16_plans_half_the_weights():
+    in_fp32, in_fp16 = (
+        estimate_resources(PlanRequest(BASE, require_gpu_by_name("t4"), LORA, seq_len=32, dtype=dtype))
+        for dtype in ("float32", "float16")
+    )
+    assert in_fp16.parts["weights"] < 0.6 * in_fp32.parts["weights"]
 
 
 @pytest.mark.parametrize(
@@ -97,7 +100,7 @@ def test_float16_is_refused_as_training_refuses_it():
     [
         (
             "t4",
-            ["float32, which takes twice the memory", "8.0 times faster (65 against 8.1 TFLOPS)", "--dtype bfloat16"],
+            ["float32, which takes twice the memory", "8.0 times faster (65 against 8.1 TFLOPS)", "--dtype float16"],
         ),
         ("v100", ["8.0 times faster", "torch for CUDA 12.6"]),
         ("gtx-1080-ti", ["twice the memory. --dtype bfloat16", "torch for CUDA 12.6"]),
@@ -113,7 +116,7 @@ def test_notes_say_what_a_default_costs(gpu, words):
 
 
 @pytest.mark.slow
-def test_advice_names_bfloat16_for_a_float32_run():
+def test_advice_names_float16_for_a_float32_run_on_a_card_without_bfloat16():
     small = GpuSpec("small", "memory", "nvidia", "turing", 1, 1, rates={"float32": 1e12, "float16": 8e12})
     changes = [a.change for a in estimate_resources(PlanRequest(BASE, small, LORA, seq_len=32)).advice]
-    assert any(change.startswith("--dtype bfloat16") for change in changes)
+    assert any(change.startswith("--dtype float16") for change in changes)

@@ -173,6 +173,8 @@ def _find_reason_against_packing(loops: Sequence[TrainingLoop]) -> str:
     for loop in loops:
         if not loop.collator.with_packed_layout:
             return "the base cannot run packed rows with a layout"
+        if loop.state.loss_scale is not None:
+            return "in float16 each run chooses its own loss scale"
         if loop.objective.task_type != "CAUSAL_LM":
             return "the objective of a run needs more than the loss of tokens"
         for name in ("compile", "mlp_tile_size", "gradient_checkpointing"):

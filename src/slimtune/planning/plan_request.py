@@ -19,7 +19,7 @@ from ..core.data.example_lengths import (
     count_tokens_per_row,
 )
 from ..core.models.base_config import LoadedBaseConfig, get_max_positions, load_base_config
-from ..core.models.dtype import pick_training_dtype
+from ..core.models.dtype import pick_dtype
 from ..core.training.loss import TOKENS_ON_CPU, TOKENS_ON_GPU
 from ..errors import UsageError
 from .fake_quantization import fake_quantize_model, resolve_quantization_kind
@@ -144,7 +144,7 @@ class PlanRequest:
         return MicroBatchWorkload(
             base_config=self.model.config,
             method=self.method,
-            dtype=pick_training_dtype(self.dtype, has_bf16=None if self.gpu.kind == "cpu" else self.gpu.bf16),
+            dtype=pick_dtype(self.dtype, has_bf16=None if self.gpu.kind == "cpu" else self.gpu.bf16),
             lengths=tuple(
                 sorted(self.lengths or (example,) * self.batch_size, key=count_tokens_with_shared_prompt, reverse=True)
             ),

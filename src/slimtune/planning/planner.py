@@ -349,7 +349,9 @@ def list_memory_saving_changes(job: MicroBatchWorkload, gpu: GpuSpec) -> list[tu
         changes.append(("--batch-size 1, and --gradient-accumulation-steps as many", one_example))
     if job.method.trains_every_weight:  # which leaves nothing to quantize
         return changes
-    if job.dtype == torch.float32:
+    if job.dtype == torch.float32 and job.device == "cuda" and not gpu.bf16 and _computes_float16_faster(gpu):
+        changes.append(("--dtype float16", partial(replace, dtype=torch.float16)))
+    elif job.dtype == torch.float32:
         emulated = "" if gpu.bf16 and job.device != "cpu" else " (slower where the device emulates it)"
         changes.append((f"--dtype bfloat16{emulated}", partial(replace, dtype=torch.bfloat16)))
     quantizations = [
@@ -396,19 +398,24 @@ def _explain_verdict(
     return reason
 
 
+def _computes_float16_faster(gpu: GpuSpec) -> bool:
+    rates = gpu.rates or {}
+    return rates.get("float16", 0) > rates.get("float32", 0)
+
+
 def describe_gpu_dtype_and_software_limits(request: PlanRequest, job: MicroBatchWorkload) -> list[str]:
     """Return what the GPU's dtypes and its software cost this run, in whole sentences."""
     gpu, notes = request.gpu, list(request.notes)
     rates = gpu.rates or {}
     if job.device == "cuda" and request.dtype == "auto" and job.dtype == torch.float32:
-        note = f"{gpu.name} has no bfloat16 units, so it trains in float32, which takes twice the memory"
-        if rates.get("float16", 0) > rates.get("float32", 0):
+        note = f"{gpu.name} has no bfloat16 units, so it trains in float32, which takes twice the memory. "
+        if _computes_float16_faster(gpu):
             fast, slow = rates["float16"], rates["float32"]
-            note += (f"; in float16 it would compute {fast / slow:.1f} times faster ({fast / 1e12:.4g} against "
-                     f"{slow / 1e12:.4g} TFLOPS), but slimtune does not train in float16")  # fmt: skip
-        notes.append(
-            f"{note}. --dtype bfloat16 halves the memory; {gpu.name} emulates it, at a speed that is not known."
-        )
+            note += (f"--dtype float16 halves the memory and computes {fast / slow:.1f} times faster "
+                     f"({fast / 1e12:.4g} against {slow / 1e12:.4g} TFLOPS); a few bases overflow in it.")  # fmt: skip
+        else:
+            note += f"--dtype bfloat16 halves the memory; {gpu.name} emulates it, at a speed that is not known."
+        notes.append(note)
     if job.dtype == torch.bfloat16 and rates and "bfloat16" not in rates:
         notes.append(f"{gpu.name} emulates bfloat16: the speed is that of float32, and may be lower.")
     if request.quantization and not gpu.quantization_is_proven:

@@ -4,7 +4,7 @@
 large. Elsewhere bfloat16 is emulated and slower than float32, so "auto" is float32. On a Mac it is bfloat16 from macOS
 14 on, whatever the chip: a GPU of an M1 or M2 emulates it.
 
-What training and planning must agree about is here (`pick_training_dtype`) and in `gpu_support.py` alone.
+What training and planning must agree about is here (`pick_dtype`) and in `gpu_support.py` alone.
 """
 
 import warnings
@@ -90,21 +90,6 @@ def pick_dtype(
     if has_bf16 is None:
         has_bf16 = _multiplies_bf16(torch.device(device))
     return torch.bfloat16 if has_bf16 else torch.float32
-
-
-def pick_training_dtype(
-    requested: str | torch.dtype = "auto", device: str | torch.device = "cpu", *, has_bf16: bool | None = None
-) -> torch.dtype:
-    """Return the dtype of the base's weights in training; arguments as for `pick_dtype`.
-
-    Raises:
-        UsageError: the name is unknown, or the dtype is float16.
-    """
-    dtype = pick_dtype(requested, device, has_bf16=has_bf16)
-    if dtype == torch.float16:
-        message = "the weights are float16, in which gradients vanish or overflow without a loss scaler"
-        raise UsageError(message, "bfloat16 or float32 for training", "--dtype bfloat16 or --dtype float32")
-    return dtype
 
 
 def _multiplies_bf16(device: torch.device) -> bool:

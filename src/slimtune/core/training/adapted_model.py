@@ -17,7 +17,7 @@ from ..config import Recipe
 from ..data.collator import Example
 from ..foundation import distributed
 from ..foundation.dtype_names import dtype_name
-from ..models.dtype import pick_training_device, pick_training_dtype
+from ..models.dtype import pick_dtype, pick_training_device
 from ..models.lm_head import get_classifier_head
 from ..models.loader import LoadedBase
 from .base_model import LoadBase, require_finite_weights
@@ -42,7 +42,7 @@ def load_base_and_adapted_model(
         force: take a base whose weights contain NaN or Inf.
     """
     device = pick_training_device(recipe.model.device)
-    dtype = pick_training_dtype(recipe.model.dtype, device)
+    dtype = pick_dtype(recipe.model.dtype, device)
     shard = recipe.train.fsdp and distributed.world_size() > 1
     mesh = init_device_mesh(device.type, (distributed.world_size(),)) if shard else None
     place: dict[str, Any] = {"device": "cpu" if shard else str(device), "dtype": dtype_name(dtype)}

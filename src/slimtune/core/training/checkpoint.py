@@ -37,6 +37,7 @@ CHECKSUMS_FILE = "checksums.json"
 METHOD_FILE = "method.safetensors"
 STATE_FILE = "training_state.json"
 PREFIX = "checkpoint-"
+INITIAL_LOSS_SCALE = 2.0**14
 REQUIRED_FILES = frozenset({
     "adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors", "optimizer.json", "rng.safetensors",
     "rng.json", STATE_FILE,
@@ -63,6 +64,8 @@ class TrainingState:
         skipped_steps: steps without an update of the weights, because their loss or gradient was NaN or Inf.
         unlogged_loss: summed training losses since they were logged; of the last checkpoint.
         unlogged_steps: how many these are.
+        loss_scale: factor on the gradients of a float16 run; None: there is none.
+        steps_at_loss_scale: steps since the scale was changed.
         threads: torch's threads on a CPU, of the last checkpoint: the bits of a step depend on them.
     """
 
@@ -81,6 +84,8 @@ class TrainingState:
     forgetting: list[tuple[int, float]] = field(default_factory=list)
     unlogged_loss: float = 0.0
     unlogged_steps: int = 0
+    loss_scale: float | None = None
+    steps_at_loss_scale: int = 0
     threads: int | None = None
 
     @property

@@ -164,6 +164,7 @@ def forward_backward(
     num_items: Any = None,
     micro_batch_weights: Sequence[float] | None = None,
     add_regularization: bool = True,
+    loss_scale: float = 1.0,
 ) -> Tensor:
     """Run the forward and backward passes of one optimizer step; return the step's loss, detached.
 
@@ -174,6 +175,7 @@ def forward_backward(
         num_items: its `count_items` of the whole step; cross-entropy counts the targets of the batches by default.
         micro_batch_weights: 1 for each micro-batch whose loss counts, 0 for one that is only run; None: all count.
         add_regularization: add the method's regularization loss, which one process of a run does.
+        loss_scale: factor on the gradients; the returned loss is without it.
     """
     if num_items is None:
         num_items = max(1, sum(len(b["targets"]) for b in micro_batches))
@@ -186,7 +188,7 @@ def forward_backward(
             penalty = model.regularization_loss()
             loss = loss if penalty is None else loss + penalty
             del penalty
-        loss.backward()
+        (loss if loss_scale == 1 else loss * loss_scale).backward()
         total += loss.detach()
         # Free this micro-batch before the next one is computed: functions of its graph keep the attention masks, too.
         del loss

@@ -23,7 +23,7 @@ from ..data.row_observer import RowFindingsSummary
 from ..foundation import distributed
 from ..foundation.files import to_json, write_atomic, write_json
 from . import checkpoint
-from .checkpoint import TrainingState
+from .checkpoint import INITIAL_LOSS_SCALE, TrainingState
 from .fingerprint_checks import FINGERPRINT_CHECKS, TrainingFingerprint
 from .forgetting_budget import get_forgetting_budget
 from .optimizer import build_optimizer
@@ -113,7 +113,8 @@ def initialize_or_resume_run_in_place(prepared: PreparedRun, resume: bool) -> No
     settings, run = prepared.settings, prepared.run
     max_steps = settings.count_steps(len(prepared.data.train))
     budget = get_forgetting_budget(prepared.recipe) if prepared.general_rows else None
-    prepared.state = TrainingState(max_steps, forgetting_budget=budget)
+    loss_scale = INITIAL_LOSS_SCALE if prepared.base.dtype == torch.float16 else None
+    prepared.state = TrainingState(max_steps, forgetting_budget=budget, loss_scale=loss_scale)
     prepared.recovery.save_before_exit = lambda: checkpoint.describe_newest_checkpoint(run)
     random.seed(settings.seed)
     np.random.seed(settings.seed)

@@ -30,6 +30,7 @@ from ..attention.attention_functions import using_packed_attention
 from ..data.collator import Example
 from ..foundation import distributed
 from ..foundation.files import to_json, translate_os_errors, write_atomic
+from ..foundation.registry import Registry
 from ..kernels.dropout import preserve_rng_state
 from . import checkpoint, nonfinite
 from .forgetting_budget import group_row_numbers_by_kind, max_loss_increase
@@ -39,6 +40,8 @@ from .prepared_run import PreparedRun
 from .thread_count import ContinuousThreadCountTuner
 from .validation_scores import score_across_processes
 
+LOSS_SCALERS: Registry[Any] = Registry("slimtune.loss_scalers", "loss scaler")
+"""Functions that compute a step's gradients in float16, from the loop and the rows (extras/loss_scaling.py)."""
 REPEATED_CTRL_C_SECONDS = 2.0
 """A second Ctrl-C within this time is torchrun passing on the first, which the terminal had sent to every process."""
 MAX_SKIPPED_IN_A_ROW = 10
@@ -231,6 +234,7 @@ class TrainingLoop:
             return
         single = len(lines) < len(rows)  # otherwise the weights are what is wrong
         hint = f"start again with a learning rate below {self.settings.learning_rate:g}"
+        hint += "" if self.state.loss_scale is None else ", or with --dtype float32: float16 ends at 65,504"
         hint += ", or without these rows" if single else ""
         if newest := checkpoint.list_checkpoints(self.run_dir.checkpoints)[-1:]:
             hint += f"; {newest[0].name} is from before"
@@ -239,7 +243,14 @@ class TrainingLoop:
         raise RunError(found, "finite losses and gradients", hint)
 
     def compute_gradients(self, rows: Sequence[Example]) -> StepGradientStats:
-        """Compute and clip a step's gradients."""
+        """Compute and clip a step's gradients; in float16 by a part that chooses the loss scale."""
+        if self.state.loss_scale is None:
+            return self.compute_gradients_at_loss_scale(rows)
+        stats: StepGradientStats = LOSS_SCALERS.load("dynamic")(self, rows)
+        return stats
+
+    def compute_gradients_at_loss_scale(self, rows: Sequence[Example]) -> StepGradientStats:
+        """Compute and clip a step's gradients; the backward passes multiply the loss by the state's loss scale."""
         rows = self.objective.prepare_step(rows, self.prepared.score_rows)
         alone, num_items = self.processes == 1, self.objective.count_items(rows)
 
@@ -259,6 +270,7 @@ class TrainingLoop:
                     num_items=num_items,
                     micro_batch_weights=part["weights"],
                     add_regularization=distributed.is_main_process(),
+                    loss_scale=self.state.loss_scale or 1.0,
                 )
             # One process can repeat the clipping with the rest; several have exchanged their gradients by then.
             return loss, self.clip_gradients() if alone else None, part["tokens"], part["targets"]
@@ -278,6 +290,8 @@ class TrainingLoop:
     def clip_gradients(self) -> Tensor:
         """Clip the gradients of the model to the largest norm of the settings; return the norm they had."""
         parameters = [p for p in self.model.parameters() if p.grad is not None]
+        if self.state.loss_scale is not None:
+            torch._foreach_div_([p.grad for p in parameters], self.state.loss_scale)
         # Measured before anything clips: `train_step` finds NaN and Inf in it, which clipping by value would hide.
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         torch.nn.utils.clip_grads_with_norm_(parameters, self.settings.max_grad_norm or math.inf, norm)
