@@ -43,6 +43,7 @@ from ..export_support import get_export_support_flags, split_low_rank_and_other_
 from ..exporter import export
 from ..manifest import EXPORT_MANIFEST
 from ..merge import load_run_for_export, merge, set_unrounded_embedding_scales
+from ..mlx import collect_mlx_lora_pairs
 from ..vllm import list_unfixable_and_convertible_vllm_refusals, write_plain_lora_files
 from .adapter_mends import MENDS, AdapterContents, RepairAnswers
 from .repair_result import AppliedMend, RepairResult, WrittenForm
@@ -59,6 +60,7 @@ _BY_EXPORT = (Mend.FOLD_START, Mend.MERGE, Mend.CARRY_TOKENIZER)
 class MendedAdapter(NamedTuple):
     """An adapter folder whose findings are mended, and its check."""
 
+    source: Path
     folder: Path
     mended: list[AppliedMend]
     check: FileCheck
@@ -178,7 +180,7 @@ def mend_adapter(
         if not pending:
             break
     _refuse_faults_left(path, check)
-    return MendedAdapter(place, mended, check)
+    return MendedAdapter(path, place, mended, check)
 
 
 def _resolve_base_name(spec: str) -> str:
@@ -223,6 +225,8 @@ def _list_reasons_to_merge(mended: MendedAdapter, engine: str) -> list[str]:
             )
         if mended.has("tied-head"):
             reasons.append("a GGUF has one weight for head and embedding, and the adapter changes one of them")
+    elif engine == "mlx":
+        reasons += collect_mlx_lora_pairs(model)[1]
     elif engine == "ollama":
         reasons.append("Ollama from 0.34.1 on creates no model from an adapter")
     if reasons and not get_export_support_flags(model).merged:
@@ -269,7 +273,10 @@ def _write_for_engine(
         commands, notes = [shlex.join(["vllm", "serve", str(out)])] if engine == "vllm" else [], list[str]()
     else:
         options = {"merged": True} if merged and engine != "ollama" else {}
-        result = export(run, EXPORT_TARGETS[engine], out, options, threads=threads, log=log)
+        result = export(
+            run, EXPORT_TARGETS[engine], out, options, threads=threads,
+            log=lambda text: log(text.replace(str(run), str(mended.source))),
+        )  # fmt: skip
         proof, commands, notes = result.check, result.commands, result.notes
     kept = out / MENDED_FOLDER
     shutil.copytree(run, kept)
