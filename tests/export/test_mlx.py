@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers as tf
 from hand_run import save_adapter_of
+from mlx_bases import FAMILIES, save_base
 from safetensors.torch import load_file, save_file
 
 import slimtune
@@ -18,20 +18,6 @@ from slimtune.extras.mlx_names import add_fields_mlx_lm_reads, select_layers_and
 from slimtune.generation.mlx_engine import is_mlx_lm_installed
 
 needs_mlx = pytest.mark.skipif(not is_mlx_lm_installed(), reason="mlx-lm is not installed")
-SIZES = {
-    "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2,
-    "pad_token_id": 0,
-}  # fmt: skip
-LAYERS = ["sliding_attention", "full_attention"] * 2
-FAMILIES = {
-    "llama": {"rope_parameters": {"rope_type": "default", "rope_theta": 50_000.0}},
-    "qwen2": {"tie_word_embeddings": True},
-    "qwen3": {},
-    "gemma3_text": {"sliding_window": 16, "layer_types": LAYERS, "query_pre_attn_scalar": 16},
-    "mistral": {"sliding_window": None},
-    "phi3": {"tie_word_embeddings": False, "original_max_position_embeddings": 256},
-}
 LORA = {"r": 4, "lora_alpha": 12, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 
@@ -42,16 +28,7 @@ def make_base(tmp_path_factory, tiny_tokenizer):
 
     def make(family: str) -> Path:
         if family not in made:
-            made[family] = folder = tmp_path_factory.mktemp(family)
-            torch.manual_seed(0)
-            config = tf.AutoConfig.for_model(family, **{**SIZES, **FAMILIES[family]})
-            model = tf.AutoModelForCausalLM.from_config(config)
-            with torch.no_grad():
-                for parameter in model.parameters():  # as large as trained ones, so that positions matter
-                    if parameter.dim() > 1:
-                        parameter.normal_(std=1.2 / parameter.shape[-1] ** 0.5)
-            model.save_pretrained(folder)
-            tiny_tokenizer().save_pretrained(folder)
+            made[family] = save_base(family, tmp_path_factory.mktemp(family), tiny_tokenizer())
         return made[family]
 
     return make

@@ -37,7 +37,26 @@ from ..diagnostics.knowledge import infer_error_code
 from ..errors import RunError, SlimtuneError, UsageError, exception_chain, format_install_command, is_out_of_memory
 
 Json = Annotated[bool, Option("--json", help="Print one JSON object on stdout; all else goes to stderr.")]
-Run = Annotated[Path, Argument(metavar="RUN", help="A run folder, or an adapter folder.", show_default=False)]
+
+
+def read_adapter_of_mlx_lm(path: Path | None) -> Path | None:
+    """Return a run or adapter folder as it is; of an adapter of mlx-lm, the folder in the cache with PEFT's files."""
+    if path is None or not (path / "adapters.safetensors").is_file() or (path / "adapter_model.safetensors").exists():
+        return path
+    from ..extras.mlx_adapter import get_or_make_peft_folder
+
+    return get_or_make_peft_folder(path, log=print_progress)
+
+
+Run = Annotated[
+    Path,
+    Argument(
+        metavar="RUN",
+        help="A run folder, or an adapter folder.",
+        show_default=False,
+        callback=read_adapter_of_mlx_lm,
+    ),
+]
 Device = Annotated[str | None, Option(help="Device to run on: auto, cpu, cuda, cuda:N or mps. Default: the run's.")]
 ERROR, WARNING, GOOD = "bold red3", "dark_orange3", "green4"
 """Colors that can be read on white and on black; a terminal's own yellow and green cannot."""

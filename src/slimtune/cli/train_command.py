@@ -12,7 +12,15 @@ from typer import Exit, Option
 from ..core.foundation.formatting import format_bytes, format_count, format_duration
 from ..errors import ModelError, RunError, UsageError
 from ..extras.accepted_changes import parse_accepted_parts
-from .common import WARNING, Json, make_console, make_error_console, print_fields, print_progress
+from .common import (
+    WARNING,
+    Json,
+    make_console,
+    make_error_console,
+    print_fields,
+    print_progress,
+    read_adapter_of_mlx_lm,
+)
 from .input_checks import list_missing_base_and_data_errors
 from .options import add_recipe_flags
 from .planned_jobs import JOB, find_recipe_file
@@ -36,7 +44,13 @@ def train_run(
     ] = None,
     resume: Annotated[bool, Option("--resume", help="Continue the run in --out from its last checkpoint.")] = False,
     init_adapter: Annotated[
-        Path | None, Option("--init-adapter", metavar="ADAPTER", help="Start from this adapter's weights.")
+        Path | None,
+        Option(
+            "--init-adapter",
+            metavar="ADAPTER",
+            help="Start from this adapter's weights.",
+            callback=read_adapter_of_mlx_lm,
+        ),
     ] = None,
     accept_changed: Annotated[
         str | None,

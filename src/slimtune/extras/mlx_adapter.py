@@ -32,6 +32,7 @@ from ..errors import AdapterError, SlimtuneError, format_names
 from .gguf_loading import get_slimtune_cache_root
 from .mlx_names import ADAPTER_FILE, CONFIG_FILE, to_transformers_module_name
 
+MAX_CONFIG_BYTES = 16 << 20
 _LEAVES = {"lora_a": 2, "lora_b": 2, "m": 1}
 """Names of an adapter's tensors, and their dimensions."""
 _EMBEDDINGS = ("embed_tokens", "wte", "tok_embeddings", "embedding", "embeddings", "word_embeddings")
@@ -74,6 +75,8 @@ def read_mlx_adapter(folder: Path) -> MlxAdapter:
         if not each.exists():
             raise AdapterError(f"{folder} has no {each.name}", "the two files that mlx_lm.lora writes")
         refuse_non_regular_file(each)
+    if (size := config_file.stat().st_size) > MAX_CONFIG_BYTES:
+        raise AdapterError(f"{config_file} has {size:,} bytes", f"at most {MAX_CONFIG_BYTES:,}")
     config = read_json_object(config_file, error_class=AdapterError)
     kind = config.get("fine_tune_type", "lora")
     if kind not in ("lora", "dora"):
@@ -191,12 +194,26 @@ def _find_whether_base_ties_head(base: str | None) -> bool:
     return config is not None and bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
 
 
+def _refuse_base_quantized_by_mlx(base: Path, folder: Path) -> None:
+    """Raise AdapterError if a base's weights are packed as only MLX reads them."""
+    config = base / "config.json"
+    quantization = read_json_object(config).get("quantization") if config.is_file() else None
+    if isinstance(quantization, dict):
+        raise AdapterError(
+            f"the adapter {folder} names the base {base}, which MLX has quantized to {quantization.get('bits')} bits: "
+            "transformers does not read it",
+            "the base in 16 bits, beside which log-probabilities differ by its rounding",
+            f'name that one as "model" in {folder / CONFIG_FILE} (slimtune check: --base)',
+        )
+
+
 def get_or_make_peft_folder(folder: Path, base: str | None = None, log: Callable[[str], None] = lambda _: None) -> Path:
     """Return a folder in the cache with an adapter of mlx-lm as PEFT's files, made once for each content and base."""
     adapter = read_mlx_adapter(folder)
     named = base or adapter.base
     if named is not None and (Path(named).expanduser().exists() or base is not None):
         named = resolve_model_source(named).spec
+        _refuse_base_quantized_by_mlx(Path(named), folder)
     digest = hashlib.sha256(str(named).encode())
     for name in (ADAPTER_FILE, CONFIG_FILE):
         digest.update((folder / name).read_bytes())

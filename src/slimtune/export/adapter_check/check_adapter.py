@@ -19,6 +19,7 @@ from ...core.models.loader import get_auto_class, load_tokenizer
 from ...core.models.model_source import resolve_model_source
 from ...core.training.run_dir import RunDir
 from ...errors import AdapterError, ModelError, SlimtuneError, TargetError, format_names
+from ...extras.mlx_adapter import get_or_make_peft_folder, is_mlx_adapter
 from . import base_findings, tensor_findings
 from .adapter_findings import AdapterCheckResult, AdapterFinding, make_finding
 from .check_engine import ServedPlace, check_served_adapter
@@ -61,24 +62,27 @@ def check_adapter(
         place: where it is served.
         log: gets progress messages.
     """
-    checked = check_file(path, base)
+    checked = check_file(path, base, log)
     if place is None:
         return checked.result
     return check_served_adapter(checked.result, checked.adapter, checked.placement, place, log)
 
 
-def check_file(path: Path, base: str | None = None) -> FileCheck:
+def check_file(path: Path, base: str | None = None, log: Callable[[str], None] = lambda _: None) -> FileCheck:
     """Check an adapter's file, alone and against its base's config, tokenizer and template; load no weights.
 
     Args:
-        path: an adapter folder of any trainer that writes PEFT's files, or a run folder.
+        path: an adapter folder of any trainer that writes PEFT's files, or of mlx-lm, or a run folder.
         base: the base; None: the one that the adapter or the run names, if it is at hand.
+        log: gets progress messages.
 
     Raises:
         UsageError: there is no such adapter, or `base` is no base.
         AdapterError: a file is damaged, a pickle, or of another format.
     """
-    started = time.monotonic()
+    started, given = time.monotonic(), path
+    if is_mlx_adapter(path):
+        path = get_or_make_peft_folder(path, base, log)
     adapter = open_foreign_adapter(path)
     findings, not_proven = list(tensor_findings.find_shape_faults(adapter)), []
     config, config_findings, reasons = _read_config(adapter)
@@ -108,7 +112,7 @@ def check_file(path: Path, base: str | None = None) -> FileCheck:
         not_proven.append(f"whether the training changed it: that is only known of a LoRA, and this is {config.name}")
     findings.sort(key=lambda finding: finding.severity)
     result = AdapterCheckResult(
-        adapter=str(adapter.folder),
+        adapter=str(given if path != given else adapter.folder),
         base=spec,
         method=config.name if config is not None else str(adapter.config.get("peft_type") or "unknown").lower(),
         tensors=len(adapter.tensors),

@@ -96,7 +96,7 @@ def _refuse_other_formats(folder: Path) -> None:
         raise AdapterError(
             f"{folder} is an adapter of mlx-lm: {MLX_FILE} has transposed matrices and MLX's names",
             f"PEFT's {WEIGHTS_FILE}",
-            "convert it first; mlx-lm's adapters are not read yet",
+            "slimtune.extras.mlx_adapter.convert_mlx_adapter_to_peft writes it",
         )
     if pickles := [name for name in PICKLES if (folder / name).exists()]:
         raise AdapterError(
