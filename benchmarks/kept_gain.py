@@ -6,8 +6,9 @@
 A run is of one data set and one objective; `export/kept_gain.py` says what is measured. Each result is a JSON line, and
 a result that the file has is not measured again. A way is a function in `WAYS`:
 
-    merged    base and adapter as one model, rounded by llama.cpp's quantizer: today's way
-    imatrix   the same, errors weighted by the inputs that the run's rows give
+    rows      base and adapter as one model, rounded with the run's rows: `export`
+    merged    rounded by llama.cpp's quantizer alone: `export --no-round-with-rows`
+    imatrix   the same, errors weighted by the inputs that the run's rows give: `export --imatrix`
     beside    the base rounded, the adapter beside it in f32: two files
 """
 
@@ -31,11 +32,21 @@ from slimtune.export.llama_cpp_scorer import LlamaCppScorer
 from slimtune.export.merge import (
     load_run_for_export,
     measure_input_importances,
+    record_inputs_for_few_bits,
     write_base_gguf,
     write_merged_gguf,
 )
 
 Files = tuple[Path, Path | None]  # a model, and an adapter beside it
+
+
+def write_merged_with_rows(loaded: TrainedModel, run: Path, folder: Path, precision: str) -> Files:
+    inputs = record_inputs_for_few_bits(loaded)
+    if isinstance(inputs, str):
+        raise SystemExit(f"{run}: {inputs}")
+    rounded = write_merged_gguf(loaded, run, folder / "rows.gguf", precision, inputs=inputs)
+    print(f"{len(rounded)} matrices rounded with rows")
+    return folder / "rows.gguf", None
 
 
 def write_merged(loaded: TrainedModel, run: Path, folder: Path, precision: str) -> Files:
@@ -55,6 +66,7 @@ def write_beside(loaded: TrainedModel, run: Path, folder: Path, precision: str) 
 
 
 WAYS: dict[str, Callable[[TrainedModel, Path, Path, str], Files]] = {
+    "rows": write_merged_with_rows,
     "merged": write_merged,
     "imatrix": write_merged_with_imatrix,
     "beside": write_beside,

@@ -24,7 +24,7 @@ from slimtune.export.exporter import export
 from slimtune.export.manifest import read_export_manifest
 from slimtune.export.verify import verify
 
-pytest.importorskip("gguf")
+gguf = pytest.importorskip("gguf")
 pytest.importorskip("llama_cpp_py_sync")
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="xllamacpp is not installed")
 
@@ -92,6 +92,34 @@ def test_too_small_a_share_is_refused_with_the_ways_out_and_nothing_is_left(runs
     assert taken.check.passed is True
     assert taken.check.kept_gain.share < 1
     assert verify(tmp_path / "out", threads=1).passed, "what was accepted at export"
+
+
+def test_few_bits_are_rounded_with_the_runs_rows_unless_it_is_left_out(runs, tmp_path):
+    """`--no-round-with-rows` gives llama.cpp's bytes; by default only the matrices of the layers differ from these."""
+    tensors, facts = {}, {}
+    for way, rows in (("default", None), ("asked", True), ("left out", False)):
+        found = export(
+            runs["run"], "gguf", tmp_path / way, {"merged": True, "precision": "Q4_0", "round_with_rows": rows},
+            verify=False,
+        )  # fmt: skip
+        tensors[way] = {t.name: t.data for t in gguf.GGUFReader(tmp_path / way / "model.gguf").tensors}
+        facts[way] = found.facts["matrices_rounded_with_rows"]
+    assert facts == {"default": 14, "asked": 14, "left out": 0}
+    assert all(np.array_equal(tensors["default"][name], data) for name, data in tensors["asked"].items())
+    changed = {name for name, data in tensors["left out"].items() if not np.array_equal(tensors["default"][name], data)}
+    assert len(changed) == 14
+    assert all(name.startswith("blk.") for name in changed)
+
+
+def test_rounding_with_rows_is_refused_where_there_are_none(runs, tmp_path):
+    for run, options in (
+        (runs["adapter"], {"precision": "Q4_0"}),
+        (runs["run"], {"precision": "q8_0"}),
+        (runs["run"], {"precision": "Q4_0", "imatrix": True}),
+    ):
+        with pytest.raises(UsageError, match="round-with-rows"):
+            to_gguf(run, tmp_path / "out", round_with_rows=True, **options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_rows_that_the_run_set_aside_are_held_out(runs, tmp_path):

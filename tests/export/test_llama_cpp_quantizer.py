@@ -20,6 +20,7 @@ import slimtune
 from slimtune.errors import ModelError, UsageError
 from slimtune.export import expected_logps, llama_cpp_tools
 from slimtune.export.exporter import export
+from slimtune.export.gguf_rounding import round_gguf_with_inputs
 from slimtune.export.llama_cpp_tools import (
     QUANTIZED_PRECISIONS,
     quantize_gguf,
@@ -163,6 +164,25 @@ def test_importances_lower_the_weighted_error(f32_files, tmp_path):
         rounded = gguf.dequantize(tensors[name].data, tensors[name].tensor_type)
         errors.append((weights * (values - rounded) ** 2).sum())
     assert errors[1] < 0.95 * errors[0]
+
+
+@pytest.mark.parametrize("precision", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "IQ4_XS", "Q4_K_M", "Q5_K_M", "Q6_K"])
+def test_rounding_with_inputs_lowers_the_error_of_the_outputs(precision, f32_files, tmp_path):
+    source, file, name = f32_files["llama"], tmp_path / "q.gguf", "blk.0.ffn_down.weight"
+    quantize_gguf(source, file, precision)
+    before = {n: np.array(t.data) for n, t in read_tensors(file).items()}
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(600, 8, generator=generator) @ torch.randn(8, 512, generator=generator)
+    inputs += 0.1 * torch.randn(600, 512, generator=generator)
+    few = torch.rand(8, 256)
+    assert round_gguf_with_inputs(file, source, {name: inputs, "blk.0.ffn_up.weight": few}) == [name]
+    after, exact = read_tensors(file), torch.from_numpy(np.array(read_tensors(source)[name].data))
+    assert [n for n, t in after.items() if not np.array_equal(t.data, before[n])] == [name]
+    errors = []
+    for data in (before[name], after[name].data):
+        rounded = torch.from_numpy(gguf.dequantize(data, after[name].tensor_type))
+        errors.append(((rounded - exact) @ inputs.t()).square().sum().item())
+    assert errors[1] < 0.5 * errors[0]
 
 
 @pytest.fixture

@@ -39,6 +39,10 @@ PRECISION = make_flag_metadata(
 IMATRIX = make_flag_metadata(
     "Weigh the errors of few bits by the inputs that the run's rows give each matrix.", "--imatrix"
 )
+ROUND_WITH_ROWS = make_flag_metadata(
+    "Round to few bits with the run's rows; by default below a billion parameters.",
+    "--round-with-rows/--no-round-with-rows",
+)
 
 DEFAULT_MIN_KEPT = 0.9
 
@@ -83,6 +87,8 @@ class GgufExportFacts:
     """Least share of the held-out gain that may be left; of a model in few bits."""
     importance_matrices: int | None = field(default=None, metadata=OMIT_NONE)
     """Matrices rounded with errors weighted by their inputs on the run's rows; absent without --imatrix."""
+    matrices_rounded_with_rows: int | None = field(default=None, metadata=OMIT_NONE)
+    """Matrices rounded so that their outputs on the run's rows change little; absent outside few bits."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +108,7 @@ class GgufFormat(ExportFormat):
     merged: bool | None = field(default=None, metadata=MERGED)
     precision: str | None = field(default=None, metadata=PRECISION)
     imatrix: bool | None = field(default=None, metadata=IMATRIX)
+    round_with_rows: bool | None = field(default=None, metadata=ROUND_WITH_ROWS)
     min_kept: float | None = field(default=None, metadata=MIN_KEPT)
     convert_to_lora: float | None = field(default=None, metadata=CONVERT_TO_LORA)
 
@@ -109,9 +116,13 @@ class GgufFormat(ExportFormat):
         """Return the format with the precision as files have it; UsageError for impossible options."""
         from .llama_cpp_tools import PRECISIONS, resolve_gguf_precision
 
-        if self.imatrix and (not self.merged or (self.precision or "f16").lower() in PRECISIONS):
-            expected = "--merged, and a precision that llama.cpp's quantizer makes, such as --precision Q4_K_M"
-            raise UsageError("--imatrix without rounding to few bits", expected)
+        for name in ("imatrix", "round_with_rows"):
+            if getattr(self, name) and (not self.merged or (self.precision or "f16").lower() in PRECISIONS):
+                expected = "--merged, and a precision that llama.cpp's quantizer makes, such as --precision Q4_K_M"
+                raise UsageError(f"--{name.replace('_', '-')} without rounding to few bits", expected)
+        if self.imatrix and self.round_with_rows:
+            expected = "one of them: --imatrix takes llama.cpp's own rounding"
+            raise UsageError("--imatrix and --round-with-rows together", expected)
         if self.min_kept is not None:
             _parse_share(self.min_kept)
             if not self.merged or (self.precision or "f16").lower() in UNROUNDED:
@@ -138,16 +149,25 @@ class GgufFormat(ExportFormat):
         """Write adapter.gguf or model.gguf."""
         from .adapter_file_check import require_trained_adapter_in_gguf
         from .gguf import write_adapter_gguf
-        from .llama_cpp_tools import describe_fallback_types
-        from .merge import measure_input_importances, write_merged_gguf
+        from .llama_cpp_tools import PRECISIONS, describe_fallback_types
+        from .merge import measure_input_importances, record_inputs_for_few_bits, write_merged_gguf
 
         model: Any = job.loaded.model
         if self.merged:
             file, precision = job.folder / MODEL_GGUF, self.precision or "f16"
             importances = measure_input_importances(job.loaded, job.run) if self.imatrix else None
-            write_merged_gguf(job.loaded, job.run, file, precision, importances)
+            inputs: Any = "it was left out"
+            if precision not in PRECISIONS and not self.imatrix and self.round_with_rows is not False:
+                inputs = record_inputs_for_few_bits(job.loaded)
+            if self.round_with_rows and isinstance(inputs, str):
+                raise UsageError(f"--round-with-rows: {inputs}", hint="leave it out")
+            rounded = write_merged_gguf(
+                job.loaded, job.run, file, precision, importances, None if isinstance(inputs, str) else inputs
+            )
             chat = shlex.join(["llama-cli", "-m", str(job.final_path / MODEL_GGUF)])
             notes = [note] if (note := describe_fallback_types(file, precision)) else []
+            if precision not in PRECISIONS:
+                notes += [_describe_rounding(rounded, inputs, is_weighted=bool(self.imatrix))]
             commands = [chat, *_list_serve_commands(model, job.run)]
             matrices = len(importances) if importances is not None else None
             least = DEFAULT_MIN_KEPT if self.min_kept is None else self.min_kept
@@ -155,6 +175,7 @@ class GgufFormat(ExportFormat):
                 precision=precision,
                 min_kept=None if precision in UNROUNDED else least,
                 importance_matrices=matrices,
+                matrices_rounded_with_rows=None if precision in PRECISIONS else len(rounded),
             )
             return WrittenExport(facts, commands, notes)
         adapter, conversion = model.active_adapters[0], None
@@ -228,7 +249,10 @@ class GgufFormat(ExportFormat):
         )
         if self.precision == "q8_0":
             more = shlex.join([*export, self.kind, "--merged"])
-        return f"the adapter beside its base: {beside}; more bits: {more}; or take it as it is: --min-kept 0"
+        ways = [f"the adapter beside its base: {beside}", f"more bits: {more}"]
+        if self.imatrix or self.round_with_rows is False:
+            ways.insert(0, "rounding with the run's rows: --round-with-rows, and no --imatrix")
+        return f"{'; '.join(ways)}; or take it as it is: --min-kept 0"
 
     def hint_if_different(self) -> str:
         """Return what to do if llama.cpp differs from the trained adapter."""
@@ -251,6 +275,16 @@ class GgufFormat(ExportFormat):
                     f"{file} is damaged: {type(e).__name__}", "a complete GGUF file", "export again"
                 ) from e
         return f"{folder.resolve().name} as GGUF"
+
+
+def _describe_rounding(rounded: list[str], inputs: Any, *, is_weighted: bool) -> str:
+    """Return which way a model was rounded to few bits; `inputs` may say why there are none."""
+    if rounded:
+        return f"{len(rounded)} matrices were rounded with the run's rows: see `Fewer bits` in docs/export.md"
+    if is_weighted:
+        return "rounded by llama.cpp, its errors weighted by the inputs that the run's rows give"
+    reason = inputs if isinstance(inputs, str) else "no matrix has enough inputs on the run's rows"
+    return f"rounded by llama.cpp without the run's rows: {reason}"
 
 
 def _list_serve_commands(model: Any, run: Path) -> list[str]:

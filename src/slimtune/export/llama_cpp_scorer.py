@@ -5,7 +5,6 @@ minutes. The library gives the logits of every position of a pass. It runs in a 
 ends the process where an assertion fails. Parent and worker exchange a line of JSON for each text.
 """
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -18,15 +17,10 @@ from typing import Any
 import numpy as np
 
 from ..errors import RunError
-from .llama_cpp_tools import QUANTIZER_PACKAGE, LlamaCppToolFailedError
+from .llama_cpp_tools import LlamaCppToolFailedError
 
 PASS_TOKENS = 512
 """Of a text that are computed together; so the logits of at most as many positions are in memory."""
-
-
-def is_llama_cpp_library_installed() -> bool:
-    """Return whether the package that brings llama.cpp's library is installed."""
-    return importlib.util.find_spec(QUANTIZER_PACKAGE) is not None
 
 
 class LlamaCppScorer:

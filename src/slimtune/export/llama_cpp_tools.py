@@ -58,6 +58,11 @@ def require_gguf_converter() -> str:
 # --- quantizer -------------------------------------------------------------------------------------------------------
 
 
+def is_llama_cpp_library_installed() -> bool:
+    """Return whether the package that brings llama.cpp's library is installed."""
+    return importlib.util.find_spec(QUANTIZER_PACKAGE) is not None
+
+
 def resolve_gguf_precision(precision: str) -> str:
     """Return a precision as files have it: `f16`, `Q4_K_M`; UsageError if no GGUF is written in it.
 
@@ -68,7 +73,7 @@ def resolve_gguf_precision(precision: str) -> str:
     if (name := precision.upper()) not in QUANTIZED_PRECISIONS:
         known = [*PRECISIONS, *reversed(QUANTIZED_PRECISIONS)]
         raise UsageError(f"a GGUF in {precision!r}{suggest(name, known)}", f"one of {format_names(known)}")
-    if importlib.util.find_spec(QUANTIZER_PACKAGE) is None:
+    if not is_llama_cpp_library_installed():
         hint = f"{format_install_command('export-check')}; or --precision q8_0, which slimtune writes itself"
         _require_tool_path(QUANTIZER, f"makes {name}", hint)
     return name
@@ -91,7 +96,7 @@ def quantize_gguf(
         RunError: it failed.
     """
     precision = resolve_gguf_precision(precision)
-    if importlib.util.find_spec(QUANTIZER_PACKAGE) is None:
+    if not is_llama_cpp_library_installed():
         if importances:
             raise ModelError(
                 "weighting errors by importance needs the package llama-cpp-py-sync",

@@ -37,7 +37,7 @@ from ..core.models.loader import load_base
 from ..core.models.quantization import get_stored_quantization, remove_quantization_config
 from ..core.training.run_dir import ADAPTER_FILE, RunDir, find_adapter_folder
 from ..core.training.trained_model import TrainedModel, load_run
-from ..errors import AdapterError, RunError, UsageError
+from ..errors import AdapterError, RunError, UsageError, format_install_command
 from ..evaluation.run_results import RunResults
 from ..extras.model_card import render_model_card
 from ..extras.training_fingerprint import mark_as_compared
@@ -48,7 +48,8 @@ from . import gguf, llama_cpp_tools
 from .expected_logps import AdapterReference, get_loosest_tolerance, make_fixed_and_held_out_reference_texts
 from .export_format import MERGED_FOLDER
 from .export_results import MergeComparison, MergedExportFacts, MergeResult
-from .gptq_rounding import record_linear_layer_inputs
+from .gguf_rounding import round_gguf_with_inputs
+from .gptq_rounding import FEW_BIT_INPUTS, FEW_BIT_ROWS, record_linear_layer_inputs
 from .manifest import write_export_manifest
 from .merged_weights import LazyMergedStateDict, round_merged_weight, save_merged_weights
 from .served_base import read_gguf_majority_precision
@@ -293,14 +294,29 @@ def set_unrounded_embedding_scales(model: Any) -> None:
 
 
 def write_merged_gguf(
-    loaded: TrainedModel, run: Path, file: Path, precision: str, importances: Mapping[str, Any] | None = None
-) -> None:
+    loaded: TrainedModel,
+    run: Path,
+    file: Path,
+    precision: str,
+    importances: Mapping[str, Any] | None = None,
+    inputs: Mapping[str, Tensor] | None = None,
+) -> list[str]:
     """Write base and adapter as one GGUF; the loaded model is unchanged afterwards.
 
-    `importances` of inputs weight the errors of llama.cpp's quantizer, as for `quantize_gguf`.
+    Args:
+        loaded: base and adapter.
+        run: for messages.
+        file: to write.
+        precision: of its weights.
+        importances: of inputs: they weight the errors of llama.cpp's quantizer, as for `quantize_gguf`.
+        inputs: of matrices, `(n, in)`, by the tensor's name: these are rounded as `round_gguf_with_inputs` does.
+
+    Returns:
+        the names of the matrices that were rounded with inputs.
     """
-    with _writing_unquantized(loaded, file, precision, importances) as (whole, written):
+    with _writing_unquantized(loaded, file, precision, importances, inputs) as (whole, written, rounded):
         _write_unquantized_merged_gguf(loaded, run, whole, written, quantized_afterwards=whole != file)
+    return rounded
 
 
 def _write_unquantized_merged_gguf(
@@ -337,13 +353,27 @@ def measure_input_importances(loaded: TrainedModel, run: Path) -> dict[str, Any]
 
     UsageError means that the run's rows are not there.
     """
-    model: Any = loaded.model
-    inputs = record_linear_layer_inputs(model, loaded.recipe, loaded.base.tokenizer)
+    inputs = _record_inputs_by_gguf_name(loaded)
     if not inputs:
         raise UsageError(f"--imatrix, but the rows that {run} was trained on are not there", hint="leave it out")
+    return {name: x.float().square().mean(0).cpu().numpy() for name, x in inputs.items()}
+
+
+def record_inputs_for_few_bits(loaded: TrainedModel) -> dict[str, Tensor] | str:
+    """Return the inputs `(n, in)` to round to few bits with, by the matrix's name in a GGUF; or why there are none."""
+    if not _is_small(loaded.model):
+        return f"the model has {SMALL_MODEL:,} parameters or more"
+    if not llama_cpp_tools.is_llama_cpp_library_installed():
+        return f"{format_install_command('export-check')} brings the library that it needs"
+    inputs = _record_inputs_by_gguf_name(loaded, FEW_BIT_ROWS, FEW_BIT_INPUTS)
+    return inputs or "the rows that the run was trained on are not there"
+
+
+def _record_inputs_by_gguf_name(loaded: TrainedModel, *limits: int) -> dict[str, Tensor]:
+    model: Any = loaded.model
+    inputs = record_linear_layer_inputs(model, loaded.recipe, loaded.base.tokenizer, *limits)
     names = gguf.make_gguf_module_name_mapper(model.config)
-    named = {names(module): x.float().square().mean(0).cpu().numpy() for module, x in inputs.items()}
-    return {f"{name}.weight": values for name, values in named.items() if name is not None}
+    return {f"{name}.weight": x for module, x in inputs.items() if (name := names(module)) is not None}
 
 
 def write_base_gguf(
@@ -351,7 +381,7 @@ def write_base_gguf(
 ) -> None:
     """Write the base an adapter was trained on as one GGUF; `importances` are as for `quantize_gguf`."""
     source, base = loaded.base.source, loaded.base
-    with _writing_unquantized(loaded, file, precision, importances) as (whole, written):
+    with _writing_unquantized(loaded, file, precision, importances) as (whole, written, _):
         if source.kind == "gguf":
             gguf.write_gguf_from_template(Path(source.path), loaded.model, whole, written)
             return
@@ -380,20 +410,26 @@ def take_or_write_base_gguf(loaded: TrainedModel, file: Path, precision: str | N
 
 @contextmanager
 def _writing_unquantized(
-    loaded: TrainedModel, file: Path, precision: str, importances: Mapping[str, Any] | None
-) -> Iterator[tuple[Path, str]]:
+    loaded: TrainedModel,
+    file: Path,
+    precision: str,
+    importances: Mapping[str, Any] | None,
+    inputs: Mapping[str, Tensor] | None = None,
+) -> Iterator[tuple[Path, str, list[str]]]:
     """Yield the GGUF to write and in which of `PRECISIONS`; llama.cpp's quantizer then makes any other.
 
-    It is made of float32, of a large model of float16, which takes half of the space.
+    It is made of float32, of a large model of float16, which takes half of the space. Then matrices with `inputs` are
+    rounded with them; their names are added to the list that is yielded.
     """
-    precision = llama_cpp_tools.resolve_gguf_precision(precision)
+    precision, rounded = llama_cpp_tools.resolve_gguf_precision(precision), list[str]()
     if precision in llama_cpp_tools.PRECISIONS:
-        yield file, precision
+        yield file, precision, rounded
         return
     with tempfile.TemporaryDirectory(prefix=".slimtune-", dir=file.parent) as folder:
         whole = Path(folder, "whole.gguf")
-        yield whole, "f32" if _is_small(loaded.model) else "f16"
+        yield whole, "f32" if _is_small(loaded.model) else "f16", rounded
         llama_cpp_tools.quantize_gguf(whole, file, precision, importances)
+        rounded += round_gguf_with_inputs(file, whole, inputs or {})
 
 
 @contextmanager

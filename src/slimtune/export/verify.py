@@ -45,8 +45,8 @@ from .expected_logps import (
 from .export_format import EXPORT_FORMATS
 from .export_results import EngineVerdict, KeptGain, VerifyResult
 from .kept_gain import OpenScorer, list_held_out_rows, measure_kept_gain
-from .llama_cpp_scorer import LlamaCppScorer, is_llama_cpp_library_installed
-from .llama_cpp_tools import LlamaCppToolFailedError
+from .llama_cpp_scorer import LlamaCppScorer
+from .llama_cpp_tools import LlamaCppToolFailedError, is_llama_cpp_library_installed
 from .manifest import EXPORT_MANIFEST, ExportManifest, read_export_manifest
 from .ollama import require_base_path_unless_registry_name
 from .served_base import ServedBase, read_gguf_majority_precision, resolve_matching_ollama_base

@@ -19,7 +19,7 @@ from ..errors import UsageError
 ROWS = 64
 """Rows that LoftQ takes its inputs from."""
 MAX_INPUTS = 1024
-"""Inputs kept for a layer: tokens drawn evenly from all rows."""
+"""Inputs kept for a layer by default: tokens drawn evenly from all rows."""
 BATCH_TOKENS = 1024
 """Tokens of the rows that run together, padding included."""
 
@@ -61,9 +61,12 @@ def save_cached_statistics(file: str | os.PathLike | None, tensors: Mapping[str,
 
 @torch.no_grad()
 def collect_layer_inputs(
-    model: Any, layers: Mapping[str, nn.Module], token_id_rows: Sequence[Sequence[int]]
+    model: Any,
+    layers: Mapping[str, nn.Module],
+    token_id_rows: Sequence[Sequence[int]],
+    max_inputs: int = MAX_INPUTS,
 ) -> dict[str, Tensor]:
-    """Run a model on rows of token ids; return for each layer `(n, in_features)` on the CPU, n at most `MAX_INPUTS`.
+    """Run a model on rows of token ids; return for each layer `(n, in_features)` on the CPU, n at most `max_inputs`.
 
     Layers that get the same tensor (q, k and v) share one sample. A layer that does not run, or gets something other
     than the row's hidden states (an expert), is left out.
@@ -93,7 +96,7 @@ def collect_layer_inputs(
             for n, row in enumerate(batch):
                 ids[n, : len(row)], mask[n, : len(row)] = torch.tensor(list(row)), 1
             kept = [
-                torch.randperm(len(row), generator=generator)[: max(1, MAX_INPUTS // len(token_id_rows))]
+                torch.randperm(len(row), generator=generator)[: max(1, max_inputs // len(token_id_rows))]
                 for row in batch
             ]
             positions = torch.cat([n * ids.shape[1] + some for n, some in enumerate(kept)]).to(device)
