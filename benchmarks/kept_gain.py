@@ -111,16 +111,29 @@ def read_results(file: Path) -> list[dict]:
 
 
 def print_table(results: list[dict]) -> None:
-    """Print the results as a Markdown table."""
-    print("| run | objective | precision | way | base alone | as shipped | share of the gain left | 95 % |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    for r in results:
-        cells = [Path(r["run"]).name, r["objective"], r["precision"], r["way"]]
-        cells += [f"{r[key] - r['base_loss']:+.3f}" for key in ("rounded_base_loss", "shipped_loss")]
-        share, interval = "-", r["reason"]
-        if r["share"] is not None:
-            share, interval = f"{r['share']:.1%}", " to ".join(f"{x:.1%}" for x in r["share_ci95"])
-        print(f"| {' | '.join([*cells, share, interval])} |")
+    """Print a Markdown table for each run: a line for each precision, a column for each way."""
+    for run in dict.fromkeys(r["run"] for r in results):
+        of_run = [r for r in results if r["run"] == run]
+        first, ways = of_run[0], [way for way in WAYS if any(r["way"] == way for r in of_run)]
+        losses = f"loss of the base {first['base_loss']:.3f}, tuned {first['tuned_loss']:.3f}"
+        print(f"{Path(run).name} ({first['base']}, {first['objective']}, {first['rows']} held-out rows): {losses}\n")
+        print(f"| precision | base alone | {' | '.join(ways)} |")
+        print(f"| --- | --- |{' --- |' * len(ways)}")
+        for precision in dict.fromkeys(r["precision"] for r in of_run):
+            found = {r["way"]: r for r in of_run if r["precision"] == precision}
+            some = next(iter(found.values()))
+            cells = [precision, f"{some['rounded_base_loss'] - some['base_loss']:+.3f}"]
+            print(f"| {' | '.join(cells + [format_share(found.get(way)) for way in ways])} |")
+
+
+def format_share(result: dict | None) -> str:
+    """Return a share of the gain with its interval, or why there is none."""
+    if result is None:
+        return ""
+    if result["share"] is None:
+        return result["reason"]
+    low, high = result["share_ci95"]
+    return f"{result['share']:.1%} ({low:.1%} to {high:.1%})".replace("%", " %").replace(" % to", " to")
 
 
 def main() -> None:
