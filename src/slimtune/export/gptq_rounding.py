@@ -161,6 +161,7 @@ def record_linear_layer_inputs(
     longest = recipe.data.max_seq_len if recipe is not None else None
     # How errors compensate needs no more precision than these inputs have.
     dtype, device = pick_dtype("auto", model.device), model.device.type
+    kept = torch.bfloat16 if max_inputs > MAX_INPUTS else None  # 4,096 of every layer would take gigabytes
     faster = model.dtype == torch.float32 and dtype == torch.bfloat16
     with torch.autocast(device, dtype=dtype if faster else torch.bfloat16, enabled=faster):
-        return collect_layer_inputs(model, layers, [row[:longest] for row in ids], max_inputs) if ids else {}
+        return collect_layer_inputs(model, layers, [row[:longest] for row in ids], max_inputs, kept) if ids else {}

@@ -65,11 +65,12 @@ def collect_layer_inputs(
     layers: Mapping[str, nn.Module],
     token_id_rows: Sequence[Sequence[int]],
     max_inputs: int = MAX_INPUTS,
+    kept_dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
     """Run a model on rows of token ids; return for each layer `(n, in_features)` on the CPU, n at most `max_inputs`.
 
     Layers that get the same tensor (q, k and v) share one sample. A layer that does not run, or gets something other
-    than the row's hidden states (an expert), is left out.
+    than the row's hidden states (an expert), is left out. Samples are kept in `kept_dtype`; None: the layer's own.
     """
     samples: dict[str, list[Tensor]] = {name: [] for name in layers}
     device = next(model.parameters()).device
@@ -87,7 +88,7 @@ def collect_layer_inputs(
         if x is not last_input:
             last_input = x
             flat = x.reshape(-1, get_in_and_out_features(layers[name])[0])
-            last_sample = (flat[positions] if len(flat) == ids.numel() else flat[:0]).cpu()
+            last_sample = (flat[positions] if len(flat) == ids.numel() else flat[:0]).to("cpu", kept_dtype)
         samples[name].append(last_sample)
 
     with recording_layer_inputs(layers, receive):
