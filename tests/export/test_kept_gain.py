@@ -97,16 +97,16 @@ def test_too_small_a_share_is_refused_with_the_ways_out_and_nothing_is_left(runs
 def test_few_bits_are_rounded_with_the_runs_rows_unless_it_is_left_out(runs, tmp_path):
     """`--no-round-with-rows` gives llama.cpp's bytes; by default only the matrices of the layers differ from these."""
     tensors, facts = {}, {}
-    for way, rows in (("default", None), ("asked", True), ("left out", False)):
+    for way, rows in (("default", None), ("asked", True), ("without", False)):
         found = export(
             runs["run"], "gguf", tmp_path / way, {"merged": True, "precision": "Q4_0", "round_with_rows": rows},
             verify=False,
         )  # fmt: skip
         tensors[way] = {t.name: t.data for t in gguf.GGUFReader(tmp_path / way / "model.gguf").tensors}
         facts[way] = found.facts["matrices_rounded_with_rows"]
-    assert facts == {"default": 14, "asked": 14, "left out": 0}
+    assert facts == {"default": 14, "asked": 14, "without": 0}
     assert all(np.array_equal(tensors["default"][name], data) for name, data in tensors["asked"].items())
-    changed = {name for name, data in tensors["left out"].items() if not np.array_equal(tensors["default"][name], data)}
+    changed = {name for name, data in tensors["without"].items() if not np.array_equal(tensors["default"][name], data)}
     assert len(changed) == 14
     assert all(name.startswith("blk.") for name in changed)
 
