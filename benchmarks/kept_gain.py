@@ -7,7 +7,7 @@ A run is of one data set and one objective; `export/kept_gain.py` says what is m
 a result that the file has is not measured again. A way is a function in `WAYS`:
 
     rows      base and adapter as one model, rounded with the run's rows: `export`
-    merged    rounded by llama.cpp's quantizer alone: `export --no-round-with-rows`
+    merged    rounded by llama.cpp's quantizer alone: `export --without-rows`
     imatrix   the same, errors weighted by the inputs that the run's rows give: `export --imatrix`
     beside    the base rounded, the adapter beside it in f32: two files
 """

@@ -95,11 +95,11 @@ def test_too_small_a_share_is_refused_with_the_ways_out_and_nothing_is_left(runs
 
 
 def test_few_bits_are_rounded_with_the_runs_rows_unless_it_is_left_out(runs, tmp_path):
-    """`--no-round-with-rows` gives llama.cpp's bytes; by default only the matrices of the layers differ from these."""
+    """`--without-rows` gives llama.cpp's bytes; by default only the matrices of the layers differ from these."""
     tensors, facts = {}, {}
     for way, rows in (("default", None), ("asked", True), ("without", False)):
         found = export(
-            runs["run"], "gguf", tmp_path / way, {"merged": True, "precision": "Q4_0", "round_with_rows": rows},
+            runs["run"], "gguf", tmp_path / way, {"merged": True, "precision": "Q4_0", "with_rows": rows},
             verify=False,
         )  # fmt: skip
         tensors[way] = {t.name: t.data for t in gguf.GGUFReader(tmp_path / way / "model.gguf").tensors}
@@ -117,8 +117,8 @@ def test_rounding_with_rows_is_refused_where_there_are_none(runs, tmp_path):
         (runs["run"], {"precision": "q8_0"}),
         (runs["run"], {"precision": "Q4_0", "imatrix": True}),
     ):
-        with pytest.raises(UsageError, match="round-with-rows"):
-            to_gguf(run, tmp_path / "out", round_with_rows=True, **options)
+        with pytest.raises(UsageError, match="with-rows"):
+            to_gguf(run, tmp_path / "out", with_rows=True, **options)
     assert not (tmp_path / "out").exists()
 
 

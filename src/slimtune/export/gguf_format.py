@@ -39,9 +39,9 @@ PRECISION = make_flag_metadata(
 IMATRIX = make_flag_metadata(
     "Weigh the errors of few bits by the inputs that the run's rows give each matrix.", "--imatrix"
 )
-ROUND_WITH_ROWS = make_flag_metadata(
+WITH_ROWS = make_flag_metadata(
     "Round to few bits with the run's rows; by default below a billion parameters.",
-    "--round-with-rows/--no-round-with-rows",
+    "--with-rows/--without-rows",
 )
 
 DEFAULT_MIN_KEPT = 0.9
@@ -108,7 +108,7 @@ class GgufFormat(ExportFormat):
     merged: bool | None = field(default=None, metadata=MERGED)
     precision: str | None = field(default=None, metadata=PRECISION)
     imatrix: bool | None = field(default=None, metadata=IMATRIX)
-    round_with_rows: bool | None = field(default=None, metadata=ROUND_WITH_ROWS)
+    with_rows: bool | None = field(default=None, metadata=WITH_ROWS)
     min_kept: float | None = field(default=None, metadata=MIN_KEPT)
     convert_to_lora: float | None = field(default=None, metadata=CONVERT_TO_LORA)
 
@@ -116,13 +116,13 @@ class GgufFormat(ExportFormat):
         """Return the format with the precision as files have it; UsageError for impossible options."""
         from .llama_cpp_tools import PRECISIONS, resolve_gguf_precision
 
-        for name in ("imatrix", "round_with_rows"):
+        for name in ("imatrix", "with_rows"):
             if getattr(self, name) and (not self.merged or (self.precision or "f16").lower() in PRECISIONS):
                 expected = "--merged, and a precision that llama.cpp's quantizer makes, such as --precision Q4_K_M"
                 raise UsageError(f"--{name.replace('_', '-')} without rounding to few bits", expected)
-        if self.imatrix and self.round_with_rows:
+        if self.imatrix and self.with_rows:
             expected = "one of them: --imatrix takes llama.cpp's own rounding"
-            raise UsageError("--imatrix and --round-with-rows together", expected)
+            raise UsageError("--imatrix and --with-rows together", expected)
         if self.min_kept is not None:
             _parse_share(self.min_kept)
             if not self.merged or (self.precision or "f16").lower() in UNROUNDED:
@@ -157,10 +157,10 @@ class GgufFormat(ExportFormat):
             file, precision = job.folder / MODEL_GGUF, self.precision or "f16"
             importances = measure_input_importances(job.loaded, job.run) if self.imatrix else None
             inputs: Any = "it was left out"
-            if precision not in PRECISIONS and not self.imatrix and self.round_with_rows is not False:
+            if precision not in PRECISIONS and not self.imatrix and self.with_rows is not False:
                 inputs = record_inputs_for_few_bits(job.loaded)
-            if self.round_with_rows and isinstance(inputs, str):
-                raise UsageError(f"--round-with-rows: {inputs}", hint="leave it out")
+            if self.with_rows and isinstance(inputs, str):
+                raise UsageError(f"--with-rows: {inputs}", hint="leave it out")
             rounded = write_merged_gguf(
                 job.loaded, job.run, file, precision, importances, None if isinstance(inputs, str) else inputs
             )
@@ -250,8 +250,8 @@ class GgufFormat(ExportFormat):
         if self.precision == "q8_0":
             more = shlex.join([*export, self.kind, "--merged"])
         ways = [f"the adapter beside its base: {beside}", f"more bits: {more}"]
-        if self.imatrix or self.round_with_rows is False:
-            ways.insert(0, "rounding with the run's rows: --round-with-rows, and no --imatrix")
+        if self.imatrix or self.with_rows is False:
+            ways.insert(0, "rounding with the run's rows: --with-rows, and no --imatrix")
         return f"{'; '.join(ways)}; or take it as it is: --min-kept 0"
 
     def hint_if_different(self) -> str:

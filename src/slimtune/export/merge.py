@@ -429,7 +429,7 @@ def _writing_unquantized(
         whole = Path(folder, "whole.gguf")
         yield whole, "f32" if _is_small(loaded.model) else "f16", rounded
         llama_cpp_tools.quantize_gguf(whole, file, precision, importances)
-        rounded += round_gguf_with_inputs(file, whole, inputs or {})
+        rounded += round_gguf_with_inputs(file, whole, inputs) if inputs else []
 
 
 @contextmanager
