@@ -40,12 +40,12 @@ DROPOUT = {"name": "lora", "r": 4, "lora_dropout": 0.1}
 def make(tmp_path, tiny_folder):
     """Make a recipe of a task in a run folder: `make("dpo", "run", rows="lists", packing=False)`."""
 
-    def recipe(task, name, *, rows=None, data=None, method=None, quantization=None, **more):
+    def recipe(task, name, *, rows=None, data=None, method=None, quantization=None, dtype="float32", **more):
         rows = rows or OBJECTIVE_CASES[task if isinstance(task, str) else task["name"]].rows
         file = tmp_path / f"{rows}.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in ROWS[rows]))
         settings = {
-            "model": {"name": str(tiny_folder), "dtype": "float32", "device": "cpu", "quantization": quantization},
+            "model": {"name": str(tiny_folder), "dtype": dtype, "device": "cpu", "quantization": quantization},
             "data": {"train": str(file), "validation_fraction": 0.25, **(data or {})},
             "task": task,
             "method": method or {"name": "lora", "r": 4},
@@ -66,6 +66,12 @@ def make(tmp_path, tiny_folder):
 FAST_OF_TWO = pytest.mark.parametrize(
     "task", [t if t in ("sft", "dpo") else pytest.param(t, marks=pytest.mark.slow) for t in OBJECTIVE_CASES]
 )
+
+
+@FAST_OF_TWO
+def test_a_run_in_float16_loses_what_one_in_float32_does(make, task):
+    half, single = (train(make(task, dtype, dtype=dtype)) for dtype in ("float16", "float32"))
+    assert half.validation_loss == pytest.approx(single.validation_loss, abs=1e-2)
 
 
 @FAST_OF_TWO
