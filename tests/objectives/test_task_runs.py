@@ -74,6 +74,12 @@ def test_a_run_in_float16_loses_what_one_in_float32_does(make, task):
     assert half.validation_loss == pytest.approx(single.validation_loss, abs=1e-2)
 
 
+@pytest.mark.slow
+def test_a_quantized_base_trains_in_float16(make):
+    half, single = (train(make("sft", dtype, dtype=dtype, quantization="nf4")) for dtype in ("float16", "float32"))
+    assert half.validation_loss == pytest.approx(single.validation_loss, abs=1e-2)
+
+
 @FAST_OF_TWO
 def test_packed_run_equals_padded(make, task):
     """The same rows in one sequence, with shared prompts, and in a padded batch: one loss, one adapter."""
