@@ -9,7 +9,7 @@ from hand_run import save_adapter_of
 from mlx_bases import FAMILIES, save_base
 from safetensors.torch import load_file, save_file
 
-import slimtune
+from slimtune import IA3Config, LoraConfig
 from slimtune.errors import AdapterError, ModelError, UsageError
 from slimtune.export import expected_logps as reference
 from slimtune.export.exporter import export
@@ -44,7 +44,7 @@ def few_tokens(monkeypatch):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("more", [{}, {"use_dora": True}], ids=["lora", "dora"])
 def test_adapter_computes_in_mlx_lm_what_was_trained(family, more, make_base, tmp_path):
-    run = save_adapter_of(make_base(family), tmp_path / "run", slimtune.LoraConfig(**LORA, **more))
+    run = save_adapter_of(make_base(family), tmp_path / "run", LoraConfig(**LORA, **more))
     found = export(run, "mlx", tmp_path / "out")
     assert found.check.passed
     assert found.check.max_difference < 1e-4
@@ -55,7 +55,7 @@ def test_adapter_computes_in_mlx_lm_what_was_trained(family, more, make_base, tm
 @needs_mlx
 @pytest.mark.parametrize("family", FAMILIES)
 def test_merged_folder_computes_in_mlx_lm_what_was_trained(family, make_base, tmp_path):
-    run = save_adapter_of(make_base(family), tmp_path / "run", slimtune.LoraConfig(**LORA))
+    run = save_adapter_of(make_base(family), tmp_path / "run", LoraConfig(**LORA))
     found = export(run, "mlx", tmp_path / "out", {"merged": True, "precision": "f32"})
     assert found.check.passed
     assert found.check.max_difference < 1e-4
@@ -65,7 +65,7 @@ def test_merged_folder_computes_in_mlx_lm_what_was_trained(family, make_base, tm
 @needs_mlx
 @pytest.mark.parametrize(("precision", "bits"), [("8bit", 8), ("4bit", 4)])
 def test_quantized_folder_has_the_effect_and_says_how_it_is_quantized(precision, bits, make_base, tmp_path):
-    run = save_adapter_of(make_base("llama"), tmp_path / "run", slimtune.LoraConfig(**LORA))
+    run = save_adapter_of(make_base("llama"), tmp_path / "run", LoraConfig(**LORA))
     options = {"merged": True, "precision": precision, "group_size": 32}
     found = export(run, "mlx", tmp_path / "out", options)
     assert found.check.passed
@@ -90,7 +90,7 @@ def test_quantized_folder_has_the_effect_and_says_how_it_is_quantized(precision,
     ids=["other layers", "last layers", "patterns", "pissa", "ends"],
 )
 def test_what_one_rank_and_the_last_layers_do_not_say_arrives_as_well(settings, make_base, tmp_path):
-    run = save_adapter_of(make_base("mistral"), tmp_path / "run", slimtune.LoraConfig(**{**LORA, **settings}))
+    run = save_adapter_of(make_base("mistral"), tmp_path / "run", LoraConfig(**{**LORA, **settings}))
     found = export(run, "mlx", tmp_path / "out")
     assert found.check.passed
     assert found.check.max_difference < 1e-4
@@ -106,7 +106,7 @@ def test_layers_and_keys():
 
 @needs_mlx
 def test_damaged_matrix_is_named_and_a_wrong_base_found(make_base, tmp_path):
-    run = save_adapter_of(make_base("llama"), tmp_path / "run", slimtune.LoraConfig(**LORA))
+    run = save_adapter_of(make_base("llama"), tmp_path / "run", LoraConfig(**LORA))
     export(run, "mlx", tmp_path / "out")
     file = tmp_path / "out/adapters.safetensors"
     tensors = load_file(file)
@@ -119,7 +119,7 @@ def test_damaged_matrix_is_named_and_a_wrong_base_found(make_base, tmp_path):
 
 @needs_mlx
 def test_base_with_another_rope_theta_is_found(make_base, tmp_path):
-    run = save_adapter_of(make_base("llama"), tmp_path / "run", slimtune.LoraConfig(**LORA))
+    run = save_adapter_of(make_base("llama"), tmp_path / "run", LoraConfig(**LORA))
     export(run, "mlx", tmp_path / "out")
     file = tmp_path / "out/base/config.json"  # as transformers 5 writes it, mlx-lm takes 10,000
     file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "rope_theta"}))
@@ -130,10 +130,10 @@ def test_base_with_another_rope_theta_is_found(make_base, tmp_path):
 @pytest.mark.parametrize(
     ("config", "found"),
     [
-        (slimtune.IA3Config(task_type="CAUSAL_LM"), "--merged"),
-        (slimtune.LoraConfig(**LORA, modules_to_save=["lm_head"]), "lm_head"),
-        (slimtune.LoraConfig(**{**LORA, "target_modules": ["embed_tokens"]}), "embed_tokens"),
-        (slimtune.LoraConfig(**LORA, bias="lora_only"), "biases"),
+        (IA3Config(task_type="CAUSAL_LM"), "--merged"),
+        (LoraConfig(**LORA, modules_to_save=["lm_head"]), "lm_head"),
+        (LoraConfig(**{**LORA, "target_modules": ["embed_tokens"]}), "embed_tokens"),
+        (LoraConfig(**LORA, bias="lora_only"), "biases"),
     ],
     ids=["ia3", "modules_to_save", "tied embedding", "bias"],
 )
@@ -161,7 +161,7 @@ def test_impossible_options(options, tmp_path):
 
 
 def test_another_method_as_the_nearest_lora(make_base, tmp_path):
-    run = save_adapter_of(make_base("llama"), tmp_path / "run", slimtune.IA3Config(task_type="CAUSAL_LM"))
+    run = save_adapter_of(make_base("llama"), tmp_path / "run", IA3Config(task_type="CAUSAL_LM"))
     found = export(run, "mlx", tmp_path / "out", {"convert_to_lora": 0.99}, verify=False)
     assert 0 < found.facts["conversion"]["error"] < 0.15
 
@@ -169,7 +169,7 @@ def test_another_method_as_the_nearest_lora(make_base, tmp_path):
 def test_without_mlx_lm_an_adapter_is_written_unproven_and_few_bits_are_refused(make_base, tmp_path, monkeypatch):
     monkeypatch.setattr("slimtune.generation.mlx_engine.is_mlx_lm_installed", lambda: False)
     monkeypatch.setattr("slimtune.export.mlx.is_mlx_lm_installed", lambda: False)
-    run = save_adapter_of(make_base("llama"), tmp_path / "run", slimtune.LoraConfig(**LORA))
+    run = save_adapter_of(make_base("llama"), tmp_path / "run", LoraConfig(**LORA))
     assert export(run, "mlx", tmp_path / "adapter").check.passed is None
     assert export(run, "mlx", tmp_path / "folder", {"merged": True}).check.passed is None
     with pytest.raises(ModelError):
@@ -202,3 +202,23 @@ def test_config_has_the_names_that_mlx_lm_reads(config, expected):
     for fields in (add_fields_mlx_lm_reads(config), add_fields_mlx_lm_reads({"text_config": config})["text_config"]):
         assert {name: fields[name] for name in expected} == expected
         assert fields["rope_parameters"] == config["rope_parameters"]
+
+
+@needs_mlx
+def test_check_asks_mlx_lm_about_a_folder(make_base, tmp_path, slimtune, slimtune_json):
+    run = save_adapter_of(make_base("qwen3"), tmp_path / "run", LoraConfig(**LORA))
+    export(run, "mlx", tmp_path / "beside", verify=False)
+    export(run, "mlx", tmp_path / "whole", {"merged": True}, verify=False)
+    for folder in (tmp_path / "beside", tmp_path / "whole"):
+        found = slimtune_json("check", run, "--mlx", folder)
+        assert (found["right"], found["engine"]["cause"]) == (True, "applied")
+    config = tmp_path / "beside/adapter_config.json"
+    values = json.loads(config.read_text())
+    values["lora_parameters"]["scale"] *= 2
+    config.write_text(json.dumps(values))
+    done = slimtune("check", run, "--mlx", tmp_path / "beside", "--json")
+    assert done.exit_code == 1
+    found = json.loads(done.stdout)["engine"]
+    assert (found["cause"], found["scale"]) == ("another-scale", pytest.approx(2, rel=0.05))
+    assert slimtune("check", run, "--mlx", tmp_path / "nowhere").exit_code == 2
+    assert slimtune("check", run, "--mlx", tmp_path / "whole", "--merged", tmp_path / "whole").exit_code == 2

@@ -24,27 +24,33 @@ def check_adapter(
     name: Annotated[str | None, Option(help="The adapter's name at the server.")] = None,
     gguf: Annotated[Path | None, Option(help="A GGUF of base and adapter as one model.")] = None,
     merged: Annotated[Path | None, Option(help="A folder with base and adapter as one checkpoint.")] = None,
+    mlx: Annotated[
+        Path | None, Option(help="A folder of MLX: base and adapter as one, or an adapter of mlx-lm.")
+    ] = None,
     precision: Annotated[str, Option(help="Of the weights that the server has: f32, f16, bf16, q8_0, Q4_K_M.")] = "f16",
     timeout: Annotated[float, Option(min=0.1, help="Seconds that an answer of the server may take.")] = 60.0,
     as_json: Json = False,
 ) -> Any:
     """Check an adapter of any trainer: whether its tensors reach their modules, and whether an engine applies it.
 
-    Without --at, --gguf or --merged the file is checked, and no weights of the base are loaded. Exit code 1: a fault.
+    Without --at, --gguf, --merged or --mlx the file is checked, and no weights of the base are loaded. Exit code 1: a
+    fault.
     """
-    if sum(each is not None for each in (at, gguf, merged)) > 1:
-        raise UsageError("more than one of --at, --gguf and --merged is given", "one place that serves the adapter")
-    for path in (gguf, merged):
+    given = [each for each in (at, gguf, merged, mlx) if each is not None]
+    if len(given) > 1:
+        message = "more than one of --at, --gguf, --merged and --mlx is given"
+        raise UsageError(message, "one place that serves the adapter")
+    for path in (gguf, merged, mlx):
         if path is not None and not path.exists():
             raise UsageError(f"there is no {path}", "what serves the adapter")
     if base is not None:
-        require_base_exists(base, need_weights=any(each is not None for each in (at, gguf, merged)))
+        require_base_exists(base, need_weights=bool(given))
     from ..export.adapter_check import check_adapter as checks
     from ..export.adapter_check.check_engine import ServedPlace
 
     place = None
-    if at is not None or gguf is not None or merged is not None:
-        place = ServedPlace(at, gguf, merged, name, timeout, precision)
+    if given:
+        place = ServedPlace(at, gguf, merged, name, timeout, precision, mlx)
     with showing_progress():
         result = checks.check_adapter(adapter, base, place, print_progress)
     if not as_json:

@@ -23,7 +23,7 @@ from ..core.adapters import adapter_files
 from ..core.foundation.dtype_names import dtype_name, llama_cpp_dtype_name
 from ..core.foundation.files import read_json_object, write_atomic, write_json
 from ..core.training.trained_model import TrainedModel
-from ..errors import AdapterError, format_names
+from ..errors import AdapterError, ModelError, format_names
 from ..extras.mlx_adapter import ADAPTER_FILE, CONFIG_FILE, read_mlx_adapter
 from ..extras.mlx_names import (
     add_fields_mlx_lm_reads,
@@ -32,6 +32,7 @@ from ..extras.mlx_names import (
     to_mlx_module_name,
 )
 from ..generation.mlx_engine import convert_to_mlx_folder, is_mlx_lm_installed, require_mlx_lm
+from .expected_logps import TOLERANCES, EngineTolerance
 from .export_support import get_export_support_flags
 from .manifest import EXPORT_MANIFEST
 from .merge import SMALL_MODEL, merge, write_base_checkpoint
@@ -242,6 +243,30 @@ def find_local_mlx_base(verifier: "ExportVerifier", folder: Path, base: str | No
     if base is not None and Path(base).is_dir():
         return Path(base)
     return write_mlx_base_in(verifier, "")
+
+
+def find_mlx_base_of_adapter(folder: Path) -> Path:
+    """Return the folder of the base that an adapter of mlx-lm names; ModelError if it is not on this disk."""
+    name = read_mlx_adapter(folder).base
+    for place in (Path(name or "").expanduser(), folder / BASE_FOLDER):  # the export may have been moved
+        if name and (place / "config.json").is_file():
+            return place
+    raise ModelError(
+        f"the base of {folder} is {name!r}, which is no folder here",
+        "a folder that mlx_lm.load takes",
+        f'its path as "model" in {folder / CONFIG_FILE}',
+    )
+
+
+def find_mlx_precision_and_tolerance(folder: Path) -> tuple[str, EngineTolerance]:
+    """Return the precision of an MLX folder's weights, "4bit" or "bf16" for example, and its tolerance."""
+    config = read_json_object(folder / "config.json")
+    if isinstance(quantization := config.get("quantization"), dict):
+        bits = quantization.get("bits")
+        return f"{bits}bit", TOLERANCES["q8_0" if bits == 8 else "lower"]
+    name = str(config.get("torch_dtype") or config.get("dtype") or "float32")
+    precision = next((short for short, long in UNROUNDED.items() if long == name), "f32")
+    return precision, TOLERANCES[precision]
 
 
 def write_mlx_base_in(verifier: "ExportVerifier", precision: str, group_size: int | None = None) -> Path:

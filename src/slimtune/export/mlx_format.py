@@ -144,7 +144,7 @@ class MlxFormat(ExportFormat):
         place = shlex.quote(str(job.final_path))
         commands = [
             f"mlx_lm.generate --model {place} --prompt Hello",
-            f"cp -r {place} ~/.lmstudio/models/local/  # LM Studio lists it",
+            f"mkdir -p ~/.lmstudio/models/me && cp -r {place} ~/.lmstudio/models/me/  # LM Studio lists it",
         ]
         return WrittenExport(facts, commands, notes)
 

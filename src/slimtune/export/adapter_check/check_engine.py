@@ -24,6 +24,7 @@ from ...core.models.loader import load_base
 from ...core.training.trained_model import TrainedModel
 from ...errors import AdapterError, ModelError, SlimtuneError
 from ...evaluation.general_text import BUILT_IN_TEXT, read_general_text_pieces
+from ...extras.mlx_adapter import is_mlx_adapter
 from ...generation.http_engines import KEY_VARIABLE, AnsweringClient, HttpEngine, open_http_engine
 from ...generation.inference_engines import (
     InferenceEngine,
@@ -31,6 +32,7 @@ from ...generation.inference_engines import (
     LlamaServerClient,
     TransformersInferenceEngine,
 )
+from ...generation.mlx_engine import MlxEngine
 from ..expected_logps import (
     QUESTIONS,
     AdapterReference,
@@ -40,6 +42,7 @@ from ..expected_logps import (
 )
 from ..export_results import EngineVerdict
 from ..merge import load_run_for_export
+from ..mlx import find_mlx_base_of_adapter, find_mlx_precision_and_tolerance
 from ..served_base import read_gguf_majority_precision
 from .adapter_findings import AdapterCheckResult
 from .foreign_adapter import ForeignAdapter
@@ -51,7 +54,7 @@ POSITIONS, LONGEST_TEXT, ANSWER_TOKENS, MAX_PROMPTS = 120, 64, 16, 6
 
 @dataclass(frozen=True)
 class ServedPlace:
-    """What serves the adapter; one of the first three is given."""
+    """What serves the adapter; one of URL, GGUF, merged folder and MLX folder is given."""
 
     url: str | None = None
     gguf: Path | None = None  # a whole model with the adapter merged in
@@ -59,6 +62,7 @@ class ServedPlace:
     name: str | None = None  # of the adapter, at the URL
     timeout: float = 60.0  # seconds an answer at the URL may take
     precision: str = "f16"  # of the weights that serve, at the URL
+    mlx: Path | None = None  # a folder of MLX: a whole model, or an adapter of mlx-lm
 
 
 def check_served_adapter(
@@ -82,7 +86,7 @@ def check_served_adapter(
 
 
 def _describe_place(place: ServedPlace) -> str:
-    return place.url or str(place.gguf or place.merged)
+    return place.url or str(place.gguf or place.merged or place.mlx)
 
 
 def _load_as_trained(
@@ -123,6 +127,8 @@ def _compare(loaded: TrainedModel, place: ServedPlace, log: Callable[[str], None
         log(f"{place.url}: {served.evidence}")
         return _judge_server(loaded, served, place), served.evidence
     reference = compute_loudest_reference(loaded)
+    if place.mlx is not None:
+        return _judge_mlx_folder(reference, place.mlx), "log-probabilities"
     if place.gguf is not None:
         engine: InferenceEngine = InProcessLlamaCppEngine(place.gguf, max_tokens=4 * LONGEST_TEXT)
         precision = read_gguf_majority_precision(place.gguf)
@@ -135,6 +141,21 @@ def _compare(loaded: TrainedModel, place: ServedPlace, log: Callable[[str], None
     engine.name = _describe_place(place)
     with closing(engine):
         return judge_engine_against_adapter(reference, engine, precision), "log-probabilities"
+
+
+def _judge_mlx_folder(reference: AdapterReference, folder: Path) -> EngineVerdict:
+    """Compare what mlx-lm computes from a folder, a whole model or an adapter beside its base, with the adapter."""
+    model = find_mlx_base_of_adapter(folder) if is_mlx_adapter(folder) else folder
+    engine = MlxEngine(model, folder if model != folder else None)
+    precision, tolerance = find_mlx_precision_and_tolerance(model)
+    engine.name = f"mlx-lm, {folder}"
+    open_base: Any = None if model == folder else MlxEngine.without_adapter
+    with closing(engine):
+        verdict = judge_engine_against_adapter(reference, engine, precision, tolerance, open_base)
+        difference = find_template_difference(engine, reference.engine.tokenizer)
+    if difference and verdict.cause == "applied":
+        return replace(verdict, passed=False, cause="another-template", reason=difference)
+    return verdict
 
 
 def _judge_server(loaded: TrainedModel, served: HttpEngine, place: ServedPlace) -> EngineVerdict:
