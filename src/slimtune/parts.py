@@ -25,10 +25,14 @@ def _find_export_formats() -> dict[str, str]:
     return {n: f"{__package__}.export.{n}_format:{n.title().replace('_', '')}Format" for n in ordered}
 
 
+OBJECTIVE_HELPERS = (
+    "pair_objective", "reference_logps", "policy_objective", "policy_run", "policy_losses", "group_advantages",
+    "sampler_check", "prompt_rows",
+)  # fmt: skip
 PARTS: dict[str, dict[str, str]] = {
     "slimtune.methods": _find_modules("methods"),
     "slimtune.objectives": {"sft": "slimtune.objectives.sft"}  # the default first
-    | _find_modules("objectives", "pair_objective", "reference_logps"),
+    | _find_modules("objectives", *OBJECTIVE_HELPERS),
     "slimtune.row_sources": {"files": "slimtune.extras.row_files:open_rows"},
     "slimtune.row_readers": {
         ".jsonl": "slimtune.extras.row_readers:JSONL",
@@ -51,6 +55,7 @@ PARTS: dict[str, dict[str, str]] = {
         "ranked-preference": "slimtune.extras.row_formats.preferences:RANKED_PREFERENCE",
         "unpaired-preference": "slimtune.extras.row_formats.preferences:UNPAIRED_PREFERENCE",
         "classification": "slimtune.extras.row_formats.classification:CLASSIFICATION",
+        "prompt": "slimtune.extras.row_formats.prompts:PROMPT",
     },
     "slimtune.compat": {"peft": "slimtune.compat.hook"},
     "slimtune.peft_subclasses": {"peft": "slimtune.compat.peft_registration:make_subclass_with_peft_parent"},
@@ -85,6 +90,7 @@ PARTS: dict[str, dict[str, str]] = {
     "slimtune.data_reports": {"rows": "slimtune.evaluation.data_report.report_builder:DataReportBuilder"},
     "slimtune.general_texts": {"files": "slimtune.evaluation.general_text:load_general_text"},
     "slimtune.run_locks": {"files": "slimtune.extras.run_lock:RunLock"},
+    "slimtune.policy_samplers": {"model": "slimtune.generation.policy_sampler:sample_policy_answers"},
     "slimtune.memory_probes": {"longest": "slimtune.planning.memory_probe:probe_memory_and_write_plan"},
     "slimtune.export_support": {"formats": "slimtune.export.export_support:get_export_support_flags"},
     "slimtune.run_reports": {"html": "slimtune.evaluation.run_report:write_run_report_and_list_damage"},

@@ -52,6 +52,15 @@ def train_run(
             callback=read_adapter_of_mlx_lm,
         ),
     ] = None,
+    reward: Annotated[
+        list[str] | None,
+        Option(
+            "--reward",
+            metavar="REWARD",
+            help="With --task grpo or rloo: what scores an answer, file.py:function or a built-in reward such as "
+            "numeric-match:COLUMN; docs/grpo.md lists them. Repeatable.",
+        ),
+    ] = None,
     accept_changed: Annotated[
         str | None,
         Option(
@@ -70,6 +79,8 @@ def train_run(
     if resume and init_adapter is not None:
         expected = "--resume continues the run in --out, --init-adapter starts a new run from an adapter"
         raise UsageError("--resume and --init-adapter are both given", f"one of them: {expected}")
+    if reward:
+        settings["task.rewards"] = reward
     accepted = parse_accepted_parts(accept_changed)
     if accepted and not (resume or init_adapter is not None):
         raise UsageError("--accept-changed has no effect without --resume or --init-adapter", hint="leave it out")

@@ -88,6 +88,8 @@ class ColumnMapping:
     def find_unused(self, present: Iterable[str], format: str) -> tuple[str, ...]:
         """Return those of a record's columns that a format does not use and that are not left out by name."""
         known = load_row_formats()[format]
+        if known.takes_all_columns:
+            return ()
         used = {self.columns_by_role.get(role, role) for role in (*known.required, *known.optional)}
         return tuple(column for column in present if column not in used and column not in self.ignored_columns)
 

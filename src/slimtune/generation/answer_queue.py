@@ -44,6 +44,7 @@ class SamplingParams:
     seed: int = 0  # of the answer's own random numbers
     stop: tuple[str, ...] = ()  # strings that end the answer and are not part of it
     top_logprobs: int | None = None  # likeliest tokens to report at each position; None: no log-probabilities
+    logprobs_at_temperature: bool = False  # report log-probabilities at the temperature, not at 1
     grammar: CompiledGrammar | None = None  # that the answer matches; None: any text
 
     def __post_init__(self) -> None:
@@ -58,7 +59,7 @@ class SamplingParams:
 class TokenLogprob(NamedTuple):
     """A token and its natural log-probability at temperature 1, and the likeliest tokens there with theirs.
 
-    They are those of the model itself, whatever a grammar allows.
+    They are those of the model itself, whatever a grammar allows; at the temperature of sampling if asked for.
     """
 
     token: int

@@ -361,7 +361,8 @@ class TextGenerator(BaseAnswerQueue):
             reason = "stop"
         logprobs: tuple[TokenLogprob, ...] = ()
         if params.top_logprobs is not None:
-            log_probs = logits.log_softmax(-1).clamp_min(-9999.0)  # JSON has no -Inf
+            scores = logits / params.temperature if params.logprobs_at_temperature else logits
+            log_probs = scores.log_softmax(-1).clamp_min(-9999.0)  # JSON has no -Inf
             values, ids = log_probs.topk(params.top_logprobs)
             top = list(zip(ids.tolist(), values.tolist(), strict=True))
             logprobs = (TokenLogprob(token, float(log_probs[token]), top),)

@@ -21,9 +21,7 @@ MIN_SHARED_TOKENS = 8
 class DatasetRowComposition(NamedTuple):
     """What the rows of a data set are made of, beside their lengths; it decides how fast they train."""
 
-    shared_prefix_tokens: int = (
-        0  # tokens that all examples of one row begin with, as a system prompt; 0: too few to share
-    )
+    shared_prefix_tokens: int = 0  # that all examples of one row begin with, as a system prompt; 0: too few to share
     supervised_share: float = 1.0  # share of all tokens that have a loss
 
 

@@ -37,6 +37,7 @@ class Row:
     scores: tuple[float, ...] | None = None  # of the answers, higher is better
     is_good: bool | None = None  # whether the answer is good, by its label; None: it has no label
     labels: tuple[str, ...] | None = None  # the classes that the messages, or the prompt, belong to: one, or any number
+    is_prompt: bool = False  # whether the messages, or the prompt, are to be answered; `labels` are its record as JSON
     file: str | None = None  # its name, if rows come from several
     special_tokens_as_text: bool = False  # whether special tokens typed in its text are ordinary text
     findings: tuple[tuple[str, str], ...] = ()  # what its format found: codes of the data report, with an example
@@ -88,6 +89,7 @@ class RowFormat:
     optional: tuple[str, ...]
     read: Callable[[Record], Fields]
     one_of: tuple[str, ...] = ()  # of these optional columns rows have one
+    takes_all_columns: bool = False  # none is unused: its rewards may need any
     by_name_only: bool = False  # other formats have the same columns, so that it must be named
     is_suggested: bool = True  # for a file whose columns have other names
     note: str = ""  # what such a suggestion says about it

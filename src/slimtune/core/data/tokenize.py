@@ -135,7 +135,8 @@ def tokenize_rows_with_errors(
                 reject_unrendered_reasoning(row.messages, chat_template.get_chat_template(tokenizer, row.tools))
             rendered = chat_template.render_chat_with_spans(tokenizer, row.messages, row.tools, learned, special_tokens)
             if row.labels is not None:
-                return RenderedText(rendered.text, [])
+                prompt = (tokenizer, row.messages, row.tools)
+                return RenderedText(chat_template.render_prompt(*prompt) if row.is_prompt else rendered.text, [])
             thinks = any(find_thinking_and_source(message)[0] for message in row.messages)
             if thinks or row is first:  # one row of each batch tells of a template that asks with another prompt
                 generation_prompt_differs = chat_template.prompt_differs_in_generation(
@@ -236,10 +237,8 @@ class BatchTokenizer:
         pairs = list(zip(rows, tokenize_rows_with_errors(rows, self.tokenizer, train_on=self.train_on), strict=True))
         invalid = [row for row in (*batch, *(tokens for _, tokens in pairs)) if isinstance(row, InvalidRow)]
         end_ids = chat_template.list_special_and_added_token_ids(self.tokenizer)
-        report, limit = (
-            TokenizationStats(self.max_seq_len, rows=len(batch)),
-            None if self.whole_documents else self.max_seq_len,
-        )
+        report = TokenizationStats(self.max_seq_len, rows=len(batch))
+        limit = None if self.whole_documents else self.max_seq_len
         kept: list[tuple[Row, TokenizedRow]] = []
         overlong: list[int] = []
         for row, tokens in pairs:

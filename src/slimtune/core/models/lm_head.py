@@ -44,8 +44,8 @@ class LMHead:
         return compute_target_nlls_and_hits(h, self.module, targets, self.vocabulary, scale=self.scale, cap=self.cap)
 
 
-def get_lm_head_with_scale_and_cap(model: Any) -> LMHead | None:
-    """Return a model's head as its config describes it; None if it has no output embeddings."""
+def get_lm_head_with_scale_and_cap(model: Any, temperature: float = 1.0) -> LMHead | None:
+    """Return a model's head, its logits divided by a temperature; None if it has no output embeddings."""
     module = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if module is None:
         return None
@@ -53,7 +53,7 @@ def get_lm_head_with_scale_and_cap(model: Any) -> LMHead | None:
     scaling = getattr(config, "logits_scaling", None)
     scale = 1 / scaling if scaling else getattr(config, "logit_scale", None) or 1.0
     cap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
-    return LMHead(module, config.vocab_size, scale, cap)
+    return LMHead(module, config.vocab_size, scale / temperature, cap and cap / temperature)
 
 
 def get_hidden_states(model: Any, head: LMHead, inputs: ModelInputs) -> Tensor:

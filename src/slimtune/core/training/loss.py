@@ -122,9 +122,10 @@ def _model_inputs(batch: Batch) -> ModelInputs:
 def get_head_and_supervised_hidden_states(model: Any, collated_batch: Batch) -> tuple[LMHead | None, Tensor]:
     """Return the head and its inputs `(K, d)` at the supervised positions; None and logits if the head is unknown."""
     inputs = _model_inputs(collated_batch) | {"logits_to_keep": collated_batch["logits_to_keep"]}
-    head = get_lm_head_with_scale_and_cap(model)
+    temperature = float(collated_batch["temperature"][0]) if "temperature" in collated_batch else 1.0
+    head = get_lm_head_with_scale_and_cap(model, temperature)
     if head is None:
-        return None, model(**inputs).logits.flatten(0, 1).index_select(0, collated_batch["hidden_index"])
+        return None, model(**inputs).logits.flatten(0, 1).index_select(0, collated_batch["hidden_index"]) / temperature
     return head, get_hidden_states(model, head, inputs).flatten(0, 1).index_select(0, collated_batch["hidden_index"])
 
 
@@ -151,9 +152,8 @@ def compute_token_nll_or_row_logits(model: Any, collated_batch: Batch) -> Tensor
 def compute_step_loss(model: Any, batch: Batch, num_items: Any = None, objective: Objective | None = None) -> Tensor:
     """Return a batch's share of the step's loss; `num_items` is the step's count (default: the batch's targets)."""
     values = compute_token_nll_or_row_logits(model, batch)
-    return (objective or load_default_objective()).loss(
-        values, batch, max(1, len(batch["targets"])) if num_items is None else num_items
-    )
+    items = max(1, len(batch["targets"])) if num_items is None else num_items
+    return (objective or load_default_objective()).loss(values, batch, items)
 
 
 def forward_backward(
@@ -217,9 +217,8 @@ def score_row_logps_by_example_index(
     """Return the summed log p of each row of each example, by its number; arguments: see `score_examples_by_number`."""
 
     def measure(batch: Batch) -> Sequence[Tensor]:
-        return (-sum_targets_by_row(compute_supervised_token_nll(model, batch).double(), batch)).split(
-            batch["example_rows"]
-        )
+        nats = sum_targets_by_row(compute_supervised_token_nll(model, batch).double(), batch)
+        return (-nats).split(batch["example_rows"])
 
     return score_examples_by_number(model, examples, collator, measure, **options)
 

@@ -102,6 +102,14 @@ class Objective(DeclaredSettings):
         """
         return examples
 
+    def prepare_evaluation(self, examples: Sequence[Example]) -> Sequence[Example]:
+        """Return held-out examples, one for each, as they are scored: as they are, unless overridden."""
+        return examples
+
+    def measure_steps(self) -> dict[str, float]:
+        """Return further measures, for the log, of the steps since the last call; none, unless overridden."""
+        return {}
+
     def count_items(self, examples: Sequence[Example]) -> Any:
         """Return what the loss of a whole step is divided by, from all its examples: their number, unless overridden.
 

@@ -95,7 +95,8 @@ class ProgressLogger:
         speed = {"trained_tokens": state.trained_tokens, "tokens_per_second": state.tokens_per_second}
         self.record({**progress, **values, **speed, "memory_bytes": get_allocated_or_resident_bytes(self.device)})
         for tracker in self.trackers:
-            named = {TRACKER_NAMES.get(k, f"eval/{k}"): v for k, v in {**values, "epoch": state.epoch}.items()}
+            kind = "train" if "train_loss" in values else "eval"
+            named = {TRACKER_NAMES.get(k, f"{kind}/{k}"): v for k, v in {**values, "epoch": state.epoch}.items()}
             tracker.log(named, step=state.step)
         if "validation_loss" in values:
             change = values.get("forgetting")

@@ -308,7 +308,7 @@ class TrainingLoop:
             self.unlogged_loss.zero_()
             self.unlogged_steps = 0
             self.state.train_losses.append(loss)
-            self.logger.log(self.state, {"train_loss": loss, **values})
+            self.logger.log(self.state, {"train_loss": loss, **values, **self.objective.measure_steps()})
         if self.validation and (last or step % eval_steps == 0):
             self.log_validation_loss()
             save = save or self.state.step in self.state.best_steps
@@ -343,7 +343,7 @@ class TrainingLoop:
 
         The processes share the rows, unless this one computes `alone`, as the main process does after the last step.
         """
-        self.recovery.step = self.state.step
+        self.recovery.step, rows = self.state.step, objective.prepare_evaluation(rows)
         score = partial(score_examples_by_objective, objective=objective)
         scores = score_across_processes(
             score, "evaluation", self.model, rows, self.sharder, self.recovery, score_all_here=alone

@@ -177,6 +177,8 @@ def _split_texts(row: Row, rejected: list[tuple[str, str]]) -> tuple[list[str], 
     if row.labels is not None:
         label = ", ".join(sorted(row.labels))
         texts = [(m["role"], m.get("content") or "") for m in row.messages] or [("text", row.prompt or "")]
+        if row.is_prompt:
+            return [part for text in texts for part in text], "", texts
         return [part for text in texts for part in text], label, [*texts, ("label", label)]
     if row.messages:
         texts = [(m["role"], m.get("content") or "") for m in row.messages]

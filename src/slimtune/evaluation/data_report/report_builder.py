@@ -126,7 +126,7 @@ class DataReportBuilder:
         """Read the rows without a tokenizer: invalid ones and labels are counted, and the first rows are samples."""
         for row in self.source:
             self.facts.stats.rows += 1
-            if isinstance(row, Row) and row.label_names is not None:
+            if isinstance(row, Row) and row.label_names is not None and not row.is_prompt:
                 self.facts.add_labels([row.line], [row.label_names])
             for code, example in row.findings if isinstance(row, Row) else ():
                 self.facts.add_group(code, [row.line], example)

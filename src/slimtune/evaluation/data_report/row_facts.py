@@ -103,7 +103,7 @@ class RowFactsCollector:
         found: RowBatchStats = batch.stats
         self.stats.add(batch.counts)
         self.add_invalid(batch.invalid)
-        if batch.labels is not None:
+        if batch.labels is not None and self.source.format != "prompt":
             self.add_labels(batch.lines.tolist(), batch.labels)
         for code, line, example in found.issues:
             self.add_group(code, [line], example)

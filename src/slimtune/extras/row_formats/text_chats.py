@@ -14,7 +14,7 @@ def is_prompt_with_answer_texts(row: Row, record: Record) -> bool:
 
     Texts without a prompt of their own are not divided into turns: what they share may end anywhere.
     """
-    has_answers = row.chosen is not None or row.answers is not None or row.is_good is not None
+    has_answers = row.chosen is not None or row.answers is not None or row.is_good is not None or row.is_prompt
     return has_answers and not row.messages and isinstance(record.get("prompt"), str)
 
 

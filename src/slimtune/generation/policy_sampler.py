@@ -1,0 +1,43 @@
+"""Answers that a run learns from, sampled by the model that trains (objectives/policy_run.py)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..objectives.policy_run import SampledAnswer
+from .answer_queue import SamplingParams
+from .generation_models import make_generation_model
+from .training_samples import sample_answers_between_steps
+
+
+def sample_policy_answers(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    adapter_or_base: str,
+    count: int,
+    temperature: float,
+    max_new_tokens: int,
+    seed: int,
+) -> list[list[SampledAnswer]]:
+    """Return `count` answers of an adapter, or of the base, to each prompt; see `sample_answers_between_steps`."""
+    params = SamplingParams(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        logprobs_at_temperature=temperature > 0,
+    )
+    answering = make_generation_model(model, tokenizer, adapter_or_base)
+    groups = sample_answers_between_steps(model, answering, prompts, params, count=count)
+    return [
+        [
+            SampledAnswer(
+                [*answer.token_ids],
+                [one.logprob for one in answer.logprobs],
+                answer.text,
+                answer.finish_reason == "stop",
+            )
+            for answer in group
+        ]
+        for group in groups
+    ]

@@ -1,0 +1,206 @@
+"""What objectives that learn from the model's own answers have in common: prompts, sampling, rewards and the log.
+
+    a step    prompts ─▶ K sampled answers each ─▶ rewards ─▶ advantages ─▶ one packed tree: prompt once, K branches
+
+The sampler is the model that trains, with the adapter on. What it says a token's log-probability is, is compared with
+what the training step computes, before anything is learned from it (sampler_check.py). The answers of a step follow
+from the run's seed and the number of the step, so a run that is resumed samples the same ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from ..core.adapters.config_fields import FieldError, config_field
+from ..core.config.schema import Number
+from ..core.data.tokenize import format_line_numbers
+from ..core.training.objective import Batch, Example, Objective, ScoreRows
+from ..errors import DataError
+from ..extras.rewards.reward_specs import find_reward_error, make_reward_path_absolute
+from .prompt_rows import PromptRows
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from ..core.config.schema import DataSettings
+    from ..core.data.class_labels import ClassLabels
+    from ..core.data.tokenized_dataset import TokenizedDataset
+    from ..core.training.datasets import RunDatasets
+    from ..core.training.prepared_run import PreparedRun
+    from .policy_losses import ClippedLosses
+    from .policy_run import PolicyRun
+
+
+@dataclass
+class PolicyObjective(Objective):
+    """An objective on prompts, whose answers the model samples itself; TRL's names.
+
+    A subclass gives `compute_advantages`, and how the losses of tokens become the loss of a step.
+    """
+
+    formats: ClassVar[tuple[str, ...]] = ("prompt",)
+    learning_rate_factor: ClassVar[float] = 0.3
+    measures: ClassVar[tuple[str, ...]] = ("reward", "length")
+
+    rewards: list[str] = config_field(
+        [], "what scores the answers: file.py:function, or a built-in reward such as numeric-match:answer"
+    )
+    reward_weights: list[float] = config_field([], "weight of each reward in the sum; empty: 1 each")
+    num_generations: int = config_field(8, "answers sampled to each prompt of a step", ge=2, le=1024)
+    max_completion_length: int = config_field(256, "longest answer, in tokens", ge=1, le=10**6)
+    temperature: Number = config_field(1.0, "temperature of sampling and of the learned log-probabilities", ge=0.01)
+    beta: Number = config_field(0.0, "weight of the KL divergence from the base; 0: it is only measured", ge=0)
+    epsilon: Number = config_field(0.2, "how far below 1 the ratio of a probability to the sampled one may fall", gt=0)
+    epsilon_high: Number | None = config_field(
+        None, "how far above 1 that ratio may rise; DAPO takes 0.28", when_null="as epsilon", gt=0
+    )
+    reward_timeout: Number = config_field(60.0, "seconds that a reward may take for the answers of a step", gt=0)
+    max_logp_difference: Literal["auto"] | Number = config_field(
+        "auto",
+        "largest difference between log p of a token where it is sampled and where it is learned; auto: by the dtype",
+        gt=0,
+    )
+
+    @property
+    def high(self) -> float:
+        """`epsilon_high`, or `epsilon` in its place."""
+        return float(self.epsilon if self.epsilon_high is None else self.epsilon_high)
+
+    @property
+    def run(self) -> PolicyRun | None:
+        """What samples and scores answers, once a run is prepared."""
+        found: PolicyRun | None = vars(self).get("_run")
+        return found
+
+    def normalize(self) -> None:
+        self.rewards = [make_reward_path_absolute(spec) for spec in self.rewards]
+
+    def find_missing(self) -> Iterator[FieldError]:
+        if not self.rewards:
+            hint = "--reward rewards.py:function, or --reward numeric-match:answer"
+            yield self.error("rewards", "at least one reward, which scores the answers", hint)
+
+    def find_conflicts(self) -> Iterator[FieldError]:
+        for spec in self.rewards:
+            if (problem := find_reward_error(spec)) is not None:
+                yield self.error("rewards", problem.expected, problem.hint, f": {problem.problem}")
+        if self.reward_weights and len(self.reward_weights) != len(self.rewards):
+            yield self.error("reward_weights", f"one weight for each of the {len(self.rewards)} rewards, or none")
+
+    def list_plan_notes(self) -> Sequence[str]:
+        return (
+            f"Learning is planned for answers of {self.max_completion_length} tokens, {self.num_generations} to each "
+            "prompt; sampling them before each step takes time that this plan does not count.",
+        )
+
+    # --- rows ---------------------------------------------------------------------------------------------------------
+
+    def prepare_datasets(self, datasets: RunDatasets, data: DataSettings) -> RunDatasets:
+        found = super().prepare_datasets(datasets, data)
+        for rows in (found.train, found.validation, found.test):
+            lengths = zip(rows.lines, rows.lengths.tolist(), strict=True)
+            if long := [line for line, n in lengths if n > data.max_seq_len]:
+                longest = int(rows.lengths.max())
+                raise DataError(
+                    f"{data.train}: {len(long)} prompts leave no room for an answer of {self.max_completion_length} "
+                    f"tokens ({format_line_numbers(long)}): the longest has {longest - self.max_completion_length}",
+                    f"prompt and answer of at most max_seq_len = {data.max_seq_len} tokens together",
+                    f"--max-seq-len {longest}, a smaller task.max_completion_length, or shorter prompts",
+                )
+        return found
+
+    def prepare_rows(
+        self, rows: TokenizedDataset, classes: ClassLabels | None = None, path: Path | None = None
+    ) -> TokenizedDataset:
+        """Return prompts that know how long their answers may become."""
+        return PromptRows(rows, self.num_generations, self.max_completion_length)
+
+    def prepare_run(self, prepared: PreparedRun) -> None:
+        """Start the rewards, and make what samples."""
+        from .policy_run import PolicyRun
+
+        vars(self)["_run"] = PolicyRun(self, prepared)
+
+    # --- steps --------------------------------------------------------------------------------------------------------
+
+    def prepare_step(self, examples: Sequence[Example], score_rows: ScoreRows) -> Sequence[Example]:
+        """Return the sampled answers to the prompts of a step, each an example, with what was said of its tokens."""
+        return examples if self.run is None or "is_probe" in examples[0] else self.run.sample_step(examples)
+
+    def prepare_evaluation(self, examples: Sequence[Example]) -> Sequence[Example]:
+        """Return one greedy answer to each prompt, with its reward."""
+        return examples if self.run is None else self.run.sample_greedy(examples)
+
+    def measure_steps(self) -> dict[str, float]:
+        """Return TRL's measures of the sampled answers, means over the steps since the last call."""
+        return {} if self.run is None else self.run.take_measures()
+
+    def make_longest_examples(self, examples: Sequence[Example]) -> list[Example]:
+        """Return the answers of a step as if each were as long as it may be, to measure the memory of learning."""
+        answer = [next((i for i in examples[0]["input_ids"]), 0)] * self.max_completion_length
+        filler = {"answer": 0, "advantage": 1.0, "sampled_count": len(answer), "sampled_tokens": answer}
+        filler |= {"sampled_logps": [0.0] * len(answer), "reference_logps": [0.0] * len(answer), "is_probe": True}
+        return [
+            {
+                "input_ids": e["input_ids"] + answer,
+                "labels": e["labels"] + answer,
+                "line": e["line"],
+                **filler,
+                **self.temperature_column,
+            }
+            for e in examples
+            for _ in range(self.num_generations)
+        ]
+
+    @property
+    def temperature_column(self) -> dict[str, float]:
+        """What an example says of the temperature; nothing if it is 1."""
+        return {} if self.temperature == 1 else {"temperature": float(self.temperature)}
+
+    # --- values -------------------------------------------------------------------------------------------------------
+
+    def compute_advantages(self, rewards: Tensor, summed_log_ratios: Tensor) -> Tensor:
+        """Return the advantages [P, K] of a step's answers.
+
+        Args:
+            rewards: weighted sums [P, K].
+            summed_log_ratios: log p of each answer minus that under the reference [P, K]; 0 if `beta` is 0.
+        """
+        raise NotImplementedError
+
+    def compute_clipped(self, logps: Tensor, old_logps: Tensor, batch: Batch) -> ClippedLosses:
+        """Return the losses of the tokens [T], or of the answers [N], of a micro-batch."""
+        raise NotImplementedError
+
+    def sum_losses(self, found: ClippedLosses, logps: Tensor, batch: Batch) -> Tensor:
+        """Return what the losses of a micro-batch add to the step's loss, before `count_items` divides it."""
+        raise NotImplementedError
+
+    def loss(self, values: Tensor, batch: Batch, num_items: Any) -> Tensor:
+        """Return the micro-batch's share of the step's loss."""
+        from .policy_losses import remove_padding
+
+        logps, counts = -values, batch["row_targets"]
+        if self.run is not None and "is_probe" not in batch:
+            self.run.check.compare(logps.detach(), batch)
+        old_logps = remove_padding(batch["sampled_logps"].to(values.dtype), counts)
+        clipped = self.compute_clipped(logps, old_logps, batch)
+        if self.run is not None and "is_probe" not in batch:
+            self.run.measures.add_clipped(clipped.clipped.detach())
+        return self.sum_losses(clipped, logps, batch) / num_items
+
+    def score(self, values: Tensor, batch: Batch) -> Tensor:
+        """Return the reward and the number of tokens of each answer."""
+        import torch
+
+        counts = torch.tensor(batch["row_targets"], dtype=torch.float64, device=values.device)
+        return torch.stack([batch["reward"].double(), counts], dim=1)
+
+    def summarize(self, scores: np.ndarray) -> dict[str, float]:
+        """Return the mean reward, its negative as the loss, and the mean length in tokens."""
+        reward, length = scores.mean(axis=0).tolist()
+        return {"loss": -reward, "reward": reward, "completions/mean_length": length}
