@@ -1,6 +1,7 @@
 """One line per objective: the rows it learns from in the tests that run over each, and its comparison with a peer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -11,19 +12,26 @@ class ObjectiveCase:
         rows: the rows of `ROWS` that it learns from.
         peer: the test that compares its loss and gradients with TRL's, PEFT's or transformers' own: `file::function`.
         exports: whether what it trains is a language model, which every export format takes.
+        settings: that it cannot do without.
     """
 
     rows: str
     peer: str
     exports: bool = True
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
+SAMPLED = {"rewards": ["length:9"], "num_generations": 3, "max_completion_length": 6}
 OBJECTIVE_CASES = {
     "sft": ObjectiveCase("chats", "golden/test_trainer.py::test_trl_sft"),
     "classification": ObjectiveCase(
         "texts", "objectives/test_row_heads.py::test_loss_and_gradients_are_those_of_peft", exports=False
     ),
     "dpo": ObjectiveCase("pairs", "objectives/test_trl.py::test_dpo"),
+    "grpo": ObjectiveCase(
+        "prompts", "objectives/test_policy_trl.py::test_step_is_that_of_trl", settings={**SAMPLED, "temperature": 0.9}
+    ),
+    "rloo": ObjectiveCase("prompts", "objectives/test_policy_trl.py::test_step_is_that_of_trl", settings=SAMPLED),
     "kto": ObjectiveCase("rated", "objectives/test_kto.py::test_loss_and_gradient_are_those_of_trl"),
     "orpo": ObjectiveCase("pairs", "objectives/test_trl.py::test_simpo_and_orpo"),
     "reward": ObjectiveCase("pairs", "objectives/test_row_heads.py::test_reward_loss_is_that_of_trl", exports=False),
@@ -58,5 +66,6 @@ ROWS = {
         {"prompt": ask(i), "completion": answer("abc" if i % 2 else "xyz", 1 + i % 4), "label": i % 2 == 1}
         for i in range(31)
     ],
+    "prompts": [{"prompt": ask(i), "answer": i} for i in range(24)],
     "texts": [{"text": f"{word} {i}", "label": word} for i in range(8) for word in ("wave", "fern", "tram")],
 }

@@ -42,6 +42,8 @@ def make(tmp_path, tiny_folder):
 
     def recipe(task, name, *, rows=None, data=None, method=None, quantization=None, dtype="float32", **more):
         rows = rows or OBJECTIVE_CASES[task if isinstance(task, str) else task["name"]].rows
+        if isinstance(task, str):
+            task = {"name": task, **OBJECTIVE_CASES[task].settings}
         file = tmp_path / f"{rows}.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in ROWS[rows]))
         settings = {

@@ -128,7 +128,10 @@ class PolicyRun:
             for number, (prompt, one) in enumerate(zip(prompts, scored, strict=True))
             for i, answer in enumerate(one.answers)
         ]
-        for example in examples:
+        self.check.begin_step(step, {e["answer"]: e["line"] for e in examples})
+        for example, answer in zip(examples, answers, strict=True):
+            learned = [label for label in example["labels"] if label != IGNORE_INDEX]
+            self.check.require_same_tokens(example["answer"], answer.token_ids, learned)
             example |= objective.temperature_column
         log_ratios, kl = self._compare_with_reference(examples, answers)
         advantages = objective.compute_advantages(sums, log_ratios.view_as(sums)).flatten().tolist()
@@ -143,7 +146,6 @@ class PolicyRun:
             }
             if "reference_logps" in example:
                 example["reference_logps"] = example["reference_logps"] + [0.0] * padding
-        self.check.begin_step(step, {e["answer"]: e["line"] for e in examples})
         self._measure(sums, rewards, answers, kl)
         self._record_best_and_worst(step, prompts, scored, sums)
         self._require_signal(sums, step)

@@ -4,7 +4,7 @@ A sampler that runs without the adapter, with an old one, at another temperature
 plausible answers, and the loss looks fine. Only these two numbers of one token tell.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,20 @@ class SamplerCheck:
         """Forget the step before; `lines` are those of the prompts of the answers, by their number."""
         self.step, self.lines, self.differences = step, lines, {}
 
+    def require_same_tokens(self, number: int, sampled: Sequence[int], learned: Sequence[int]) -> None:
+        """Raise RunError unless the tokens that are learned of an answer are those that were sampled."""
+        for at, (one, other) in enumerate(zip(sampled, learned, strict=False)):
+            if one != other:
+                self._fail(number, at, one, other, 0.0, 0.0)
+        if len(sampled) != len(learned):
+            raise RunError(
+                f"step {self.step}: an answer to line {self.lines.get(number)} of {self.file} has {len(learned)} "
+                f"learned tokens, and the sampler wrote {len(sampled)}: they differ from token "
+                f"{min(len(sampled), len(learned)) + 1} on",
+                "every sampled token is learned, the one that ends the answer included",
+                code="sampler-differs",
+            )
+
     def compare(self, logps: Tensor, batch: Batch) -> None:
         """Compare log p of a micro-batch's tokens [T], in the order of its targets, with what the sampler said.
 
@@ -64,22 +78,15 @@ class SamplerCheck:
         numbers, sampled = batch["answer"].tolist(), batch["sampled_count"].tolist()
         rows = zip(numbers, sampled, logps.split(counts), batch["targets"].split(counts), strict=True)
         for place, (number, count, own, targets) in enumerate(rows):
-            same = min(count, len(own))
-            said = batch["sampled_logps"][place, :same].to(own.dtype)
-            ids = batch["sampled_tokens"][place, :same]
-            differences = (own[:same] - said).abs()
-            wrong = (ids != targets[:same]) | ~(differences <= self.bound)
+            ids = batch["sampled_tokens"][place, :count].tolist()
+            self.require_same_tokens(number, ids, targets.tolist())
+            said = batch["sampled_logps"][place, :count].to(own.dtype)
+            differences = (own - said).abs()
+            wrong = ~(differences <= self.bound)  # NaN, too
             if bool(wrong.any()):
                 at = int(wrong.nonzero()[0])
-                self._fail(number, at, int(ids[at]), int(targets[at]), float(said[at]), float(own[at]))
-            if count != len(own):
-                raise RunError(
-                    f"step {self.step}: the answer to line {self.lines.get(number)} of {self.file} has {len(own)} "
-                    f"learned tokens, and the sampler wrote {count}: they differ from token {same + 1} on",
-                    "every sampled token is learned, the one that ends the answer included",
-                    code="sampler-differs",
-                )
-            self.differences[number] = AnswerDifference(float(differences.max()), float(differences.sum()), same)
+                self._fail(number, at, ids[at], ids[at], float(said[at]), float(own[at]))
+            self.differences[number] = AnswerDifference(float(differences.max()), float(differences.sum()), count)
 
     def _fail(self, number: int, at: int, sampled: int, learned: int, said: float, own: float) -> None:
         where = f"step {self.step}: token {at + 1} of an answer to line {self.lines.get(number)} of {self.file}"

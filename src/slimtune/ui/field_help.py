@@ -23,9 +23,11 @@ OBJECTIVE_HELP = {
     "sft": "Answer as in the rows",
     "classification": "Sort texts into classes",
     "dpo": "Prefer the better of two answers",
+    "grpo": "Find better answers to prompts by trying, where a program can score them",
     "kto": "Prefer answers with a thumb up to those with a thumb down",
     "orpo": "Answer as in the better of two answers, and prefer it",
     "reward": "Score answers, from pairs of a better and a worse one",
+    "rloo": "As grpo, each answer against the mean of the others",
     "simpo": "Prefer the better of two answers, by its mean per token",
 }
 """What each objective teaches, in plain words; of one that is not here its own summary is shown."""

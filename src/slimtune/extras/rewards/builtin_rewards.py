@@ -11,6 +11,7 @@ COLUMN is `answer` unless another is named.
 
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -119,8 +120,6 @@ def make_length(argument: str) -> Callable[..., list[float]]:
 
 def find_last_number(text: str) -> float | None:
     """Return the last number in a text; commas between its digits are left out."""
-    import re
-
     found = re.findall(NUMBER, text)
     return float(found[-1].replace(",", "")) if found else None
 

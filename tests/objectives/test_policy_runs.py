@@ -1,0 +1,260 @@
+"""Runs on sampled answers: the sampler is the model that trains, faults are caught, a killed run resumes bit for bit."""
+
+import json
+
+import pytest
+import torch
+from row_files import write_jsonl
+from tiny_run import distance, metrics, recipe_of, train_in_two_parts
+
+from slimtune.core.adapters.active_adapters import BASE_ROW
+from slimtune.core.training.train import train
+from slimtune.errors import DataError, RecipeError, RunError, UsageError
+from slimtune.generation import policy_sampler
+from slimtune.objectives import policy_run
+
+REWARD = """
+def variety(prompts, completions, wanted, **columns):
+    print("a reward may print")
+    return [len(set(text)) / n for text, n in zip(completions, wanted, strict=True)]
+
+def broken(prompts, completions, wanted, **columns):
+    return [1 / (n - 13) for n in wanted]
+
+def nan(prompts, completions, **columns):
+    return [float("nan") if i == 3 else 1.0 for i in range(len(completions))]
+
+def short(prompts, completions, **columns):
+    return [1.0]
+
+def hanging(prompts, completions, wanted, **columns):
+    import time
+    time.sleep(60 if 12 in wanted else 0)
+    return [1.0] * len(completions)
+
+def constant(prompts, completions, **columns):
+    return [0.5] * len(completions)
+"""
+
+
+@pytest.fixture
+def make(tmp_path, tiny_llama, tiny_tokenizer):
+    """Make a recipe in a run folder: `make("run", reward="variety", task={"beta": 0.1}, max_steps=3)`."""
+    for part in (tiny_llama(initializer_range=0.2), tiny_tokenizer()):  # so wide that positions matter
+        part.save_pretrained(tmp_path / "base")
+    (tmp_path / "rewards.py").write_text(REWARD)
+    rows = [{"prompt": f"say {i}", "wanted": 10 + i % 5} for i in range(10)]
+    write_jsonl(tmp_path / "prompts.jsonl", rows)
+
+    def recipe(name, *, reward="variety", task=None, method=None, data=None, **train_settings):
+        settings = {
+            "model": {"name": str(tmp_path / "base"), "dtype": "float32", "device": "cpu"},
+            "data": {"train": str(tmp_path / "prompts.jsonl"), "validation_fraction": 0.2, **(data or {})},
+            "task": {
+                "name": "grpo", "rewards": [f"{tmp_path}/rewards.py:{reward}"], "num_generations": 4,
+                "max_completion_length": 8, **(task or {}),
+            },
+            "method": {"name": "lora", "r": 4, **(method or {})},
+            "train": {"max_steps": 4, "batch_size": 3, "learning_rate": 2e-2, "forgetting_budget": None},
+            "output_dir": str(tmp_path / name),
+        }  # fmt: skip
+        return recipe_of(settings, **train_settings)
+
+    return recipe
+
+
+@pytest.mark.parametrize("task", [{"beta": 0.1, "temperature": 0.7}, {"name": "rloo"}], ids=["grpo", "rloo"])
+def test_sampler_is_the_model_that_trains(make, task):
+    result = train(make("run", task=task, max_steps=6))
+    largest = metrics(result.run, "sampling/sampling_logp_difference/max")
+    assert len(largest) == 6
+    assert max(largest) < 1e-5
+    assert metrics(result.run, "kl")[0] == pytest.approx(0, abs=1e-9)
+    assert metrics(result.run, "kl")[-1] > 1e-4
+    assert len(metrics(result.run, "reward")) == 8  # and twice of the held-out prompts
+
+
+@pytest.mark.parametrize("task", ["grpo", "rloo"])
+def test_killed_run_resumes_to_the_same_bits(make, task, monkeypatch):
+    whole, again = (make(name, task={"name": task, "beta": 0.05}) for name in ("whole", "again"))
+    result = train(whole)
+    assert distance(result.run, train_in_two_parts(again, monkeypatch, 2).run) == 0
+    assert metrics(whole.output_dir, "reward") == metrics(again.output_dir, "reward")
+
+
+# --- faults -----------------------------------------------------------------------------------------------------------
+
+FAULTS = {}
+sample = policy_sampler.sample_policy_answers
+
+
+def fault(function):
+    FAULTS[function.__name__] = function
+    return function
+
+
+def change_weights(model, change):
+    """Sample with other weights of the adapter."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    kept = [p.detach().clone() for p in parameters]
+    with torch.no_grad():
+        for p in parameters:
+            change(p)
+    return lambda: [p.data.copy_(old) for p, old in zip(parameters, kept, strict=True)]
+
+
+@fault
+def adapter_off(model, tokenizer, prompts, **how):
+    return sample(model, tokenizer, prompts, **{**how, "adapter_or_base": BASE_ROW})
+
+
+@fault
+def one_step_old(model, tokenizer, prompts, **how):
+    restore = change_weights(model, lambda p: p.copy_(model.weights_before[id(p)]))
+    found = sample(model, tokenizer, prompts, **how)
+    restore()
+    return found
+
+
+@fault
+def scale_wrong(model, tokenizer, prompts, **how):
+    restore = change_weights(model, lambda p: p.mul_(2**0.5))
+    found = sample(model, tokenizer, prompts, **how)
+    restore()
+    return found
+
+
+@fault
+def other_adapter(model, tokenizer, prompts, **how):
+    restore = change_weights(model, lambda p: p.copy_(p.flip(0)))
+    found = sample(model, tokenizer, prompts, **how)
+    restore()
+    return found
+
+
+@fault
+def other_dtype(model, tokenizer, prompts, **how):
+    with torch.autocast("cpu", torch.bfloat16):
+        return sample(model, tokenizer, prompts, **how)
+
+
+@fault
+def position_offset_after_the_prefix(model, tokenizer, prompts, **how):
+    def shift(module, args, kwargs):
+        positions = kwargs.pop("position_ids", args[-1])
+        return (args[0], positions + (positions.shape[1] == 1)), kwargs
+
+    (rotary,) = [m for name, m in model.named_modules() if name.endswith("rotary_emb")]
+    hook = rotary.register_forward_pre_hook(shift, with_kwargs=True)
+    found = sample(model, tokenizer, prompts, **how)
+    hook.remove()
+    return found
+
+
+@fault
+def temperature_forgotten(model, tokenizer, prompts, **how):
+    return sample(model, tokenizer, prompts, **{**how, "temperature": 1.0})
+
+
+@fault
+def template_twice(model, tokenizer, prompts, **how):
+    return sample(model, tokenizer, [[*ids[:6], *ids] for ids in prompts], **how)
+
+
+LEARNING_FAULTS = {
+    "tokens_re_encoded": lambda answer, tokenizer: tokenizer(answer.text)["input_ids"] + answer.token_ids[-1:],
+    "dropped_eos": lambda answer, tokenizer: answer.token_ids[:-1],
+}
+FAULTY_STEP = 3
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_fault_of_the_sampler_is_caught_in_its_step(name, make, monkeypatch):
+    calls = []
+
+    def sample_faulty(model, tokenizer, prompts, **how):
+        calls.append(prompts)
+        now = FAULTS[name] if len(calls) == FAULTY_STEP else sample
+        found = now(model, tokenizer, prompts, **how)
+        model.weights_before = {id(p): p.detach().clone() for p in model.parameters() if p.requires_grad}
+        return found
+
+    monkeypatch.setattr(policy_sampler, "sample_policy_answers", sample_faulty)
+    assert_caught(make("run", task={"temperature": 0.8}))
+
+
+@pytest.mark.parametrize("name", LEARNING_FAULTS)
+def test_fault_of_what_is_learned_is_caught_in_its_step(name, make, monkeypatch, tiny_tokenizer):
+    tokenizer, steps = tiny_tokenizer(), []
+    make_example = policy_run.make_answer_example
+
+    def make_faulty(prompt, answer, number):
+        steps.extend([1] * (number == 0))
+        if len(steps) == FAULTY_STEP and len(answer.token_ids) > 1:
+            answer = policy_run.SampledAnswer(
+                LEARNING_FAULTS[name](answer, tokenizer), answer.logps, answer.text, answer.is_complete
+            )
+        return make_example(prompt, answer, number)
+
+    monkeypatch.setattr(policy_run, "make_answer_example", make_faulty)
+    assert_caught(make("run"))
+
+
+def assert_caught(recipe):
+    with pytest.raises(RunError) as caught:
+        train(recipe)
+    assert caught.value.code == "sampler-differs"
+    assert len(metrics(recipe.output_dir, "train_loss")) == FAULTY_STEP - 1
+
+
+# --- rewards ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("reward", "line"), [("broken", True), ("nan", True), ("short", False), ("hanging", True)])
+def test_reward_that_fails_is_named_with_its_row(reward, line, make):
+    with pytest.raises(RunError) as caught:
+        train(make("run", reward=reward, task={"reward_timeout": 3}, max_steps=40))
+    assert caught.value.code == "reward-failed"
+    assert f"rewards.py:{reward}" in caught.value.message
+    assert ("prompts.jsonl" in caught.value.message) == line
+
+
+def test_run_without_signal_stops(make):
+    with pytest.raises(RunError) as caught:
+        train(make("run", reward="constant", max_steps=40, batch_size=2))
+    assert caught.value.code == "no-reward-signal"
+
+
+def test_rewards_are_weighted(make, tmp_path):
+    path = f"{tmp_path}/rewards.py"
+    both = {"rewards": [f"{path}:constant", f"{path}:variety"], "reward_weights": [2.0, 0.0]}
+    result = train(make("run", task=both, max_steps=1, data={"validation_fraction": 0.0}))
+    assert metrics(result.run, "reward") == [1.0]
+    assert metrics(result.run, "rewards/constant/mean") == [0.5]
+    assert metrics(result.run, "rewards/variety/mean")[0] > 0
+
+
+@pytest.mark.parametrize(
+    ("error", "how"),
+    [
+        (RecipeError, {"task": {"rewards": []}}),
+        (RecipeError, {"task": {"rewards": ["numeric-mach:answer"]}}),
+        (RecipeError, {"task": {"rewards": ["nowhere.py:reward"]}}),
+        (RecipeError, {"task": {"reward_weights": [1.0, 2.0]}}),
+        (UsageError, {"method": {"lora_dropout": 0.1}}),
+        (DataError, {"task": {"max_completion_length": 1020}}),
+    ],
+    ids=["no reward", "misspelled", "no file", "weights", "dropout", "no room"],
+)
+def test_bad_settings_are_refused_before_anything_is_written(error, how, make, tmp_path):
+    with pytest.raises(error):
+        train(make("run", **how))
+    assert not (tmp_path / "run").exists()
+
+
+def test_best_and_worst_answers_are_recorded(make):
+    run = train(make("run", max_steps=2)).run
+    lines = map(json.loads, open(f"{run}/metrics.jsonl").read().splitlines())
+    found = [line for line in lines if line.get("event") == policy_run.EVENT]
+    assert [line["step"] for line in found] == [1, 2]
+    assert all(line["best"]["reward"] >= line["worst"]["reward"] for line in found)
