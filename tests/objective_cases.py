@@ -21,7 +21,7 @@ class ObjectiveCase:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-SAMPLED = {"rewards": ["length:9"], "num_generations": 3, "max_completion_length": 6}
+SAMPLED = {"rewards": ["length:3"], "num_generations": 3, "max_completion_length": 6}
 OBJECTIVE_CASES = {
     "sft": ObjectiveCase("chats", "golden/test_trainer.py::test_trl_sft"),
     "classification": ObjectiveCase(

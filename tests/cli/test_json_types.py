@@ -40,6 +40,7 @@ COMMAND_LINES = {
     "KTOEvalResult": "eval {kto} --split validation",
     "ClassificationEvalResult": "eval {classification} --split validation",
     "RewardEvalResult": "eval {reward} --split validation",
+    "PolicyEvalResult": "eval {grpo} --split validation",
     "CompareResult": "compare recipe.yaml --methods lora,ia3 --seeds 1 --tokens 600 --out {new}",
     "RunReportResult": "report run --out {new}.html",
     "GenerateResult": "generate run hello --side-by-side --max-new-tokens 2",
@@ -63,7 +64,7 @@ COMMAND_LINES = {
 """A command line whose output has the type; `{new}` is a path that does not exist, `{kto}` a run of that task."""
 CHECKED_ELSEWHERE = {"PushResult": "tests/export/test_hub.py"}
 SLOW = ("CompareResult", "TuneResult", "VerifyResult", "KTOEvalResult", "RewardEvalResult", "ChooseResult",
-        "ClassificationEvalResult", "GpuComparisonResult")  # fmt: skip
+        "PolicyEvalResult", "ClassificationEvalResult", "GpuComparisonResult")  # fmt: skip
 
 
 def make_row(task: str, i: int) -> dict[str, object]:
@@ -73,6 +74,7 @@ def make_row(task: str, i: int) -> dict[str, object]:
     return {
         "kto": {"prompt": question, "completion": answer, "label": bool(i % 2)},
         "reward": {"prompt": question, "chosen": answer, "rejected": other},
+        "grpo": {"prompt": question, "answer": i},
         "classification": {"text": f"wave {i}", "label": ("sea", "wood")[i % 2]},
     }[task]
 
@@ -124,6 +126,8 @@ def train_task(home, slimtune):
             runs[task] = home / task
             rows = write_jsonl(home / f"{task}.jsonl", (make_row(task, i) for i in range(24)))
             words = ("train", "--model", home / "base", "--data", rows, "--task", task, "--out", runs[task])
+            if task == "grpo":
+                words += ("--reward", "length:3", "--set", "task.max_completion_length=4")
             done = slimtune(*words, "--max-steps", 1, "--dtype", "float32", "--set", "data.validation_fraction=0.25")
             assert done.exit_code == 0, done.output
         return runs[task]
@@ -138,7 +142,7 @@ def train_task(home, slimtune):
 def test_output_has_its_schema(name, home, slimtune, train_task, tmp_path, monkeypatch):
     monkeypatch.chdir(home)
     line = COMMAND_LINES[name]
-    runs = {task: train_task(task) for task in ("kto", "classification", "reward") if f"{{{task}}}" in line}
+    runs = {task: train_task(task) for task in ("kto", "classification", "reward", "grpo") if f"{{{task}}}" in line}
     command, *words = shlex.split(line.format(new=tmp_path / "new", **runs))
     done = slimtune(command, *words, "--json", stdin="hello\n")
     assert done.exit_code in (0, 1), done.output

@@ -17,6 +17,7 @@ from slimtune.core.training import train as train_module
 from slimtune.errors import SlimtuneError
 
 pytestmark = pytest.mark.filterwarnings("always:the recipe's")
+REWARD = " --set 'task.rewards=[length:9]'"
 FLAGS: dict[str, list[str]] = {
     "model.device": ["--device=cpu"],
     "model.dtype": ["--dtype=bf16"],
@@ -31,7 +32,7 @@ FLAGS: dict[str, list[str]] = {
     "data.on_overlong": ["--on-overlong=truncate"],
     "data.apply_chat_template": ["--no-apply-chat-template"],
     "data.chat_template": ["--chat-template=t.jinja"],
-    "task.name": [f"--task={name}" for name in list_objectives()],
+    "task.name": [f"--task={name}{REWARD if name in ('grpo', 'rloo') else ''}" for name in list_objectives()],
     "method.name": [f"--method={name}" for name in (*list_methods(), "LoRA")],
     "method.rank": ["--rank=6"],
     "method.alpha": ["--alpha=5"],

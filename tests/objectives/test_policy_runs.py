@@ -1,15 +1,24 @@
-"""Runs on sampled answers: the sampler is the model that trains, faults are caught, a killed run resumes bit for bit."""
+"""Runs on sampled answers: the sampler is the model that trains, faults are caught, killed runs resume bit for bit."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from objective_steps import take_step
 from row_files import write_jsonl
+from tiny_families import build_family
 from tiny_run import distance, metrics, recipe_of, train_in_two_parts
 
+from slimtune import LoraConfig, get_peft_model
 from slimtune.core.adapters.active_adapters import BASE_ROW
+from slimtune.core.config.objective_registry import load_objective_class
+from slimtune.core.data.collator import Collator
+from slimtune.core.training.loss import make_collator
 from slimtune.core.training.train import train
 from slimtune.errors import DataError, RecipeError, RunError, UsageError
+from slimtune.evaluation.eval_result import read_eval_result
+from slimtune.evaluation.evaluate import EvalSettings, evaluate
 from slimtune.generation import policy_sampler
 from slimtune.objectives import policy_run
 
@@ -80,6 +89,32 @@ def test_killed_run_resumes_to_the_same_bits(make, task, monkeypatch):
     result = train(whole)
     assert distance(result.run, train_in_two_parts(again, monkeypatch, 2).run) == 0
     assert metrics(whole.output_dir, "reward") == metrics(again.output_dir, "reward")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text"])
+@pytest.mark.parametrize("shared", [True, False], ids=["one prompt", "prompts of their own"])
+@pytest.mark.parametrize("name", ["grpo", "rloo"])
+def test_answers_in_one_tree_are_learned_as_alone(name, shared, family):
+    model = get_peft_model(
+        build_family(family).float(), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    )
+    objective = load_objective_class(name)(rewards=["length:9"], beta=0.1)
+    random, examples = torch.Generator().manual_seed(0), []
+    for i, length in enumerate((5, 9, 1, 7)):
+        seed = torch.Generator().manual_seed(0 if shared else i)
+        prompt = {"input_ids": torch.randint(3, 96, (12,), generator=seed).tolist(), "line": i}
+        ids = torch.randint(3, 96, (length,), generator=random).tolist()
+        noise = (torch.randn(3, 9, generator=random) * 0.3 - 4).tolist()
+        example = policy_run.make_answer_example(prompt, policy_run.SampledAnswer(ids, [], "", True), i)
+        examples.append(example | {"advantage": i - 1.5, "sampled_logps": noise[0], "reference_logps": noise[1]})
+    tree, alone = make_collator(model, 0), Collator(0, packing=False)
+    assert tree.count_tokens(examples) == 22 + 12 * (1 if shared else 4)
+    loss, gradients = take_step(model.train(), examples, objective, tree)
+    other_loss, other_gradients = take_step(model, examples, objective, alone, [[0], [1], [2], [3]])
+    assert loss == pytest.approx(other_loss, rel=1e-5, abs=1e-5)
+    for name, gradient in gradients.items():
+        scale = float(other_gradients[name].abs().max())
+        torch.testing.assert_close(gradient, other_gradients[name], atol=1e-5 * scale + 1e-7, rtol=1e-4)
 
 
 # --- faults -----------------------------------------------------------------------------------------------------------
@@ -252,9 +287,20 @@ def test_bad_settings_are_refused_before_anything_is_written(error, how, make, t
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("task", ["grpo", "rloo"])
+def test_evaluation_compares_rewards_of_base_and_tuned_model(make, task):
+    run = train(make("run", task={"name": task}, data={"validation_fraction": 0.5}, max_steps=2)).run
+    found = evaluate(run, EvalSettings(split="validation"))
+    m = found.measures
+    assert (m.rows, m.answers, m.rewards) == (5, 4, ["variety"])
+    assert m.reward_gain.value == pytest.approx(m.tuned_reward.value - m.base_reward.value)
+    assert m.base_best_reward.value >= m.base_reward.value > 0
+    assert read_eval_result(json.loads((Path(run) / "eval-validation.json").read_text())) == found
+
+
 def test_best_and_worst_answers_are_recorded(make):
     run = train(make("run", max_steps=2)).run
-    lines = map(json.loads, open(f"{run}/metrics.jsonl").read().splitlines())
+    lines = map(json.loads, Path(run, "metrics.jsonl").read_text().splitlines())
     found = [line for line in lines if line.get("event") == policy_run.EVENT]
     assert [line["step"] for line in found] == [1, 2]
     assert all(line["best"]["reward"] >= line["worst"]["reward"] for line in found)

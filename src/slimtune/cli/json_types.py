@@ -32,6 +32,7 @@ JSON_TYPES: dict[str, Sequence[str]] = {
         "evaluation.eval_result:KTOEvalResult",
         "evaluation.eval_result:ClassificationEvalResult",
         "evaluation.eval_result:RewardEvalResult",
+        "evaluation.eval_result:PolicyEvalResult",
     ),
     "compare": ("experiments.experiment_results:CompareResult",),
     "report": ("cli.eval_command:RunReportResult",),

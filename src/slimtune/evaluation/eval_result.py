@@ -222,6 +222,32 @@ class RewardModelMeasures(BaselineComparisonMeasures):
     """Mean reward of the rejected answers."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class PolicyMeasures(EvalMeasures):
+    """Rewards of the answers that base and tuned model sample to held-out prompts."""
+
+    answers: int
+    """Answers that each model sampled to each prompt."""
+    rewards: Sequence[str]
+    """Names of the rewards, whose weighted sum is measured."""
+    base_reward: Estimate
+    """Mean reward of the base's answers."""
+    tuned_reward: Estimate
+    """Mean reward of the tuned model's answers."""
+    reward_gain: Estimate
+    """Tuned model minus base; above 0, the tuned model is better."""
+    base_best_reward: Estimate
+    """Mean over prompts of the highest reward of the base's answers; pass@K, if rewards are 0 or 1."""
+    tuned_best_reward: Estimate
+    """The same of the tuned model."""
+    best_reward_gain: Estimate
+    """Tuned model minus base."""
+    base_length: float
+    """Mean tokens of the base's answers."""
+    tuned_length: float
+    """Mean tokens of the tuned model's answers."""
+
+
 # --- on general text, answers and tasks ------------------------------------------------------------------------------
 
 
@@ -431,8 +457,17 @@ class RewardEvalResult(EvalResult):
     measures: RewardModelMeasures = field(metadata=INLINE)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PolicyEvalResult(EvalResult):
+    """Evaluation of a model that learned from rewards of its own answers."""
+
+    measures: PolicyMeasures = field(metadata=INLINE)
+    forgetting: ForgettingMeasures | None = None
+    """Loss on general text; null: not measured."""
+
+
 EVAL_RESULTS: tuple[type[EvalResult], ...] = (
-    TextOrPairEvalResult, KTOEvalResult, ClassificationEvalResult, RewardEvalResult,
+    TextOrPairEvalResult, KTOEvalResult, ClassificationEvalResult, RewardEvalResult, PolicyEvalResult,
 )  # fmt: skip
 """The results that `slimtune eval` prints."""
 
@@ -448,6 +483,8 @@ def read_eval_result(values: Mapping[str, Any], *, strict: bool = True) -> EvalR
     cls: type[EvalResult] = TextOrPairEvalResult
     if "unpaired_preference" in values:
         cls = KTOEvalResult
+    elif "reward_gain" in values:
+        cls = PolicyEvalResult
     elif "baseline" in values:
         cls = ClassificationEvalResult if "macro_f1" in values else RewardEvalResult
     return from_json_dict(cls, values, strict=strict)

@@ -42,10 +42,11 @@ from ..generation.text_generator import TextGenerator
 from ..objectives.classification import Classification
 from ..objectives.kto import KTO
 from ..objectives.pair_objective import PairObjective
+from ..objectives.policy_objective import PolicyObjective
 from ..objectives.reward import Reward
 from ..objectives.sft import SFT
 from .classification_comparison import ClassifierEvaluator, RewardModelEvaluator
-from .eval_result import EvalResult, EvalVerdict, TextEvalResult
+from .eval_result import EvalResult, EvalVerdict, PolicyEvalResult, TextEvalResult
 from .forgetting import measure_forgetting
 from .general_text import build_general_text_examples, read_general_text_pieces
 from .generated_answers import (
@@ -62,6 +63,7 @@ from .next_steps import list_next_steps
 from .output_files import resolve_output_file
 from .preference_comparison import KTOEvaluator, PreferenceComparison
 from .run_report import write_run_report_and_list_damage
+from .sampled_answer_comparison import SampledAnswerComparison
 from .sft_comparison import SupervisedLossEvaluator
 
 COMPARISONS: dict[type[Objective], type[ModelComparison[Any]]] = {
@@ -70,6 +72,7 @@ COMPARISONS: dict[type[Objective], type[ModelComparison[Any]]] = {
     KTO: KTOEvaluator,
     Classification: ClassifierEvaluator,
     Reward: RewardModelEvaluator,
+    PolicyObjective: SampledAnswerComparison,
 }
 """The comparison of each objective and of its subclasses."""
 FEW_EVAL_ROWS = 20
@@ -164,6 +167,9 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> EvalResult:
     writes_text = objective.task_type == "CAUSAL_LM"
     if not writes_text and (settings.generate or settings.tasks):
         raise UsageError(f"{run} is a classifier, which writes no answers", "neither --generate nor --tasks")
+    if isinstance(objective, PolicyObjective) and (settings.generate or settings.tasks):
+        problem = f"{run} learned by {objective.name}, whose evaluation samples and scores answers by itself"
+        raise UsageError(problem, "neither --generate nor --tasks", "slimtune generate and chat show answers")
     examples, row_report, training_rows = _load_unseen_rows(trained, sections, file, settings.split)
     if isinstance(examples, DocumentWindows) and are_windows_of_few_documents(examples):
         examples = examples.cut_into(FEW_EVAL_ROWS)
@@ -259,6 +265,7 @@ def _build_comparison(
         examples,
         build_run_collator(sections.train, model, trained.base.tokenizer, longest),
         objective,
+        trained.base.tokenizer,
         trained.classes,
         rows_source=place,
         draws=settings.bootstrap,
@@ -285,15 +292,17 @@ def make_pass_fail_eval_verdict(
         warnings: what its rows do not show although it is.
     """
     reasons, unread = list(reasons_not_improved), False
-    if isinstance(result, TextEvalResult):
-        forgetting, answers = result.forgetting, result.generations
-        unread = answers is None
+    if isinstance(result, TextEvalResult | PolicyEvalResult):
+        forgetting = result.forgetting
         if forgetting is not None and not forgetting.within:
             low, high = forgetting.change.ci95
             reasons.append(
                 f"it forgot more than its budget of {forgetting.budget:g} nats per token on general text: "
                 f"{forgetting.change.value:.4f}, between {low:.4f} and {high:.4f}"
             )
+    if isinstance(result, TextEvalResult):
+        answers = result.generations
+        unread = answers is None
         if answers and not any(answer.tuned.strip() for answer in answers):
             reasons.append(f"all {len(answers)} answers of the tuned model are empty")
     warnings, different = [*warnings], result.measures.different_rows

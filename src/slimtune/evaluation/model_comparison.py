@@ -38,6 +38,7 @@ class ModelComparison(Generic[Measures]):
     examples: TokenizedDataset
     collator: Collator
     objective: Objective
+    tokenizer: Any
     classes: ClassLabels | None  # of a sequence classifier
     rows_source: object  # that the rows are from, for messages
     draws: int  # of the bootstrap

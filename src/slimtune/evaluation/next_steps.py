@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from ..core.config import Recipe
 from ..core.training.forgetting_budget import get_forgetting_budget
 from ..core.training.held_out_rows import MIN_EVAL_ROWS
-from .eval_result import EvalResult, KTOEvalResult, NextStep, TextEvalResult, TextOrPairEvalResult
+from .eval_result import EvalResult, KTOEvalResult, NextStep, PolicyEvalResult, TextEvalResult, TextOrPairEvalResult
 
 
 def list_next_steps(result: EvalResult, recipe: Recipe | None) -> list[NextStep]:
@@ -33,7 +33,7 @@ def _list_changes(result: EvalResult, recipe: Recipe) -> Iterator[tuple[str, str
     """Yield why a flag helps, and the flag."""
     train = recipe.train
     rate = None if train.learning_rate == "auto" else float(train.learning_rate)
-    forgetting = result.forgetting if isinstance(result, TextEvalResult) else None
+    forgetting = result.forgetting if isinstance(result, TextEvalResult | PolicyEvalResult) else None
     if forgetting is not None and not forgetting.within:
         # The change of a loss near its minimum is quadratic in that of the weights, and those follow the rate.
         share = forgetting.budget / max(forgetting.change.value, forgetting.budget)

@@ -16,6 +16,7 @@ from .eval_result import (
     LmEvalTaskScores,
     LossMeasures,
     PairPreferences,
+    PolicyEvalResult,
     PromptDependence,
     RewardEvalResult,
     TextEvalResult,
@@ -61,6 +62,8 @@ def list_eval_result_lines(result: EvalResult, width: int) -> list[ResultLine]:
     """Return what is said of an evaluation, its verdict last; no table but that of losses is wider than `width`."""
     if isinstance(result, TextEvalResult):
         lines, better = [*_list_text_lines(result)], "the tuned model is better"
+    elif isinstance(result, PolicyEvalResult):
+        lines, better = [*_list_policy_lines(result)], "the tuned model is better"
     else:
         lines, better = [*_list_head_lines(result, width)], "the model is better than its baseline"
     return [*lines, _describe_verdict(result.verdict, better)]
@@ -94,6 +97,24 @@ def _list_text_lines(result: TextEvalResult) -> Iterator[ResultLine]:
         yield from ("", describe_win_rate(result.win_rate))
     if result.tasks:
         yield from ("", _make_task_table(result.tasks))
+
+
+def _list_policy_lines(result: PolicyEvalResult) -> Iterator[ResultLine]:
+    m = result.measures
+    rows = [
+        (who, _format_estimate(reward, 3), _format_estimate(best, 3), length)
+        for who, reward, best, length in (
+            ("base", m.base_reward, m.base_best_reward, f"{m.base_length:.0f}"),
+            ("tuned", m.tuned_reward, m.tuned_best_reward, f"{m.tuned_length:.0f}"),
+            ("gain", m.reward_gain, m.best_reward_gain, f"{m.tuned_length - m.base_length:+.0f}"),
+        )
+    ]
+    yield ResultTable(("", "reward (95 % interval)", f"best of {m.answers}", "tokens"), rows)
+    yield f"{m.answers} sampled answers to each of {m.rows} held-out prompts, scored by {', '.join(m.rewards)}"
+    if result.forgetting is not None:
+        yield _describe_forgetting(result.forgetting)
+    if result.training_rows:
+        yield _describe_training_rows(result.training_rows)
 
 
 def _list_head_lines(result: EvalResult, width: int) -> Iterator[ResultLine]:

@@ -41,6 +41,7 @@ from .eval_result import (
     ForgettingMeasures,
     KTOMeasures,
     LossMeasures,
+    PolicyMeasures,
     RewardModelMeasures,
     SFTMeasures,
 )
@@ -280,6 +281,11 @@ def render_training_charts(results: RunResults, recipe: Recipe) -> list[Markup]:
         ("Memory", "GiB in use", "memory_bytes", 2.0**30),
         ("Learning rate", recipe.train.lr_scheduler.replace("_", " "), "learning_rate", 1.0),
         ("Gradient norm", "before clipping", "grad_norm", 1.0),
+        ("Reward", "mean of a step's sampled answers", "reward", 1.0),
+        ("No signal", "share of a step's prompts whose answers have one reward", "frac_reward_zero_std", 1.0),
+        ("Answer length", "mean tokens", "completions/mean_length", 1.0),
+        ("Distance", "KL from the base, nats per token", "kl", 1.0),
+        ("Entropy", "nats per token", "entropy", 1.0),
     ]
     lines = [
         render_line_chart(title, what, [series(title.lower(), key, unit=unit)]) for title, what, key, unit in others
@@ -300,8 +306,7 @@ def _draw_measures(measures: EvalMeasures) -> list[tuple[str, str, Markup, Marku
     """Return title, unit, chart of base and tuned model, and chart of the change, for each measure."""
     if isinstance(measures, BaselineComparisonMeasures):  # a head on rows, which the base does not have
         return _draw_head_measures(measures)
-    assert isinstance(measures, LossMeasures)
-    m, found = measures, []
+    found: list[tuple[str, str, Markup, Markup]] = []
 
     def draw(
         title: str, unit: str, base: Estimate | None, tuned: Estimate | None, change: Estimate | None, digits: int,
@@ -313,6 +318,14 @@ def _draw_measures(measures: EvalMeasures) -> list[tuple[str, str, Markup, Marku
         changes = [] if change is None else [_make_chart_estimate("change", change, signed, digits, factor)]
         found.append((title, unit, render_interval_chart(both), render_interval_chart(changes, [(0.0, "")])))
 
+    if isinstance(measures, PolicyMeasures):
+        r = measures
+        draw("Reward", "mean of sampled answers", r.base_reward, r.tuned_reward, r.reward_gain, 3)
+        best = f"highest of {r.answers} answers"
+        draw("Best reward", best, r.base_best_reward, r.tuned_best_reward, r.best_reward_gain, 3)
+        return found
+    assert isinstance(measures, LossMeasures)
+    m = measures
     if isinstance(m, SFTMeasures) and (p := m.preference) is not None:
         share = "% of pairs whose chosen answer is likelier"
         draw("Preference", share, p.base_accuracy, p.tuned_accuracy, p.accuracy_gain, 1, 100)

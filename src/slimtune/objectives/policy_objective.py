@@ -43,7 +43,7 @@ class PolicyObjective(Objective):
     """
 
     formats: ClassVar[tuple[str, ...]] = ("prompt",)
-    learning_rate_factor: ClassVar[float] = 0.3
+    learning_rate_factor: ClassVar[float] = 0.1
     measures: ClassVar[tuple[str, ...]] = ("reward", "length")
 
     rewards: list[str] = config_field(

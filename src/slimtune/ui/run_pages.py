@@ -19,7 +19,7 @@ from ..core.foundation.files import read_json_object, refuse_non_regular_file
 from ..core.training.run_dir import LOCK_FILE, WRITER_FILE, RunDir
 from ..errors import RunError, SlimtuneError
 from ..evaluation.charts import ChartEstimate, ChartLine, is_finite_number, render_interval_chart, render_line_chart
-from ..evaluation.eval_result import BaselineComparisonMeasures, LossMeasures
+from ..evaluation.eval_result import BaselineComparisonMeasures, LossMeasures, PolicyMeasures
 from ..evaluation.run_report import fixed, render_training_charts, signed
 from ..evaluation.run_results import (
     RunResults,
@@ -366,8 +366,11 @@ def make_loss_and_gain_comparison_charts(run_table_rows: Sequence[RunTableRow]) 
             continue
         result = row.held_out_evaluation.result
         measures = result.measures
-        assert isinstance(measures, LossMeasures | BaselineComparisonMeasures)
-        gain = measures.loss_reduction if isinstance(measures, LossMeasures) else measures.accuracy_gain
+        assert isinstance(measures, LossMeasures | BaselineComparisonMeasures | PolicyMeasures)
+        if isinstance(measures, PolicyMeasures):
+            gain = measures.reward_gain
+        else:
+            gain = measures.loss_reduction if isinstance(measures, LossMeasures) else measures.accuracy_gain
         text = f"{row.name}: {signed(gain.value)} ({fixed(gain.low)} to {fixed(gain.high)})"
         estimates.append(ChartEstimate("", "two", gain.value, gain.ci95, text))
         assert results.recipe is not None
