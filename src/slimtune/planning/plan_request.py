@@ -26,6 +26,7 @@ from .fake_quantization import fake_quantize_model, resolve_quantization_kind
 from .gpu_specs import GpuSpec, require_trainable_gpu
 from .meta_model import build_adapted_meta_model
 from .packed_lengths import count_tokens_with_shared_prompt, remove_prefix_sharing
+from .sampling_memory import count_sampling_bytes
 
 QUANTILES = 64
 """Examples that stand for all of the data in an estimate of the speed."""
@@ -131,6 +132,7 @@ class PlanRequest:
     max_tokens: int | None = None  # in a micro-batch, a longer example goes alone; None: no limit
     processes: int = 1  # that train together, each on a GPU of its own
     fsdp: bool = False  # shard the base over the processes; else each holds all of it
+    sampling_bytes: int = 0  # keys and values of the answers that are sampled before a step
     notes: tuple[str, ...] = ()  # what the plan must say about the request
 
     def __post_init__(self) -> None:
@@ -214,6 +216,14 @@ def build_plan_request(
         method=recipe.method_config(),
         seq_len=seq_len,
         notes=tuple(notes),
+        sampling_bytes=count_sampling_bytes(
+            objective,
+            info.config,
+            train.rows_per_step,
+            example_lengths,
+            seq_len,
+            pick_training_dtype(model.dtype, has_bf16=None if gpu.kind == "cpu" else gpu.bf16),
+        ),
         dtype=model.dtype,
         quantization=resolve_quantization_kind(info.config, model.quantization),
         split_batch=train.max_tokens_per_micro_batch == "auto",

@@ -90,7 +90,7 @@ class ResourceEstimate:
     usable_bytes: Interval
     """What the GPU gives to a run: surely, at most."""
     peaks: dict[str, int]
-    """Bytes of tensors by phase: start, forward, loss, backward, optimizer, evaluation, merge."""
+    """Bytes of tensors by phase: start, forward, loss, backward, optimizer, evaluation, merge, sampling."""
     host_bytes: int
     """Highest number of bytes of CPU memory."""
     disk_bytes: int

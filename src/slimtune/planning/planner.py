@@ -115,6 +115,8 @@ def _estimate_resources(request: PlanRequest, advise: bool) -> ResourceEstimate:
 
     peak, reserved = estimate_peak_allocated_and_reserved(job, trace)
     reserved = Interval(reserved.low, reserved.high + spread)
+    sampling = max(0, trace.state_bytes + request.sampling_bytes - peak) if request.sampling_bytes else 0
+    peak, reserved = peak + sampling, Interval(reserved.low + sampling, reserved.high + sampling)
     runtime, usable = RUNTIME[job.device], gpu.usable
     need = reserved + runtime
     verdict = judge_memory_fit(need, usable)
@@ -132,6 +134,8 @@ def _estimate_resources(request: PlanRequest, advise: bool) -> ResourceEstimate:
     peaks = {"start": trace.state_bytes_by_part["weights"] + adapters, **trace.peaks}
     if (merge := extrapolate_merge_cpu_peak(job, total_params)) is not None:
         peaks["merge"] = merge
+    if request.sampling_bytes:
+        peaks["sampling"] = trace.state_bytes + request.sampling_bytes
     # A checkpoint holds the adapter, the optimizer's state and the method's own state. The best one and those that the
     # recipe keeps are on disk when the next is written.
     checkpoint_bytes = adapter_bytes + optimizer_bytes + extra_bytes + SMALL_FILES
