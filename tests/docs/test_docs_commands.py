@@ -68,6 +68,8 @@ def check_command(line: str) -> None:
         for key, value in given.items()
         if "__" in key and value not in (None, [], ()) and key != "data__columns"
     } | dict(parse_override_path_and_value(text) for text in given.get("set_") or [])
+    if given.get("reward"):
+        settings["task.rewards"] = given["reward"]
     methods = str(settings.pop("method.name", "lora")).split(",") if name == "plan" else ["lora"]
     if name == "compare":  # `--set dora.r=8` sets a field of one of its entries
         entries = {"dora": "method", "dpo": "task"}
