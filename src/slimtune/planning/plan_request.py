@@ -222,7 +222,7 @@ def build_plan_request(
             train.rows_per_step,
             example_lengths,
             seq_len,
-            pick_training_dtype(model.dtype, has_bf16=None if gpu.kind == "cpu" else gpu.bf16),
+            pick_dtype(model.dtype, has_bf16=None if gpu.kind == "cpu" else gpu.bf16),
         ),
         dtype=model.dtype,
         quantization=resolve_quantization_kind(info.config, model.quantization),

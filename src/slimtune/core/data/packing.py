@@ -125,9 +125,8 @@ def _best_fit(
             # Below a branch, rows that share less than MIN_SHARED_TOKENS do not share them: measure exactly.
             rows = sum(len(examples[e]) for e in groups[g]) + len(examples[example]) - 1
             if share_prefix and size[g] + (MIN_SHARED_TOKENS - 1) * rows > max_tokens:
-                size[g] = len(
-                    pack_into_one_sequence([row for e in (*groups[g], example) for row in examples[e]]).tokens
-                )
+                together = [row for e in (*groups[g], example) for row in examples[e]]
+                size[g] = len(pack_into_one_sequence(together).tokens)
             if size[g] <= max_tokens:
                 groups[g].append(example)
                 used[g] = size[g]

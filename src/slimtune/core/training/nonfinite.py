@@ -43,9 +43,8 @@ def describe_nonfinite(
     is_value = f"{quantity} is {'NaN' if math.isnan(value) else 'Inf'}"
     every = sorted(row["line"] for row in rows)
     if not bad_lines:
-        return (
-            f"{is_value}: each row alone has a finite loss; the {split} rows are those of {format_line_numbers(every)}"
-        )
+        where = format_line_numbers(every)
+        return f"{is_value}: each row alone has a finite loss; the {split} rows are those of {where}"
     share = "every row" if len(bad_lines) == len(every) else f"{len(bad_lines)} of {len(every)} rows"
     which = format_line_numbers(list(bad_lines))
     return f"{is_value}: the loss of {share} is NaN or Inf ({which} of the {split} rows)"

@@ -128,9 +128,8 @@ class TrainingLoop:
                     message = f"the run folder {self.run_dir.path} was moved or deleted while the run trained"
                     raise RunError(message, "the folder until the run has ended", self.save_before_exit()) from error
                 if isinstance(error, SlimtuneError) and isinstance(error.__cause__, OSError):  # the disk refused
-                    hint = "; then ".join(
-                        filter(None, (error.hint, checkpoint.describe_newest_checkpoint(self.run_dir)))
-                    )
+                    hints = (error.hint, checkpoint.describe_newest_checkpoint(self.run_dir))
+                    hint = "; then ".join(filter(None, hints))
                     raise RunError(error.message, error.expected, hint, code=error.code) from error
                 if not is_out_of_memory(error):
                     raise
