@@ -51,6 +51,7 @@ COMMAND_LINES = {
     "ExportResult": "export run --to vllm --out {new}",
     "VerifyResult": "verify run",
     "AdapterCheckResult": "check run",
+    "ImportResult": "import run/adapter --out {new}.yaml",
     "RepairResult": "repair run --for vllm --out {new}",
     "MergeResult": "merge run --out {new}",
     "PushPreview": "push run me/name --dry-run",

@@ -64,6 +64,8 @@ SCREENS = {
     "verify-error": "verify nowhere",
     "check": "check RUN",
     "check-error": "check nowhere",
+    "import": "import run/adapter --out imported.yaml",
+    "import-error": "import recipe.yaml --out imported.yaml",
     "repair": "repair RUN --for vllm --out repaired",
     "repair-error": "repair RUN --for vlm --out repaired",
     "push": "push RUN me/name --dry-run",

@@ -31,6 +31,7 @@ from .explain_command import explain_error
 from .export_command import export_run, merge_run, push_run, verify_run
 from .generate_command import chat_with_run, generate_answer, predict_rows
 from .gpus_command import gpus_table
+from .import_command import import_config
 from .methods_command import methods_table
 from .models_command import models_table
 from .plan_command import plan_run
@@ -51,7 +52,7 @@ GROUPS = {
         models_table,
         methods_table,
     ),
-    "Train": (data_report, train_run, tune_settings),
+    "Train": (import_config, data_report, train_run, tune_settings),
     "Judge": (eval_run, compare_methods, report_run, generate_answer, chat_with_run, predict_rows),
     "Ship": (export_run, verify_run, check_adapter, repair_adapter, merge_run, push_run),
     "Serve": (serve_runs,),

@@ -20,6 +20,10 @@ EXAMPLES = {
         "slimtune data rows.jsonl --model smollm2-135m",
         "slimtune data rows.csv --model smollm2-135m --html rows.html",
     ),
+    "import": (
+        "slimtune import llama3_lora_sft.yaml --out recipe.yaml",
+        "slimtune import train.sh --from ms-swift",
+    ),
     "train": (
         "slimtune train --model smollm2-135m --data rows.jsonl --out runs/first",
         "slimtune train recipe.yaml --epochs 1 --set method.dropout=0.1",

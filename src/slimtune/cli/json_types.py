@@ -25,6 +25,7 @@ JSON_TYPES: dict[str, Sequence[str]] = {
     "models": ("planning.known_bases:KnownBasesResult", "planning.known_base_fits:KnownBaseFits"),
     "methods": ("cli.methods_command:MethodsResult",),
     "data": ("evaluation.data_report.data_report:DataReport",),
+    "import": ("extras.config_import.import_config:ImportResult",),
     "train": ("core.training.train_result:TrainResult",),
     "tune": ("experiments.experiment_results:TuneResult",),
     "eval": (
