@@ -21,6 +21,7 @@ from slimtune.evaluation.eval_result import read_eval_result
 from slimtune.evaluation.evaluate import EvalSettings, evaluate
 from slimtune.generation import policy_sampler
 from slimtune.objectives import policy_run
+from slimtune.objectives.grpo import GRPO
 
 REWARD = """
 def variety(prompts, completions, wanted, **columns):
@@ -252,6 +253,18 @@ def test_reward_that_fails_is_named_with_its_row(reward, line, make):
     assert caught.value.code == "reward-failed"
     assert f"rewards.py:{reward}" in caught.value.message
     assert ("prompts.jsonl" in caught.value.message) == line
+
+
+def test_gradient_of_nan_is_named_and_its_step_skipped(make, monkeypatch):
+    loss = GRPO.loss
+
+    def fail(self, values, batch, items):
+        fails = values.requires_grad and self.run.prepared.state.step == 1
+        return loss(self, values, batch, items) * (float("nan") if fails else 1)
+
+    monkeypatch.setattr(GRPO, "loss", fail)
+    result = train(make("run", on_nonfinite="skip"))
+    assert (result.steps, result.skipped_steps) == (4, 1)
 
 
 def test_run_without_signal_stops(make):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from ..core.adapters.config_fields import FieldError, config_field
 from ..core.config.schema import Number
 from ..core.data.tokenize import format_line_numbers
-from ..core.training.objective import Batch, Example, Objective, ScoreRows
+from ..core.training.objective import Batch, Example, Objective, ScoreRows, sum_targets_by_row
 from ..errors import DataError
 from ..extras.rewards.reward_specs import find_reward_error, make_reward_path_absolute
 from .prompt_rows import PromptRows
@@ -44,7 +44,7 @@ class PolicyObjective(Objective):
 
     formats: ClassVar[tuple[str, ...]] = ("prompt",)
     learning_rate_factor: ClassVar[float] = 0.1
-    measures: ClassVar[tuple[str, ...]] = ("reward", "length")
+    measures: ClassVar[tuple[str, ...]] = ("reward", "length", "nats")
 
     rewards: list[str] = config_field(
         [], "what scores the answers: file.py:function, or a built-in reward such as numeric-match:answer"
@@ -194,13 +194,13 @@ class PolicyObjective(Objective):
         return self.sum_losses(clipped, logps, batch) / num_items
 
     def score(self, values: Tensor, batch: Batch) -> Tensor:
-        """Return the reward and the number of tokens of each answer."""
+        """Return the reward, the number of tokens and the summed −log p of each answer."""
         import torch
 
         counts = torch.tensor(batch["row_targets"], dtype=torch.float64, device=values.device)
-        return torch.stack([batch["reward"].double(), counts], dim=1)
+        return torch.stack([batch["reward"].double(), counts, sum_targets_by_row(values.double(), batch)], dim=1)
 
     def summarize(self, scores: np.ndarray) -> dict[str, float]:
         """Return the mean reward, its negative as the loss, and the mean length in tokens."""
-        reward, length = scores.mean(axis=0).tolist()
+        reward, length, _ = scores.mean(axis=0).tolist()
         return {"loss": -reward, "reward": reward, "completions/mean_length": length}

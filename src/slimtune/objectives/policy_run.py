@@ -109,16 +109,25 @@ class PolicyRun:
         self.workers = RewardWorkers(objective.rewards, objective.reward_weights, float(objective.reward_timeout))
         self.measures = StepMeasures()
         self.steps_without_signal = 0
+        self._sampled: tuple[int, list[Example]] = (-1, [])  # the last step and its answers
 
     # --- a step -------------------------------------------------------------------------------------------------------
 
     def sample_step(self, prompts: Sequence[Example]) -> list[Example]:
         """Return the answers to a step's prompts as examples: each with its advantage and what the sampler said of it.
 
+        A step that is repeated, because a gradient overflowed, has the same answers.
+
         Raises:
             RunError: a reward failed, or no step of the last ones had answers of different rewards.
         """
-        objective, count, step = self.objective, self.objective.num_generations, self.prepared.state.step + 1
+        step = self.prepared.state.step + 1
+        if self._sampled[0] != step:
+            self._sampled = (step, self._sample_new_step(prompts, step))
+        return self._sampled[1]
+
+    def _sample_new_step(self, prompts: Sequence[Example], step: int) -> list[Example]:
+        objective, count = self.objective, self.objective.num_generations
         scored = self._sample_and_score(prompts, count, float(objective.temperature), _mix(self.prepared, step))
         answers = [answer for prompt in scored for answer in prompt.answers]
         rewards = torch.tensor([one.rewards for one in scored], dtype=torch.float64)  # [P, K, rewards]
@@ -136,10 +145,12 @@ class PolicyRun:
         log_ratios, kl = self._compare_with_reference(examples, answers)
         advantages = objective.compute_advantages(sums, log_ratios.view_as(sums)).flatten().tolist()
         width = max(len(answer.token_ids) for answer in answers)
-        for example, answer, advantage in zip(examples, answers, advantages, strict=True):
+        totals = sums.flatten().tolist()
+        for example, answer, advantage, total in zip(examples, answers, advantages, totals, strict=True):
             padding = width - len(answer.token_ids)
             example |= {
                 "advantage": advantage,
+                "reward": total,
                 "sampled_count": len(answer.token_ids),
                 "sampled_tokens": answer.token_ids + [IGNORE_INDEX] * padding,
                 "sampled_logps": answer.logps + [0.0] * padding,

@@ -211,8 +211,8 @@ class TrainingLoop:
     def stop_or_skip(self, rows: Sequence[Example], loss: float, grad_norm: float) -> None:
         """Report a step whose loss or gradient is NaN or Inf, with its rows; raise RunError unless it is skipped."""
         what, value = ("gradient", grad_norm) if math.isfinite(loss) else ("loss", loss)
-        lines = nonfinite.find_nonfinite_lines(self.model, rows, self.collator, self.objective)
-        step = self.state.step + 1
+        step, examples = self.state.step + 1, self.objective.prepare_step(rows, self.prepared.score_rows)
+        lines = nonfinite.find_nonfinite_lines(self.model, examples, self.collator, self.objective)
         found = nonfinite.describe_nonfinite(f"the {what} of step {step}", value, lines, rows, "training")
         skip = self.settings.on_nonfinite == "skip"
         in_a_row = self.skipped_in_a_row + 1
