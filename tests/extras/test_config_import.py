@@ -80,8 +80,8 @@ def test_llama_factory_in_numbers(tmp_path):
     file, _ = write_config(tmp_path, "llama-factory", address)
     result = import_config(file, tmp_path / "recipe.yaml")
     recipe = read(tmp_path)
-    assert recipe["model"] == {"name": "meta-llama/Meta-Llama-3-8B-Instruct", "dtype": "bfloat16",
-                               "quantization": "nf4", "device": "auto"}  # fmt: skip
+    model = {"name": "meta-llama/Meta-Llama-3-8B-Instruct", "dtype": "bfloat16", "quantization": "nf4"}
+    assert (recipe["model"], recipe["data"]["on_overlong"]) == (model, "truncate")
     method = {"name": "lora", "r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": "all-linear"}
     assert recipe["method"] == method
     assert (recipe["train"]["batch_size"], recipe["train"]["gradient_checkpointing"]) == (1, True)

@@ -63,6 +63,8 @@ def check_adapter(
             screen.print(f"verdict: {result.engine.cause or 'not-proven'}")
             if result.engine.reason:
                 screen.print(result.engine.reason)
+            if result.repair and not result.findings:
+                screen.print(f"to mend it: {result.repair}", soft_wrap=True)
         elif result.right:
             screen.print("right: no fault was found in the file", style=GOOD)
     if result.right:

@@ -82,6 +82,7 @@ def test_another_scale(pair, dialect, factor):
     result = check(pair, {"tuned": change(pair[3], factor)}, dialect)
     assert result.engine.cause == "another-scale", result.engine
     assert result.engine.scale == pytest.approx(factor, rel=0.02)
+    assert result.repair.startswith("slimtune repair ")
 
 
 @pytest.mark.parametrize(("part", "missing"), [(".mlp.down_proj", ["down_proj"]), (".layers.3.", ["layer 3"])])

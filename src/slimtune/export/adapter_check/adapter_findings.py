@@ -240,7 +240,7 @@ class AdapterCheckResult:
                 yield f"  … ({f.count - len(f.keys)} more)"
             yield f"  expected: {f.expected}"
             yield f"  fix: {f.fix}"
-        if self.repair:
+        if self.repair and self.findings:
             yield ""
             yield f"to mend it: {self.repair}"
         if self.not_proven:

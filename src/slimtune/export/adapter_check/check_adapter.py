@@ -5,6 +5,7 @@ import shlex
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,8 @@ from .check_engine import ServedPlace, check_served_adapter
 from .foreign_adapter import ForeignAdapter, open_foreign_adapter
 from .key_placement import KeyPlacement, group_lora_pairs, place_keys
 
+MISREAD = ("not-applied", "another-scale", "partly")
+"""Verdicts on an engine that may read a file for it rightly, although this one is right."""
 _PATTERN_FIELDS = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "target_parameters")
 
 
@@ -65,7 +68,11 @@ def check_adapter(
     checked = check_file(path, base, log)
     if place is None:
         return checked.result
-    return check_served_adapter(checked.result, checked.adapter, checked.placement, place, log)
+    result = check_served_adapter(checked.result, checked.adapter, checked.placement, place, log)
+    is_misread = result.engine is not None and result.engine.cause in MISREAD
+    if is_misread and result.repair is None and not any(f.severity == "fault" for f in result.findings):
+        return replace(result, repair=_format_repair_command(path, base))
+    return result
 
 
 def check_file(path: Path, base: str | None = None, log: Callable[[str], None] = lambda _: None) -> FileCheck:
@@ -123,16 +130,19 @@ def check_file(path: Path, base: str | None = None, log: Callable[[str], None] =
         not_proven=not_proven,
         layers=tensor_findings.sum_update_norms_by_layer(updates, _compute_scales(config, updates)),
         seconds=time.monotonic() - started,
-        repair=_format_repair_command(path, base, findings) if spec is not None else None,
+        repair=_format_repair_command(path, base) if spec is not None and _can_be_mended(findings) else None,
     )
     return FileCheck(result, adapter, config, model, placement, updates)
 
 
-def _format_repair_command(path: Path, base: str | None, findings: Sequence[AdapterFinding]) -> str | None:
-    """Return the command that mends an adapter; None if nothing can be mended, or a fault would be left."""
-    mendable = [f for f in findings if f.mend is not None]
-    if not mendable or any(f.severity == "fault" and f.mend is None for f in findings):
-        return None
+def _can_be_mended(findings: Sequence[AdapterFinding]) -> bool:
+    """Return whether something can be mended, and no fault would be left."""
+    lost = any(f.severity == "fault" and f.mend is None for f in findings)
+    return not lost and any(f.mend is not None for f in findings)
+
+
+def _format_repair_command(path: Path, base: str | None) -> str:
+    """Return the command that mends an adapter for an engine."""
     names = shlex.join([str(path), *(["--base", base] if base else [])])
     return f"slimtune repair {names} --for ENGINE --out DIR"
 

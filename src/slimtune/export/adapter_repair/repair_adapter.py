@@ -177,6 +177,8 @@ def mend_adapter(
         contents.write(place)
         _copy_tokenizer_files(adapter.folder, place)
         check = check_file(place, base)
+        if number:
+            shutil.rmtree(folder / f"pass-{number - 1}")
         if not pending:
             break
     _refuse_faults_left(path, check)

@@ -5,7 +5,7 @@ max_samples: 1000       lack("give a file with fewer rows")   no equivalent, and
 overwrite_cache: true   skip("nothing is cached")             changes nothing here, and why
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -57,6 +57,16 @@ def lack(reason: str) -> Rule:
         return (
             FieldOutcome("not-needed", reason="it is off") if is_off else FieldOutcome("no-equivalent", reason=reason)
         )
+
+    return apply
+
+
+def expect(values: Collection[Any], reason: str, otherwise: str) -> Rule:
+    """Return the rule of a field whose usual values change nothing here; any other has no equivalent."""
+
+    def apply(value: Any, _: JsonObject) -> FieldOutcome:
+        usual = value in values
+        return FieldOutcome("not-needed" if usual else "no-equivalent", reason=reason if usual else otherwise)
 
     return apply
 

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from ...core.config.recipe import Recipe
 from ...core.config.schema import RecipeTree
 from ...core.foundation.files import write_atomic
+from ...core.foundation.json_results import JsonObject
 from ...core.foundation.strict_yaml import format_yaml
 from ...errors import RecipeError, UsageError, format_names, suggest
 from . import axolotl, llama_factory, mlx_lm, ms_swift, trl_arguments, unsloth
@@ -156,7 +157,7 @@ def _apply_rules(format: SourceFormat, source: SourceFile) -> tuple[list[Importe
     fields: list[ImportedField] = []
     for path, setting in source.settings.items():
         _set_value(tree, path, setting)
-    known = {**source.context, **source.values}
+    known: JsonObject = {**source.context, **source.values}
     left_out = {
         name: value(known) if callable(value) else value
         for name, value in format.DEFAULTS.items()
@@ -177,7 +178,7 @@ def _apply_rules(format: SourceFormat, source: SourceFile) -> tuple[list[Importe
     return fields, {name: tree[name] for name in order if name in tree}
 
 
-def _apply_rule(format: SourceFormat, name: str, value: Any, values: Mapping[str, Any]) -> FieldOutcome:
+def _apply_rule(format: SourceFormat, name: str, value: Any, values: JsonObject) -> FieldOutcome:
     if name not in format.RULES:
         return FieldOutcome("unknown", reason=suggest(name, format.RULES).removeprefix("; "))
     if value is None or value == "":

@@ -6,7 +6,7 @@ from contextlib import suppress
 from typing import Any
 
 from ...core.foundation.json_results import JsonObject
-from .field_rules import FieldOutcome, Rule, choose, lack, refuse, skip, take, to_bool, to_list, to_targets
+from .field_rules import FieldOutcome, Rule, choose, expect, lack, refuse, skip, take, to_bool, to_list, to_targets
 from .source_file import SourceFile
 from .training_arguments import TRAINING_ARGUMENTS, take_switch
 
@@ -71,6 +71,8 @@ def _of_lora(rule: Rule) -> Rule:
     return apply
 
 
+_CUT = {"data.on_overlong": "truncate"}
+"""Longer rows are cut at cutoff_len, not left out."""
 _CACHE, _WORKERS = skip("tokenized rows are cached by their content"), skip("rows are tokenized once")
 _KERNELS = skip("slimtune chooses its own kernels")
 RULES: dict[str, Rule] = {
@@ -90,8 +92,8 @@ RULES: dict[str, Rule] = {
     "pissa_convert": skip("slimtune export and repair fold the start into A and B"),
     "loraplus_lr_ratio": lack("one learning rate for A and B: slimtune.extras.lora_optimizers in Python"),
     "quantization_bit": choose("model.quantization", {4: "nf4", 8: "int8"}),
-    "quantization_method": choose("model.device", {"bitsandbytes": "auto", "bnb": "auto"}),
-    "quantization_type": choose("model.device", {"nf4": "auto"}),
+    "quantization_method": expect(("bitsandbytes", "bnb"), "4 and 8 bits are bitsandbytes'", "bitsandbytes alone"),
+    "quantization_type": expect(("nf4",), "4 bits are nf4", "4 bits are nf4"),
     "double_quantization": skip("scales of scales are slimtune's own choice"),
     "adapter_name_or_path": lack("give the adapter to train on: --init-adapter"),
     "dataset": _take_dataset,
@@ -147,5 +149,5 @@ def prepare(source: SourceFile) -> SourceFile:
                      if isinstance(entry, dict) and "file_name" in entry}  # fmt: skip
             hubs = {name: entry["hf_hub_url"] for name, entry in known.items()
                     if isinstance(entry, dict) and "hf_hub_url" in entry}  # fmt: skip
-            return SourceFile(source.path, source.values, context={f"{NAME}:files": {**hubs, **files}})
-    return source
+            return SourceFile(source.path, source.values, settings=_CUT, context={f"{NAME}:files": {**hubs, **files}})
+    return SourceFile(source.path, source.values, settings=_CUT)

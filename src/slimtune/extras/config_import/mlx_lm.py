@@ -65,7 +65,8 @@ def _take_schedule(value: Any, _: JsonObject) -> FieldOutcome:
 
 def _take_optimizer(value: Any, _: JsonObject) -> FieldOutcome:
     if str(value).lower() in ("adam", "adamw"):
-        return FieldOutcome("taken", {"train.optimizer": "adamw"})
+        decay = 0.01 if str(value).lower() == "adamw" else 0.0  # MLX's own defaults
+        return FieldOutcome("taken", {"train.optimizer": "adamw", "train.weight_decay": decay})
     return FieldOutcome("no-equivalent", reason="train.optimizer is AdamW")
 
 
@@ -100,9 +101,9 @@ DEFAULTS: Mapping[str, Any] = {
 
 
 def prepare(source: SourceFile) -> SourceFile:
-    """Return the fields; without a schedule the learning rate is constant."""
-    constant = {} if source.values.get("lr_schedule") else {
-        "train.lr_scheduler": "constant", "train.warmup_ratio": 0.0
-    }  # fmt: skip
+    """Return the fields; without a schedule the rate is constant; long rows are cut, and gradients are not clipped."""
+    settings: dict[str, Any] = {"data.on_overlong": "truncate", "train.max_grad_norm": 0}
+    if not source.values.get("lr_schedule"):
+        settings |= {"train.lr_scheduler": "constant", "train.warmup_ratio": 0.0}
     context = {"mlx-lm:folder": source.path.parent}
-    return SourceFile(source.path, source.values, source.program, source.command, constant, context)
+    return SourceFile(source.path, source.values, source.program, source.command, settings, context)

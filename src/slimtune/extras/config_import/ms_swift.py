@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...core.foundation.json_results import JsonObject
-from .field_rules import FieldOutcome, Rule, choose, lack, refuse, skip, take, to_bool, to_list, to_targets
+from .field_rules import FieldOutcome, Rule, choose, expect, lack, refuse, skip, take, to_bool, to_list, to_targets
 from .source_file import SourceFile
 from .training_arguments import DTYPES, TRAINING_ARGUMENTS
 
@@ -51,9 +51,9 @@ RULES: dict[str, Rule] = {
     "train_type": _take_method, "tuner_type": _take_method, "rlhf_type": _take_task,
     "torch_dtype": choose("model.dtype", DTYPES), "dtype": choose("model.dtype", DTYPES),
     "quant_bits": choose("model.quantization", {4: "nf4", 8: "int8"}),
-    "quant_method": choose("model.device", {"bnb": "auto"}),
+    "quant_method": expect(("bnb",), "4 and 8 bits are bitsandbytes'", "bitsandbytes alone"),
     "bnb_4bit_compute_dtype": skip("model.dtype is what layers compute in"),
-    "bnb_4bit_quant_type": choose("model.device", {"nf4": "auto"}),
+    "bnb_4bit_quant_type": expect(("nf4",), "4 bits are nf4", "4 bits are nf4"),
     "lora_rank": take("method.r", int), "lora_alpha": take("method.lora_alpha", float),
     "lora_dropout": take("method.lora_dropout", float), "target_modules": take("method.target_modules", to_targets),
     "modules_to_save": take("method.modules_to_save", to_list),

@@ -93,5 +93,5 @@ def prepare(source: SourceFile) -> SourceFile:
     task = _TASKS[source.command]
     method = "lora" if to_bool(source.values.get("use_peft") or False) else "full"
     context = {"trl:task": task}
-    settings = {"task.name": task, "method.name": method}
+    settings = {"task.name": task, "method.name": method, "data.on_overlong": "truncate"}
     return SourceFile(source.path, source.values, source.program, source.command, settings, context)
