@@ -290,9 +290,11 @@ def test_rewards_are_weighted(make, tmp_path):
         (RecipeError, {"task": {"rewards": ["nowhere.py:reward"]}}),
         (RecipeError, {"task": {"reward_weights": [1.0, 2.0]}}),
         (UsageError, {"method": {"lora_dropout": 0.1}}),
+        (RunError, {"task": {"rewards": ["exact-match:wnated"]}}),
+        (RunError, {"reward": "no_such_function"}),
         (DataError, {"task": {"max_completion_length": 1020}}),
     ],
-    ids=["no reward", "misspelled", "no file", "weights", "dropout", "no room"],
+    ids=["no reward", "misspelled", "no file", "weights", "dropout", "no column", "no function", "no room"],
 )
 def test_bad_settings_are_refused_before_anything_is_written(error, how, make, tmp_path):
     with pytest.raises(error):

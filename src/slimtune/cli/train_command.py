@@ -80,6 +80,7 @@ def train_run(
         expected = "--resume continues the run in --out, --init-adapter starts a new run from an adapter"
         raise UsageError("--resume and --init-adapter are both given", f"one of them: {expected}")
     if reward:
+        _require_task_with_rewards(settings, job)
         settings["task.rewards"] = reward
     accepted = parse_accepted_parts(accept_changed)
     if accepted and not (resume or init_adapter is not None):
@@ -132,6 +133,16 @@ def train_run(
     if not as_json:
         _print_result(result, loaded)
     return result
+
+
+def _require_task_with_rewards(settings: dict[str, Any], job: str | None) -> None:
+    """Raise UsageError if flags alone say what is trained, and by an objective that takes no rewards."""
+    from ..core.config.objective_registry import load_objective_class
+
+    task = str(settings.get("task.name", "sft"))
+    known = "task.name" in settings or find_recipe_file(job) is None
+    if known and not load_objective_class(task).takes_format("prompt"):
+        raise UsageError(f"--reward is given, and the task is {task}, which has no rewards", "--task grpo or rloo")
 
 
 def make_run_planner(allow_misfit: bool) -> "Planner":

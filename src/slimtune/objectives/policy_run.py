@@ -107,6 +107,8 @@ class PolicyRun:
         self.check = SamplerCheck(float(bound), self.tokenizer, self.file)
         self.sample: SampleAnswers = POLICY_SAMPLERS.load("model")
         self.workers = RewardWorkers(objective.rewards, objective.reward_weights, float(objective.reward_timeout))
+        prompt = prepared.data.train[:1]
+        self.workers.try_out(make_answers_to_score(prompt, [[SampledAnswer([], [], "0", True)]], str(self.file)))
         self.measures = StepMeasures()
         self.steps_without_signal = 0
         self._sampled: tuple[int, list[Example]] = (-1, [])  # the last step and its answers

@@ -18,8 +18,8 @@ from ..errors import RunError
 LARGEST_DIFFERENCES = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 1.0, torch.float16: 0.5}
 """Nats that a token's log p may differ by, by the dtype of the base.
 
-Both passes compute the same sums in another order: in fp32 SmolLM2 differs by 1e-5 at most, in bf16 single tokens by
-some tenths.
+Both passes compute the same sums in another order: in fp32 SmolLM2 differs by 4e-5 at most, in bf16 by 0.04 on average
+and by 0.5 at most.
 """
 LIKELY_CAUSES = (
     "the sampler did not run what is trained: another adapter or none, older weights, another temperature or dtype, "

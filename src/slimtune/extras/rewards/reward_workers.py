@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import RunError
-from .reward_specs import format_record, make_short_reward_name
+from .reward_specs import format_record, is_file_reward, make_short_reward_name
 
 START_SECONDS = 120.0
 """How long a reward may take to load: its file may import torch, or load a model."""
@@ -55,6 +55,17 @@ class RewardWorkers:
         self.timeout = timeout
         self.processes = [RewardProcess(spec) for spec in specs]
 
+    def try_out(self, answers: AnswersToScore) -> None:
+        """Load every reward, and let the built-in ones score some answers; raises as `score`.
+
+        A function of the user's is only loaded: it may expect answers as a model writes them.
+        """
+        for process in self.processes:
+            process.start()
+            if not is_file_reward(process.spec):
+                process.send(answers)
+                process.receive(answers, self.timeout)
+
     def score(self, answers: AnswersToScore) -> list[list[float]]:
         """Return the rewards of each answer, one by each reward.
 
@@ -83,7 +94,7 @@ class RewardProcess:
     def send(self, answers: AnswersToScore) -> None:
         """Let the reward score answers; `receive` returns what it says."""
         if self._process is None or self._process.poll() is not None:
-            self._start()
+            self.start()
         assert self._process is not None
         assert self._process.stdin is not None
         request = {"prompts": answers.prompts, "completions": answers.completions, "columns": answers.columns}
@@ -113,7 +124,8 @@ class RewardProcess:
             self._process.wait()
             self._process = None
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Start the process; raise RunError if the reward cannot be loaded."""
         self._replies = queue.SimpleQueue()
         command = [sys.executable, "-m", "slimtune.extras.rewards.reward_process", self.spec]
         self._process = subprocess.Popen(
