@@ -96,7 +96,7 @@ class ImportResult:
             yield f"not in the file, write it into the recipe: {', '.join(self.not_in_file)}"
         if defaults := [f for f in self.fields if f.is_default and f.settings]:
             yield ""
-            yield f"left out there, where {self.source} has another default than slimtune:"
+            yield f"left out there; the defaults of {self.source} are written:"
             yield from (f"  {f.field}: {f.value}  →  {', '.join(f.settings)}" for f in defaults)
 
 

@@ -41,7 +41,8 @@ def _take_beta(value: Any, values: JsonObject) -> FieldOutcome:
 def _take_dataset(value: Any, values: JsonObject) -> FieldOutcome:
     first, *others = to_list(value)
     file = values.get(f"{NAME}:files", {}).get(first, first)
-    reasons = [] if file != first else ["a name of dataset_info.json: write the file"]
+    is_name = file == first and not {".", "/"} & {*first}
+    reasons = ["a name of dataset_info.json: write the file"] if is_name else []
     if others:
         reasons.append(f"one file is read: without {', '.join(others)}")
     return FieldOutcome("taken", {"data.train": file}, "; ".join(reasons))
