@@ -22,6 +22,7 @@ from slimtune.evaluation.statistics import bootstrap_share
 from slimtune.export import expected_logps, kept_gain
 from slimtune.export.exporter import export
 from slimtune.export.manifest import read_export_manifest
+from slimtune.export.merge import load_run_for_export, record_inputs_for_few_bits
 from slimtune.export.verify import verify
 
 gguf = pytest.importorskip("gguf")
@@ -120,6 +121,13 @@ def test_rounding_with_rows_is_refused_where_there_are_none(runs, tmp_path):
         with pytest.raises(UsageError, match="with-rows"):
             to_gguf(run, tmp_path / "out", with_rows=True, **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_whose_weights_have_no_known_names_is_rounded_by_llama_cpp(runs, monkeypatch):
+    loaded = load_run_for_export(runs["run"])
+    assert len(record_inputs_for_few_bits(loaded)) == 14
+    monkeypatch.setattr("slimtune.export.gguf.ARCHITECTURES", {})
+    assert isinstance(record_inputs_for_few_bits(loaded), str)
 
 
 def test_rows_that_the_run_set_aside_are_held_out(runs, tmp_path):

@@ -280,7 +280,7 @@ class GgufFormat(ExportFormat):
 def _describe_rounding(rounded: list[str], inputs: Any, *, is_weighted: bool) -> str:
     """Return which way a model was rounded to few bits; `inputs` may say why there are none."""
     if rounded:
-        return f"{len(rounded)} matrices were rounded with the run's rows: see `Fewer bits` in docs/export.md"
+        return f"{len(rounded)} matrices were rounded with rows that the run was trained on"
     if is_weighted:
         return "rounded by llama.cpp, its errors weighted by the inputs that the run's rows give"
     reason = inputs if isinstance(inputs, str) else "no matrix has enough inputs on the run's rows"

@@ -365,6 +365,8 @@ def record_inputs_for_few_bits(loaded: TrainedModel) -> dict[str, Tensor] | str:
         return f"the model has {SMALL_MODEL:,} parameters or more"
     if not llama_cpp_tools.is_llama_cpp_library_installed():
         return f"{format_install_command('export-check')} brings the library that it needs"
+    if (kind := loaded.model.config.model_type) not in gguf.ARCHITECTURES:  # llama.cpp's converter knows more of them
+        return f"how llama.cpp names the weights of a {kind} model is not known"
     inputs = _record_inputs_by_gguf_name(loaded, FEW_BIT_ROWS, FEW_BIT_INPUTS)
     return inputs or "the rows that the run was trained on are not there"
 
