@@ -22,12 +22,20 @@ FAMILIES = {
     "mistral": {"sliding_window": None},
     "phi3": {"tie_word_embeddings": False, "original_max_position_embeddings": 256},
 }
+VISION = {
+    "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "image_size": 14,
+    "patch_size": 7,
+}  # fmt: skip
 
 
 def save_base(family: str, folder: Path, tokenizer: object) -> Path:
     """Save a tiny base of a family as transformers does, with weights as large as trained ones."""
     torch.manual_seed(0)
-    config = tf.AutoConfig.for_model(family, **{**SIZES, **FAMILIES[family]})
+    if family == "gemma3":  # a model that also sees images
+        parts = {"text_config": {**SIZES, **FAMILIES["gemma3_text"]}, "vision_config": VISION, "mm_tokens_per_image": 1}
+        config = tf.AutoConfig.for_model(family, **parts)
+    else:
+        config = tf.AutoConfig.for_model(family, **{**SIZES, **FAMILIES[family]})
     model = tf.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -63,6 +63,19 @@ def test_merged_folder_computes_in_mlx_lm_what_was_trained(family, make_base, tm
 
 
 @needs_mlx
+def test_text_part_of_a_model_that_sees_images(make_base, tmp_path):
+    text = {**LORA, "target_modules": r"model\.language_model\..*_proj"}
+    run = save_adapter_of(make_base("gemma3"), tmp_path / "run", LoraConfig(**text))
+    for number, options in enumerate([{}, {"merged": True, "precision": "f32"}]):
+        found = export(run, "mlx", tmp_path / f"out{number}", options)
+        assert found.check.max_difference < 1e-4
+        assert found.check.effect > 0.05
+    both = save_adapter_of(make_base("gemma3"), tmp_path / "both", LoraConfig(**LORA))
+    with pytest.raises(AdapterError):
+        export(both, "mlx", tmp_path / "out")
+
+
+@needs_mlx
 @pytest.mark.parametrize(("precision", "bits"), [("8bit", 8), ("4bit", 4)])
 def test_quantized_folder_has_the_effect_and_says_how_it_is_quantized(precision, bits, make_base, tmp_path):
     run = save_adapter_of(make_base("llama"), tmp_path / "run", LoraConfig(**LORA))

@@ -15,6 +15,8 @@ from typing import Any
 from ..core.foundation.json_results import JsonObject
 
 ADAPTER_FILE, CONFIG_FILE = "adapters.safetensors", "adapter_config.json"
+_HARMLESS = ("torch_dtype", "text_config", "vocab_size")
+"""Fields that are added, and without which mlx-lm computes the same."""
 _LAYER = re.compile(r"(?P<list>.*?)\.(?P<index>\d+)\.(?P<key>.+)")
 
 
@@ -66,6 +68,8 @@ def add_fields_mlx_lm_reads(config: JsonObject) -> JsonObject:
     fields = dict(config)
     if isinstance(text := config.get("text_config"), dict):
         fields["text_config"] = add_fields_mlx_lm_reads(text)
+        if text.get("vocab_size"):  # mlx-lm's class of Gemma 3 has a number of its own otherwise
+            fields.setdefault("vocab_size", text["vocab_size"])
     if "torch_dtype" not in config and (dtype := config.get("dtype")):
         fields["torch_dtype"] = dtype
     parameters = config.get("rope_parameters")
@@ -93,7 +97,7 @@ def is_misread_by_mlx_lm(config: JsonObject) -> bool:
     text = config.get("text_config")
     if isinstance(text, dict) and is_misread_by_mlx_lm(text):
         return True
-    return any(added[name] != config.get(name) for name in added if name not in ("torch_dtype", "text_config"))
+    return any(added[name] != config.get(name) for name in added if name not in _HARMLESS)
 
 
 def _find_layer_period(layer_types: Any) -> int | None:
