@@ -36,7 +36,9 @@ from .gguf_blocks import BlockFormat
 ROWS = 32
 """Rows whose inputs decide in 16 bits; 64 did not bring the outputs nearer (benchmarks/merge_rounding.py)."""
 FEW_BIT_ROWS, FEW_BIT_INPUTS = 128, 4096
-"""Rows, and inputs kept for a layer, that decide in fewer bits, where rounding changes the outputs more."""
+"""Rows, and inputs kept for a layer, that decide in fewer bits, where rounding changes the outputs more. The model that
+gives them is not rounded: inputs behind layers that are rounded already, corrected for these, left no more of the gain.
+"""
 DAMPING, FEW_BIT_DAMPING = 0.01, 0.05
 """λ as a share of the mean of the diagonal of XᵀX. Errors of few bits are large: what fits the sample of inputs too
 closely loses elsewhere (demo's run in Q4_0, 1,024 inputs: 0.003 leaves 86.0 % of the gain, 0.01 92.4 %, 0.05 93.8 %).
