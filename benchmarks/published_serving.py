@@ -4,8 +4,8 @@ Each point of data/serving_points.json is a run that somebody else published: en
 it decodes or reads a prompt, the tokens in the context (decoding) or in the prompt, tokens a second, source, date;
 `file_gib`, where the file's mixture of types has no name; `ubatch`, where it is not llama.cpp's own.
 Points with `"seen": false`, whose source was not found, and those with `excluded`, a reason, are shown and not counted.
-The fits of planning/serving_speed.py are to the points of some sources; those of the others judge them, and so do those
-of data/serving_points_second.json, which no fit and no range has seen.
+The fits of planning/serving_speed.py are to them and to those of data/serving_points_second.json. Those of
+data/serving_points_third.json judge the fits, which have not seen them.
 
 Runs of MLX are predicted as llama.cpp would run weights of the same size: nothing is fitted to them, no plan has MLX,
 and the exit code leaves them out, as it does the two runs of vLLM.
@@ -17,6 +17,7 @@ import json
 import re
 import statistics
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -40,10 +41,13 @@ from slimtune.planning.serving_speed import (
     estimate_decode_and_prefill_speed,
     get_serving_fit_hardware_key,
 )
+from slimtune.planning.weight_formats import ENGINES
 
 POINTS = json.loads((Path(__file__).parent / "data" / "serving_points.json").read_text(encoding="utf-8"))
 SECOND_POINTS = json.loads((Path(__file__).parent / "data" / "serving_points_second.json").read_text(encoding="utf-8"))
-"""Runs of sources that were collected after all fits and ranges, and written down before any of them was predicted."""
+"""Runs of further sources, which judged the first fits and are fitted to since."""
+THIRD_POINTS = json.loads((Path(__file__).parent / "data" / "serving_points_third.json").read_text(encoding="utf-8"))
+"""Runs of sources that were collected after all of these, and written down before any of them was predicted."""
 EARLIER_POINTS = 249
 """The first points of the file, to which the first fits were made."""
 GROUPS = ("dense", "mixtures", "hybrids", "prompts")
@@ -80,7 +84,7 @@ EARLIER_SOURCES = {name_source(point["source"]) for point in POINTS[:EARLIER_POI
 
 
 def is_held_out(point: dict[str, Any]) -> bool:
-    """Return whether a point judges the fits and no fit may see it.
+    """Return whether a point judged the first fits of llama.cpp, and judges those of MLX.
 
     A hash of its source's name decides, drawn before any error was looked at. Six in ten of the later sources are held
     out; the 6 in the hashed text is the first seed that leaves five sources on both sides of each group.
@@ -121,7 +125,7 @@ def count_work_of(name: str, precision: str) -> tuple[float, float, Any, int, in
 def predict(point: dict[str, Any]) -> Interval:
     """Return the tokens a second that a plan gives for a published run."""
     model, decodes = model_of(point["model"]), point["test"] == "decode"
-    engine = point["engine"] if point["engine"] in ("vllm", "mlx") else "llama.cpp"
+    engine = point["engine"] if point["engine"] in ENGINES else "llama.cpp"
     precision = point["precision"]
     if engine != "vllm":
         precision = {"BF16": "F16", "mxfp4": "mxfp4-q8"}.get(precision, precision)
@@ -147,7 +151,7 @@ def predict(point: dict[str, Any]) -> Interval:
     return speed.decode if decodes else speed.prefill
 
 
-def compare_points(points: list[dict[str, Any]] = POINTS) -> list[dict[str, Any]]:
+def compare_points(points: Sequence[dict[str, Any]] = (*POINTS, *SECOND_POINTS)) -> list[dict[str, Any]]:
     """Return the points that count, each with its predicted range, the error of the middle, and the hardware kind."""
     rows = []
     for point in points:
@@ -159,7 +163,7 @@ def compare_points(points: list[dict[str, Any]] = POINTS) -> list[dict[str, Any]
         inside = band.low <= point["tokens_per_second"] <= band.high
         engine = point["engine"] if point["engine"] in ("vllm", "mlx") else "llama.cpp"
         kind = (engine, get_serving_fit_hardware_key(require_gpu_by_name(point["card"])), point["test"])
-        more = {"group": get_group(point), "held_out": is_held_out(point), "name": name_source(point["source"])}
+        more = {"group": get_group(point), "name": name_source(point["source"])}
         rows.append({**point, **more, "band": band, "error": error, "inside": inside, "kind": kind})
     return rows
 
@@ -170,20 +174,7 @@ def summarize(rows: list[dict[str, Any]]) -> tuple[float, float]:
 
 
 def make_group_table(rows: list[dict[str, Any]]) -> str:
-    """Return the figures of each group and side as a Markdown table."""
-    lines = [
-        "| group | side | runs | sources | median error % | inside % | high / low |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for group in GROUPS:
-        for held_out, side in ((False, "fit"), (True, "held out")):
-            some = [r for r in rows if (r["group"], r["held_out"]) == (group, held_out)]
-            lines.append(f"| {group} | {side} | {_format_figures(some)} |")
-    return "\n".join(lines)
-
-
-def make_second_table(rows: list[dict[str, Any]]) -> str:
-    """Return the figures of the second held-out runs by group as a Markdown table."""
+    """Return the figures of each group as a Markdown table."""
     lines = [
         "| group | runs | sources | median error % | inside % | high / low |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
@@ -226,18 +217,18 @@ def main() -> None:
             f"| {r['engine']} | {r['card']} | {r['model']} | {r['precision']} | {test} | {r['tokens_per_second']:.1f} "
             f"| {r['band'].low:.0f} to {r['band'].high:.0f} | {100 * r['error']:+.0f} | {('no', 'yes')[r['inside']]} |"
         )
-    print(f"\n{make_second_table(compare_points(SECOND_POINTS))}")
     counted = [r for r in rows if r["kind"][0] == "llama.cpp"]
-    print(f"\n{make_group_table(counted)}\n\n{make_hardware_table(counted)}\n")
+    third = compare_points(THIRD_POINTS)
+    print(f"\n{make_group_table(counted)}\n\n{make_group_table(third)}\n\n{make_hardware_table(counted)}\n")
     for point in POINTS:
         if not point["seen"] or "excluded" in point:
             print(f"not counted: {point['card']} {point['model']}: {point.get('excluded', 'its source was not found')}")
-    sys.exit(not all(is_good(counted, group, held_out=True) for group in GROUPS))
+    sys.exit(not all(is_good(third, group) for group in GROUPS))
 
 
-def is_good(rows: list[dict[str, Any]], group: str, *, held_out: bool) -> bool:
+def is_good(rows: list[dict[str, Any]], group: str) -> bool:
     """Return whether a group's median error and its share inside are as they should be."""
-    median, inside = summarize([r for r in rows if (r["group"], r["held_out"]) == (group, held_out)])
+    median, inside = summarize([r for r in rows if r["group"] == group])
     return median <= (PROMPT_MEDIAN if group == "prompts" else MEDIAN) and inside >= INSIDE
 
 

@@ -260,7 +260,9 @@ def describe_layer_structure(model: Any, precision: str) -> LayerStructure:
     return LayerStructure(
         # The experts of a layer are a matrix up, with the gate, and one down.
         expert_layers=len(experts) // 2,
-        recurrent_layers=sum(kind in ("linear_attention", "conv") or kind.startswith("hybrid") for kind in kinds),
+        recurrent_layers=sum(kind == "linear_attention" or kind.startswith("hybrid") for kind in kinds),
+        convolution_layers=kinds.count("conv"),
+        is_slow_in_ollama=text.model_type.startswith("qwen3_5"),
         expert_macs=sum(shares[id(p)] * p.numel() for p, _ in experts),
         expert_share=max((shares[id(p)] for p, _ in experts), default=1.0),
         all_expert_bytes=sum(size for _, size in experts),

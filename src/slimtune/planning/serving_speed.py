@@ -4,8 +4,8 @@ A decoded token reads every active weight and the cached keys, values and states
 
     seconds = bytes / (share of bandwidth · bandwidth) + layers · seconds of a layer
 
-A layer with experts counts more than one layer, as it has a router and a gather, and so does a recurrent layer. A token
-of a prompt takes `2 · weights` operations at a share of a rate; experts see few tokens of a batch each, which costs
+A layer with experts counts more than one layer, as it has a router and a gather, and so does a recurrent layer; a
+short convolution counts less. A token of a prompt takes `2 · weights` operations at a share of a rate; experts see few tokens of a batch each, which costs
 rate, and all of them are read once for a batch. Shares are fitted to published runs (benchmarks/data, `python
 benchmarks/published_serving.py`) by engine and kind of hardware. A range is what held for sources left out of the fit,
 by the kind of hardware and of base, whichever is wider; of fewer than six sources, it is as wide around their mean as a
@@ -24,8 +24,11 @@ from .weight_formats import ENGINES
 HBM = 1.4e12
 """Bandwidth in bytes a second from which a datacentre GPU has stacked memory, which batch 1 does not saturate. Volta
 has it, too."""
-EXPERT_LAYER, RECURRENT_LAYER = 0.5, 0.4
-"""What a layer with experts, or a recurrent one, takes beside its traffic more than a layer of attention, in layers."""
+EXPERT_LAYER, RECURRENT_LAYER, CONVOLUTION_LAYER = 0.5, 0.4, -0.5
+"""What a layer with experts, a recurrent one, or a short convolution instead of attention takes beside its traffic more
+than a layer of attention, in layers."""
+OLLAMA_DELTA_LAYER_S = 0.38e-3
+"""Seconds that a layer of Qwen3.5's gated delta rule takes longer in slow versions of Ollama's own engine."""
 EXPERT_TOKENS = 24
 """Tokens of a batch at which an expert's matrices reach half of the rate."""
 RECURRENT_RATE = 0.8
@@ -42,7 +45,9 @@ class LayerStructure(NamedTuple):
     """What of a base is not dense layers of attention."""
 
     expert_layers: int = 0
-    recurrent_layers: int = 0  # Mamba, gated delta net, short convolution
+    recurrent_layers: int = 0  # Mamba, gated delta net
+    convolution_layers: int = 0  # short convolutions
+    is_slow_in_ollama: bool = False  # Ollama computes its recurrent layers in its own engine, slowly in some versions
     expert_macs: float = 0.0  # numbers that a token is multiplied with in the experts that its router picks
     expert_share: float = 1.0  # of the experts, which a router picks
     all_expert_bytes: float = 0.0
@@ -51,7 +56,7 @@ class LayerStructure(NamedTuple):
     @property
     def kind(self) -> BaseKind:
         """The kind of base that a range is for."""
-        if self.recurrent_layers:
+        if self.recurrent_layers or self.convolution_layers:
             return "hybrids"
         if self.expert_layers:
             return "mixtures"
@@ -96,29 +101,32 @@ class ServingSpeed:
 
 
 DECODING = {
-    ("llama.cpp", "nvidia"): DecodingSpeedFit(0.84, 51e-6, Interval(0.78, 1.22), 16),
-    ("llama.cpp", "nvidia pascal"): DecodingSpeedFit(0.63, 69e-6, Interval(0.59, 1.57), 2),
+    ("llama.cpp", "nvidia"): DecodingSpeedFit(0.84, 51e-6, Interval(0.74, 1.26), 27),
+    ("llama.cpp", "nvidia pascal"): DecodingSpeedFit(0.62, 156e-6, Interval(0.63, 1.60), 4),
     # It has no products of four integers (compute capability 6.0), by which llama.cpp multiplies quantized weights.
-    ("llama.cpp", "nvidia p100"): DecodingSpeedFit(0.29, 148e-6, Interval(0.59, 1.57), 1),
-    ("llama.cpp", "nvidia hbm"): DecodingSpeedFit(0.59, 103e-6, Interval(0.6, 1.45), 1),
-    ("llama.cpp", "nvidia unified"): DecodingSpeedFit(0.85, 47e-6, Interval(0.72, 1.31), 4),
-    ("llama.cpp", "amd"): DecodingSpeedFit(0.82, 78e-6, Interval(0.72, 1.27), 6),
-    ("llama.cpp", "amd unified"): DecodingSpeedFit(0.82, 108e-6, Interval(0.67, 1.50), 3),
-    ("llama.cpp", "apple m1, m2"): DecodingSpeedFit(0.64, 121e-6, Interval(0.62, 1.42), 8),
-    ("llama.cpp", "apple"): DecodingSpeedFit(0.86, 118e-6, Interval(0.81, 1.42), 5),
+    ("llama.cpp", "nvidia p100"): DecodingSpeedFit(0.28, 154e-6, Interval(0.59, 1.57), 1),
+    ("llama.cpp", "nvidia hbm"): DecodingSpeedFit(0.65, 117e-6, Interval(0.70, 1.50), 5),
+    ("llama.cpp", "nvidia hbm3"): DecodingSpeedFit(0.59, 85e-6, Interval(0.60, 1.50), 2),
+    ("llama.cpp", "nvidia unified"): DecodingSpeedFit(0.83, 56e-6, Interval(0.78, 1.31), 5),
+    ("llama.cpp", "amd"): DecodingSpeedFit(0.83, 83e-6, Interval(0.73, 1.33), 7),
+    ("llama.cpp", "amd unified"): DecodingSpeedFit(0.83, 93e-6, Interval(0.74, 1.30), 10),
+    ("llama.cpp", "apple m1, m2"): DecodingSpeedFit(0.71, 134e-6, Interval(0.58, 1.45), 8),
+    ("llama.cpp", "apple"): DecodingSpeedFit(0.86, 127e-6, Interval(0.79, 1.33), 8),
     ("mlx", "apple m1, m2"): DecodingSpeedFit(0.83, 130e-6, Interval(0.60, 1.50), 4),
     ("mlx", "apple m5"): DecodingSpeedFit(0.92, 95e-6, Interval(0.75, 1.35), 1),
     ("mlx", "apple"): DecodingSpeedFit(0.92, 95e-6, Interval(0.80, 1.35), 5),
     # Two runs of vLLM were found (A100: 0.78 of the bandwidth, RTX 4090: 0.66), too few to fit.
     ("vllm", "nvidia"): DecodingSpeedFit(0.80, 40e-6, Interval(0.75, 1.15), 0),
     ("vllm", "nvidia hbm"): DecodingSpeedFit(0.78, 20e-6, Interval(0.75, 1.15), 0),
+    ("vllm", "nvidia hbm3"): DecodingSpeedFit(0.78, 20e-6, Interval(0.75, 1.15), 0),
     ("vllm", "amd"): DecodingSpeedFit(0.70, 60e-6, Interval(0.6, 1.2), 0),
 }
 PREFILL = {
     ("llama.cpp", "nvidia"): PrefillSpeedFit(1.67, "float32", Interval(0.53, 1.55), 7),
     ("llama.cpp", "nvidia pascal"): PrefillSpeedFit(0.96, "float32", Interval(0.5, 1.6), 1),
     ("llama.cpp", "nvidia p100"): PrefillSpeedFit(0.96, "float32", Interval(0.5, 1.6), 0),
-    ("llama.cpp", "nvidia hbm"): PrefillSpeedFit(0.23, "float16", Interval(0.5, 1.6), 1),
+    ("llama.cpp", "nvidia hbm"): PrefillSpeedFit(0.30, "float16", Interval(0.45, 1.7), 3),
+    ("llama.cpp", "nvidia hbm3"): PrefillSpeedFit(0.21, "float16", Interval(0.5, 1.6), 1),
     ("llama.cpp", "nvidia unified"): PrefillSpeedFit(1.38, "float32", Interval(0.5, 1.6), 1),
     ("llama.cpp", "amd"): PrefillSpeedFit(0.72, "float32", Interval(0.54, 1.9), 4),
     ("llama.cpp", "amd unified"): PrefillSpeedFit(0.57, "float32", Interval(0.65, 1.4), 1),
@@ -130,19 +138,20 @@ PREFILL = {
     ("mlx", "apple"): PrefillSpeedFit(0.56, "float32", Interval(0.48, 1.55), 2),
     ("vllm", "nvidia"): PrefillSpeedFit(0.5, "float16", Interval(0.6, 1.4), 0),
     ("vllm", "nvidia hbm"): PrefillSpeedFit(0.5, "float16", Interval(0.6, 1.4), 0),
+    ("vllm", "nvidia hbm3"): PrefillSpeedFit(0.5, "float16", Interval(0.6, 1.4), 0),
     ("vllm", "amd"): PrefillSpeedFit(0.35, "float16", Interval(0.5, 1.5), 0),
 }
 KIND_DECODING: dict[BaseKind, Interval] = {
     "dense": Interval(1.0, 1.0),
-    "per-layer embeddings": Interval(0.58, 1.26),
-    "mixtures": Interval(0.70, 1.36),
-    "hybrids": Interval(0.69, 1.45),
+    "per-layer embeddings": Interval(0.62, 1.20),
+    "mixtures": Interval(0.62, 1.38),
+    "hybrids": Interval(0.64, 1.28),
 }
 """Measured speed divided by that of the formula by the kind of base, nine in ten runs of sources left out."""
 KIND_PREFILL: dict[BaseKind, Interval] = {
     "dense": Interval(1.0, 1.0),
     "per-layer embeddings": Interval(0.5, 1.6),
-    "mixtures": Interval(0.60, 1.32),
+    "mixtures": Interval(0.45, 1.35),
     "hybrids": Interval(0.60, 1.25),
 }
 KINDS_WITH_PREFILL_SOURCES = ("dense", "mixtures")
@@ -159,14 +168,17 @@ def get_serving_fit_hardware_key(gpu: GpuSpec) -> str:
         return "nvidia p100" if gpu.name == "p100" else "nvidia pascal"
     is_fast_datacentre = gpu.vendor == "nvidia" and gpu.kind == "datacentre" and (gpu.bandwidth or 0) > HBM
     if is_fast_datacentre or gpu.architecture == "volta":
-        return "nvidia hbm"
+        # From Hopper on, clocks are higher and kernels start sooner.
+        return "nvidia hbm" if gpu.architecture in ("volta", "ampere") else "nvidia hbm3"
     return gpu.vendor
 
 
 def get_serving_fit_key(gpu: GpuSpec, engine: str) -> tuple[str, str]:
     """Return the key of `DECODING` and `PREFILL` for an engine on a GPU, which may be in neither."""
     fitted = ENGINES[engine].fitted_speeds_engine
-    hardware = (f"{gpu.vendor} {gpu.architecture}", get_serving_fit_hardware_key(gpu))
+    hardware = (get_serving_fit_hardware_key(gpu), f"{gpu.vendor} {gpu.architecture}")
+    if gpu.vendor == "apple":  # a generation that has a fit of its own, as the M5 has with MLX
+        hardware = hardware[::-1]
     # vLLM on unified memory and on old GPUs is not known apart.
     return fitted, next((name for name in hardware if (fitted, name) in DECODING), gpu.vendor)
 
@@ -209,21 +221,27 @@ def estimate_decode_and_prefill_speed(
     decoding, prefill = DECODING[key], PREFILL[key]
     if key[0] == "mlx":
         structure = DENSE_LAYERS  # dense bases, mixtures and hybrids together are what it is fitted to
+    kind = structure.kind
     # An expert sees few tokens of a batch, too few for the rate; the batch reads every expert once.
     tokens = batch_tokens * structure.expert_share
     macs = matmul_weight_count + structure.expert_macs * EXPERT_TOKENS / tokens
-    rate = prefill.rate_share * gpu.rates[prefill.rate_dtype] * (RECURRENT_RATE if structure.recurrent_layers else 1)
+    rate = prefill.rate_share * gpu.rates[prefill.rate_dtype] * (RECURRENT_RATE if kind == "hybrids" else 1)
     prompt_seconds = 2 * macs / rate
     prompt_seconds += structure.all_expert_bytes / batch_tokens / (EXPERT_BANDWIDTH_SHARE * gpu.bandwidth)
     # Decoded together, requests share the reading of the weights, until their arithmetic takes longer.
     read_seconds = (weight_bytes_per_token + cached) / (decoding.bandwidth_share * gpu.bandwidth)
     layers_s = decoding.layer_s * (
-        layers + EXPERT_LAYER * structure.expert_layers + RECURRENT_LAYER * structure.recurrent_layers
+        layers
+        + EXPERT_LAYER * structure.expert_layers
+        + RECURRENT_LAYER * structure.recurrent_layers
+        + CONVOLUTION_LAYER * structure.convolution_layers
     )
     seconds = max(read_seconds, concurrent_requests * 2 * matmul_weight_count / rate) + layers_s
-    kind = structure.kind
+    slow = OLLAMA_DELTA_LAYER_S * structure.recurrent_layers
+    slowest = seconds + (slow if engine == "ollama" and structure.is_slow_in_ollama else 0.0)
+    spread = _unite(decoding.spread, KIND_DECODING[kind])
     return ServingSpeed(
-        Interval(*(end / seconds for end in _unite(decoding.spread, KIND_DECODING[kind]))),
+        Interval(spread.low / slowest, spread.high / seconds),
         Interval(*(end / prompt_seconds for end in _unite(prefill.spread, KIND_PREFILL[kind]))),
         "published" if decoding.fitted_source_count > 1 else "guessed",
         "published" if prefill.fitted_source_count > 1 and kind in KINDS_WITH_PREFILL_SOURCES else "guessed",
