@@ -21,12 +21,15 @@ from slimtune.planning.serving_memory import (
     METADATA,
     count_weight_and_embedding_bytes,
     count_weight_bytes_and_macs_per_token,
+    describe_layer_structure,
     estimate_serving_memory,
 )
 from slimtune.planning.serving_speed import (
     DECODING,
+    LayerStructure,
     estimate_decode_and_prefill_speed,
     get_serving_fit_hardware_key,
+    get_serving_fit_key,
 )
 from slimtune.planning.weight_formats import ENGINES, GGUF_TYPES, VLLM_BITS
 
@@ -186,7 +189,7 @@ def test_longest_context_fits_and_no_longer_one(engine):
 
 def test_speed_is_given_where_the_model_is_on_the_gpu():
     fits, too_large = plan(gpu="rtx-4090"), plan("llama-3.1-70b", "rtx-4090")
-    assert 100 < fits.decode_tokens_per_second.low < fits.decode_tokens_per_second.high < 170
+    assert 90 < fits.decode_tokens_per_second.low < fits.decode_tokens_per_second.high < 170
     assert fits.evidence["decode_tokens_per_second"] == "published"
     assert (too_large.decode_tokens_per_second, plan().prefill_tokens_per_second) == (None, None)
 
@@ -404,19 +407,16 @@ LLAMA_8B = {  # in Q4_K_M
 }  # fmt: skip
 
 
-HYBRIDS_MISS = pytest.mark.xfail(strict=True, reason="13 of 16 held-out runs of hybrids are inside: the goal is 85 %")
+@pytest.mark.slow
+@pytest.mark.parametrize("group", published.GROUPS)
+def test_published_runs_of_the_fit(published_rows, group):
+    assert published.is_good(published_rows, group)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("group", published.GROUPS)
-def test_published_runs_of_the_fit(published_rows, group):
-    assert published.is_good(published_rows, group, held_out=False)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("group", ["dense", "mixtures", "prompts", pytest.param("hybrids", marks=HYBRIDS_MISS)])
-def test_published_runs_that_no_fit_saw(published_rows, group):
-    assert published.is_good(published_rows, group, held_out=True)
+def test_published_runs_that_no_fit_saw(group):
+    assert published.is_good(published.compare_points(published.THIRD_POINTS), group)
 
 
 @pytest.fixture(scope="module")
@@ -431,20 +431,48 @@ def test_every_published_run_has_its_source():
     )
 
 
-def test_no_fit_has_seen_a_source_of_the_second_held_out_set():
+def test_no_fit_has_seen_a_source_of_the_third_set():
     file = Path(published.__file__).parent / "data" / "serving_points_other.json"
-    first = [*published.POINTS, *json.loads(file.read_text(encoding="utf-8"))]
-    second = {published.name_source(p["source"]) for p in published.SECOND_POINTS}
-    assert not second & {published.name_source(p["source"]) for p in first}
-    assert {published.get_group(p) for p in published.SECOND_POINTS} == set(published.GROUPS)
-    assert all(p["date"] and p["seen"] and require_gpu_by_name(p["card"]) for p in published.SECOND_POINTS)
+    seen = [*published.POINTS, *published.SECOND_POINTS, *json.loads(file.read_text(encoding="utf-8"))]
+    third = {published.name_source(p["source"]) for p in published.THIRD_POINTS}
+    assert not third & {published.name_source(p["source"]) for p in seen}
+    assert {published.get_group(p) for p in published.THIRD_POINTS} == set(published.GROUPS)
+    assert all(p["date"] and p["seen"] and require_gpu_by_name(p["card"]) for p in published.THIRD_POINTS)
 
 
 @pytest.mark.parametrize(
-    ("card", "kind"), [("v100-32gb", "nvidia hbm"), ("p100", "nvidia p100"), ("p40", "nvidia pascal")]
-)
-def test_old_datacentre_gpus_have_fits_of_their_own(card, kind):
-    assert get_serving_fit_hardware_key(require_gpu_by_name(card)) == kind
+    ("card", "kind"),
+    [
+        ("v100-32gb", "nvidia hbm"), ("a100-80gb", "nvidia hbm"), ("p100", "nvidia p100"), ("p40", "nvidia pascal"),
+        ("h100-sxm", "nvidia hbm3"), ("b200", "nvidia hbm3"), ("l40s", "nvidia"), ("mi50-32gb", "amd hbm"),
+    ],
+)  # fmt: skip
+def test_datacentre_gpus_have_fits_of_their_own(card, kind):
+    gpu = require_gpu_by_name(card)
+    assert get_serving_fit_hardware_key(gpu) == kind
+    assert get_serving_fit_key(gpu, "llama.cpp") == ("llama.cpp", kind)
+    assert get_serving_fit_key(gpu, "vllm")[1] in (kind, gpu.vendor)
+
+
+def test_the_m5_has_a_fit_of_its_own_with_mlx():
+    assert get_serving_fit_key(require_gpu_by_name("m5"), "mlx") == ("mlx", "apple m5")
+    assert get_serving_fit_key(require_gpu_by_name("m5"), "llama.cpp") == ("llama.cpp", "apple")
+
+
+def test_layers_that_are_no_attention():
+    """A short convolution takes less than a layer of attention; Ollama computes Qwen3.5 slowly in some versions."""
+    gpu = require_gpu_by_name("m4-max-64gb")
+    plain = estimate_decode_and_prefill_speed(gpu, "llama.cpp", **LLAMA_8B)
+
+    def speed(engine, **structure):
+        return estimate_decode_and_prefill_speed(gpu, engine, **LLAMA_8B, structure=LayerStructure(**structure)).decode
+
+    assert speed("llama.cpp", convolution_layers=24).high > plain.decode.high * 1.01
+    own, slow = speed("llama.cpp", recurrent_layers=24), speed("ollama", recurrent_layers=24, is_slow_in_ollama=True)
+    assert slow.high == own.high
+    assert slow.low < 0.8 * own.low
+    assert describe_layer_structure(model("lfm2-1.2b"), "Q4_K_M")[:4] == (0, 0, 10, False)
+    assert describe_layer_structure(model("qwen3.5-0.8b"), "Q4_K_M")[:4] == (0, 18, 0, True)
 
 
 def test_sources_of_each_group_are_on_both_sides():

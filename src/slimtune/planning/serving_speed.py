@@ -5,12 +5,12 @@ A decoded token reads every active weight and the cached keys, values and states
     seconds = bytes / (share of bandwidth · bandwidth) + layers · seconds of a layer
 
 A layer with experts counts more than one layer, as it has a router and a gather, and so does a recurrent layer; a
-short convolution counts less. A token of a prompt takes `2 · weights` operations at a share of a rate; experts see few tokens of a batch each, which costs
-rate, and all of them are read once for a batch. Shares are fitted to published runs (benchmarks/data, `python
-benchmarks/published_serving.py`) by engine and kind of hardware. A range is what held for sources left out of the fit,
-by the kind of hardware and of base, whichever is wider; of fewer than six sources, it is as wide around their mean as a
-t distribution of so few is (its logarithm at most 1.5 times as wide). It imports no torch, so that machines are
-compared at once.
+short convolution counts less. A token of a prompt takes `2 · weights` operations at a share of a rate; experts see few
+tokens of a batch each, which costs rate, and all of them are read once for a batch. Shares are fitted to published runs
+(benchmarks/data, `python benchmarks/published_serving.py`) by engine and kind of hardware. A range is what held for
+sources left out of the fit, by the kind of hardware and of base, whichever is wider; of fewer than six sources, it is
+as wide around their mean as a t distribution of so few is (its logarithm at most 1.5 times as wide). It imports no
+torch, so that machines are compared at once.
 """
 
 from dataclasses import dataclass, field
@@ -109,6 +109,7 @@ DECODING = {
     ("llama.cpp", "nvidia hbm3"): DecodingSpeedFit(0.59, 85e-6, Interval(0.60, 1.50), 2),
     ("llama.cpp", "nvidia unified"): DecodingSpeedFit(0.83, 56e-6, Interval(0.78, 1.31), 5),
     ("llama.cpp", "amd"): DecodingSpeedFit(0.83, 83e-6, Interval(0.73, 1.33), 7),
+    ("llama.cpp", "amd hbm"): DecodingSpeedFit(0.50, 200e-6, Interval(0.55, 1.6), 1),
     ("llama.cpp", "amd unified"): DecodingSpeedFit(0.83, 93e-6, Interval(0.74, 1.30), 10),
     ("llama.cpp", "apple m1, m2"): DecodingSpeedFit(0.71, 134e-6, Interval(0.58, 1.45), 8),
     ("llama.cpp", "apple"): DecodingSpeedFit(0.86, 127e-6, Interval(0.79, 1.33), 8),
@@ -122,16 +123,17 @@ DECODING = {
     ("vllm", "amd"): DecodingSpeedFit(0.70, 60e-6, Interval(0.6, 1.2), 0),
 }
 PREFILL = {
-    ("llama.cpp", "nvidia"): PrefillSpeedFit(1.67, "float32", Interval(0.53, 1.55), 7),
+    ("llama.cpp", "nvidia"): PrefillSpeedFit(1.67, "float32", Interval(0.53, 1.55), 12),
     ("llama.cpp", "nvidia pascal"): PrefillSpeedFit(0.96, "float32", Interval(0.5, 1.6), 1),
     ("llama.cpp", "nvidia p100"): PrefillSpeedFit(0.96, "float32", Interval(0.5, 1.6), 0),
     ("llama.cpp", "nvidia hbm"): PrefillSpeedFit(0.30, "float16", Interval(0.45, 1.7), 3),
     ("llama.cpp", "nvidia hbm3"): PrefillSpeedFit(0.21, "float16", Interval(0.5, 1.6), 1),
-    ("llama.cpp", "nvidia unified"): PrefillSpeedFit(1.38, "float32", Interval(0.5, 1.6), 1),
-    ("llama.cpp", "amd"): PrefillSpeedFit(0.72, "float32", Interval(0.54, 1.9), 4),
-    ("llama.cpp", "amd unified"): PrefillSpeedFit(0.57, "float32", Interval(0.65, 1.4), 1),
+    ("llama.cpp", "nvidia unified"): PrefillSpeedFit(1.38, "float32", Interval(0.5, 1.6), 2),
+    ("llama.cpp", "amd"): PrefillSpeedFit(0.72, "float32", Interval(0.54, 1.9), 3),
+    ("llama.cpp", "amd hbm"): PrefillSpeedFit(0.72, "float32", Interval(0.5, 1.9), 0),
+    ("llama.cpp", "amd unified"): PrefillSpeedFit(0.57, "float32", Interval(0.65, 1.4), 6),
     ("llama.cpp", "apple m1, m2"): PrefillSpeedFit(0.68, "float32", Interval(0.68, 1.28), 6),
-    ("llama.cpp", "apple"): PrefillSpeedFit(0.78, "float32", Interval(0.72, 1.25), 3),
+    ("llama.cpp", "apple"): PrefillSpeedFit(0.78, "float32", Interval(0.72, 1.25), 4),
     ("mlx", "apple m1, m2"): PrefillSpeedFit(0.33, "float32", Interval(0.45, 1.70), 2),
     # The M5 has units for matrices, whose rate Apple does not say.
     ("mlx", "apple m5"): PrefillSpeedFit(1.4, "float32", Interval(0.5, 1.9), 1),
@@ -154,7 +156,7 @@ KIND_PREFILL: dict[BaseKind, Interval] = {
     "mixtures": Interval(0.45, 1.35),
     "hybrids": Interval(0.60, 1.25),
 }
-KINDS_WITH_PREFILL_SOURCES = ("dense", "mixtures")
+KINDS_WITH_PREFILL_SOURCES = ("dense", "mixtures", "hybrids")
 """Kinds of bases whose prompts were read in the runs of two sources or more."""
 
 
@@ -166,6 +168,8 @@ def get_serving_fit_hardware_key(gpu: GpuSpec) -> str:
         return f"{gpu.vendor} unified"
     if gpu.architecture == "pascal":
         return "nvidia p100" if gpu.name == "p100" else "nvidia pascal"
+    if gpu.vendor == "amd" and gpu.kind == "datacentre":
+        return "amd hbm"
     is_fast_datacentre = gpu.vendor == "nvidia" and gpu.kind == "datacentre" and (gpu.bandwidth or 0) > HBM
     if is_fast_datacentre or gpu.architecture == "volta":
         # From Hopper on, clocks are higher and kernels start sooner.
