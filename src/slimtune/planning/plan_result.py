@@ -192,6 +192,37 @@ class ResourceEstimate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CpuExpertsEstimate:
+    """What a mixture takes in llama.cpp with the experts of its first layers in CPU memory; guessed."""
+
+    n_cpu_moe: int
+    """Layers that `--n-cpu-moe` names: the fewest with which the GPU surely has the rest."""
+    layers: int
+    """Of them, those with experts."""
+    expert_layers: int
+    """Layers with experts that the base has."""
+    need_bytes: Interval
+    """What the GPU needs."""
+    host_bytes: int
+    """Weights in CPU memory."""
+    decode_tokens_per_second: Interval | None
+    """Of a request, after `context` tokens; null: not known."""
+    prefill_tokens_per_second: Interval | None
+    """Of a prompt."""
+
+    def format(self) -> str:
+        """Return all of it in one sentence."""
+        some = "all" if self.layers == self.expert_layers else f"{self.layers} of {self.expert_layers}"
+        text = f"fits with the experts of {some} layers in CPU memory (llama.cpp --n-cpu-moe {self.n_cpu_moe}): "
+        text += f"{self.need_bytes.format()} on the GPU, {format_bytes(self.host_bytes)} in CPU memory"
+        decode, prefill = self.decode_tokens_per_second, self.prefill_tokens_per_second
+        if decode is None or prefill is None:
+            return f"{text}; its speed is not known"
+        written, read = (n.format(format_three_digits) for n in (decode, prefill))
+        return f"{text}; {written} tokens/s written, {read} tokens/s of a prompt read, by the CPU's memory (guessed)"
+
+
+@dataclass(frozen=True, kw_only=True)
 class ServingEstimate:
     """What serving a model takes; sizes in bytes."""
 
@@ -231,6 +262,8 @@ class ServingEstimate:
     """Whether the device has the bytes; null without a GPU."""
     reason: str
     """Of the verdict, in one sentence."""
+    cpu_experts: CpuExpertsEstimate | None = None
+    """How llama.cpp serves a mixture that does not fit; null: it fits, is no mixture, or does not fit so either."""
     notes: list[str] = field(default_factory=list)
     """What the estimate leaves out."""
     evidence: dict[str, str] = field(default_factory=dict)
@@ -248,7 +281,9 @@ class ServingEstimate:
         adapter = "the adapter merged" if self.merged else "the adapter beside it"
         yield "", f"{self.precision}, {adapter}, {self.context} tokens of context: {self.reason}"
         decode, prefill = self.decode_tokens_per_second, self.prefill_tokens_per_second
-        if decode is None or prefill is None:
+        if self.cpu_experts is not None:
+            yield "", self.cpu_experts.format()
+        elif decode is None or prefill is None:
             yield "speed", "not known"
         else:
             written = f"{decode.format(format_three_digits)} tokens/s written behind {self.context} tokens"

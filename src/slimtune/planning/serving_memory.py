@@ -5,7 +5,7 @@ A GGUF file is planned by bits per weight of its file type, within 3 % of real f
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -16,13 +16,14 @@ from transformers.pytorch_utils import Conv1D
 from ..core.foundation.formatting import GIB, format_bytes
 from ..core.models.base_config import get_max_positions
 from ..errors import ModelError, SlimtuneError, UsageError, format_names, suggest
+from .cpu_experts import count_layers_on_cpu, estimate_cpu_experts, find_expert_layers
 from .gpu_specs import GpuSpec
 from .interval import Interval
 from .meta_model import build_adapted_meta_model
-from .plan_result import ServingEstimate
+from .plan_result import CpuExpertsEstimate, ServingEstimate
 from .planner import find_largest_fitting, judge_memory_fit
 from .serving_cache import UBATCH, count_recurrent_state_bytes, count_request_kv_cache_bytes, round_up
-from .serving_speed import LayerStructure, estimate_decode_and_prefill_speed
+from .serving_speed import LayerStructure, ServingSpeed, estimate_decode_and_prefill_speed
 from .weight_formats import (
     ENGINES,
     EXPERT_BITS,
@@ -146,13 +147,15 @@ def _estimate_serving_memory(
         limit = get_max_positions(config) or context
         blocks = find_largest_fitting(lambda n: need_at(256 * n)[2].high <= low, max(limit // 256, 1))
         max_context = min(256 * blocks, limit)
-    speed = None
-    if gpu is not None and verdict != "does not fit":
+    speed = cpu_experts = None
+
+    def estimate_speed(gpu: GpuSpec, engine: str, *, without: float = 0.0) -> ServingSpeed | None:
+        """Return the speed, of a token that does not read some bytes of the weights."""
         read_bytes, multiplied = count_weight_bytes_and_macs_per_token(model, precision)
-        speed = estimate_decode_and_prefill_speed(
+        return estimate_decode_and_prefill_speed(
             gpu,
             engine,
-            weight_bytes_per_token=read_bytes + adapter,
+            weight_bytes_per_token=read_bytes + adapter - without,
             kv_bytes_per_request=(cached + state) / sequences,
             matmul_weight_count=multiplied,
             layers=text.num_hidden_layers,
@@ -161,6 +164,11 @@ def _estimate_serving_memory(
             precision=precision,
             structure=describe_layer_structure(model, precision),
         )
+
+    if gpu is not None and verdict != "does not fit":
+        speed = estimate_speed(gpu, engine)
+    elif gpu is not None and usable is not None and is_gguf and separate_memory:
+        cpu_experts = _estimate_cpu_experts(model, precision, need, usable, placed.host_bytes, gpu, estimate_speed)
     return ServingEstimate(
         engine=engine,
         precision=precision,
@@ -181,6 +189,7 @@ def _estimate_serving_memory(
         prefill_tokens_per_second=speed.prefill if speed is not None else None,
         verdict=verdict,
         reason=reason,
+        cpu_experts=cpu_experts,
         notes=_list_serving_notes(config, engine),
         evidence={
             **dict.fromkeys(("file_bytes", "bits", "weights", "adapter", "cache", "state", "host_bytes"), "computed"),
@@ -192,6 +201,34 @@ def _estimate_serving_memory(
             if speed
             else {}
         ),
+    )
+
+
+def _estimate_cpu_experts(
+    model: Any,
+    precision: str,
+    need: Interval,
+    usable: Interval,
+    host_bytes: int,
+    gpu: GpuSpec,
+    estimate_speed: Callable[..., ServingSpeed | None],
+) -> CpuExpertsEstimate | None:
+    """Return what serving takes with the fewest experts in CPU memory; None: it is no mixture, or all do not help."""
+    shares, structure = _find_active_expert_shares(model), describe_layer_structure(model, precision)
+    layers = find_expert_layers([name for name, p in model.named_parameters() if id(p) in shares])
+    count = count_layers_on_cpu(need.high, usable.low, structure.all_expert_bytes, len(layers))
+    if count is None:
+        return None
+    picked = sum(shares[id(p)] * size for _, p, size in _weight_sizes(model, precision) if id(p) in shares)
+    read_bytes = picked * count / len(layers)
+    return estimate_cpu_experts(
+        layers=layers,
+        count=count,
+        structure=structure,
+        need=need,
+        host_bytes=host_bytes,
+        speed=estimate_speed(gpu, "llama.cpp", without=read_bytes),
+        read_bytes=read_bytes,
     )
 
 
