@@ -29,9 +29,9 @@ def test_the_cheapest_that_fits_is_first(offers):
 
 
 def test_a_speed_is_surely_reached(offers):
-    fast = rank_serving_machines_by_price(offers, min_tokens_per_second=90)
+    fast = rank_serving_machines_by_price(offers, min_tokens_per_second=80)
     assert fast
-    assert all(offer.serve.decode_tokens_per_second.low >= 90 for offer in fast)
+    assert all(offer.serve.decode_tokens_per_second.low >= 80 for offer in fast)
 
 
 def test_a_card_without_room_for_the_screen_comes_last(offers):
