@@ -89,6 +89,12 @@ def test_llama_factory_in_numbers(tmp_path):
     assert [f.field for f in result.fields if f.outcome == "no-equivalent"] == ["max_samples"]
 
 
+def test_ratio_of_lora_plus_is_taken(tmp_path):
+    file = write(tmp_path, {"model_name_or_path": "x/y", "stage": "sft", "dataset": "mine", "loraplus_lr_ratio": 16})
+    import_config(file, tmp_path / "recipe.yaml")
+    assert read(tmp_path)["method"]["lr_ratio"] == 16
+
+
 def test_files_of_dataset_info_are_found(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "dataset_info.json").write_text('{"mine": {"file_name": "a.json"}}')

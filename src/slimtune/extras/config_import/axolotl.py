@@ -101,7 +101,7 @@ RULES: dict[str, Rule] = {
     "lora_model_dir": lack("give the adapter to train on: --init-adapter"),
     "peft_use_rslora": take("method.use_rslora", to_bool), "peft_use_dora": take("method.use_dora", to_bool),
     "lora_mlp_kernel": _KERNELS, "lora_qkv_kernel": _KERNELS, "lora_o_kernel": _KERNELS, "plugins": _KERNELS,
-    "loraplus_lr_ratio": lack("one learning rate for A and B"),
+    "loraplus_lr_ratio": take("method.lr_ratio", float),
     "peft": lack("its settings are fields of `method`"),
     "datasets": _take_datasets,
     "test_datasets": lack("data.validation names a file"),

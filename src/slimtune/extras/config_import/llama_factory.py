@@ -91,7 +91,7 @@ RULES: dict[str, Rule] = {
     "pissa_init": _of_lora(_take_pissa),
     "pissa_iter": skip("pissa_init has it"),
     "pissa_convert": skip("slimtune export and repair fold the start into A and B"),
-    "loraplus_lr_ratio": lack("one learning rate for A and B: slimtune.extras.lora_optimizers in Python"),
+    "loraplus_lr_ratio": _of_lora(take("method.lr_ratio", float)),
     "quantization_bit": choose("model.quantization", {4: "nf4", 8: "int8"}),
     "quantization_method": expect(("bitsandbytes", "bnb"), "4 and 8 bits are bitsandbytes'", "bitsandbytes alone"),
     "quantization_type": expect(("nf4",), "4 bits are nf4", "4 bits are nf4"),

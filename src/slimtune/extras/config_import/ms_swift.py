@@ -59,7 +59,7 @@ RULES: dict[str, Rule] = {
     "modules_to_save": take("method.modules_to_save", to_list),
     "use_rslora": take("method.use_rslora", to_bool), "use_dora": take("method.use_dora", to_bool),
     "init_weights": _take_start, "init_lora_weights": _take_start,
-    "lorap_lr_ratio": lack("one learning rate for A and B"),
+    "lorap_lr_ratio": take("method.lr_ratio", float),
     "freeze_vit": skip("an adapter of text targets leaves it as it is"),
     "freeze_aligner": skip("an adapter of text targets leaves it as it is"),
     "adapters": lack("give the adapter to train on: --init-adapter"),
