@@ -372,8 +372,8 @@ def _explain_break_even(result: CostResult) -> str:
     from ..planning.interval import format_interval_compact
 
     if (even := result.runs_to_break_even) is not None:
-        months = format_interval_compact(even * (1 / result.runs_in_a_month), _format_number)
-        runs = format_interval_compact(even, _format_number)
+        months = format_interval_compact(even.to_interval() * (1 / result.runs_in_a_month), _format_number)
+        runs = format_interval_compact(even.to_interval(), _format_number)
         return (
             f"buying is cheaper than the cheapest rent after {runs} runs: "
             f"{months} months with {result.runs_in_a_month} a month (--runs)"

@@ -111,4 +111,5 @@ def _explain_break_even(result: AnswerCostResult) -> str:
     def number(millions: float) -> str:
         return "never" if millions == float("inf") else f"{float(f'{millions:.2g}'):,.0f}"
 
-    return f"{bought} is cheaper than {cheapest} after {format_interval_compact(even, number)} million written tokens"
+    millions_written = format_interval_compact(even.to_interval(), number)
+    return f"{bought} is cheaper than {cheapest} after {millions_written} million written tokens"

@@ -10,6 +10,7 @@ from functools import cache
 from ..planning.gpu_specs import GpuSpec
 from ..planning.interval import Interval
 from .hardware_results import MILLION
+from .machine_choice import BreakEven
 from .run_cost import estimate_run_cost, list_rent_prices, read_price_rows
 
 
@@ -67,7 +68,7 @@ class AnswerCostResult:
     """The machine bought, then rented."""
     services: list[AnswerPrice]
     """The services, the cheapest first."""
-    million_tokens_to_break_even: Interval | None
+    million_tokens_to_break_even: BreakEven | None
     """Millions of written tokens after which buying costs less than the cheapest service; null: never, or not known."""
 
 

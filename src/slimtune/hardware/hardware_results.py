@@ -11,7 +11,7 @@ from ..planning.gpu_specs import GpuFacts
 from ..planning.interval import Interval
 from ..planning.measured_speeds import MachineMeasurement
 from ..planning.plan_result import LabelledFigure, MemoryVerdict, ResourceEstimate, ServingEstimate
-from .machine_choice import BindingLimit, MachineOffer, TuningServicePrice
+from .machine_choice import BindingLimit, BreakEven, MachineOffer, TuningServicePrice
 from .run_cost import RunCost
 
 MILLION = 1_000_000
@@ -281,7 +281,7 @@ class CostResult:
     """The run on it if it is rented."""
     services: list[TuningServiceCost]
     """The run at services that fine-tune."""
-    runs_to_break_even: Interval | None
+    runs_to_break_even: BreakEven | None
     """Runs after which buying is cheaper than the cheapest rent; null: never, or a price is not known."""
     runs_in_a_month: int
     """As given."""

@@ -259,9 +259,23 @@ def make_machine_offer(
     )
 
 
+@dataclass(frozen=True)
+class BreakEven:
+    """After how many runs, or million tokens, buying costs less."""
+
+    low: float
+    """The fewest."""
+    high: float | None
+    """The most; null: perhaps never."""
+
+    def to_interval(self) -> Interval:
+        """Return it with infinity for "perhaps never"."""
+        return Interval(self.low, float("inf") if self.high is None else self.high)
+
+
 def count_runs_to_break_even(
     price: Interval, rent_per_run: Interval, power_per_run: Interval | None
-) -> Interval | None:
+) -> BreakEven | None:
     """Return after how many runs buying costs less than renting; None if it never does."""
     saved = Interval(
         rent_per_run.low - (power_per_run.high if power_per_run else 0.0),
@@ -269,7 +283,7 @@ def count_runs_to_break_even(
     )
     if saved.high <= 0:
         return None
-    return Interval(price.low / saved.high, price.high / saved.low if saved.low > 0 else float("inf"))
+    return BreakEven(price.low / saved.high, price.high / saved.low if saved.low > 0 else None)
 
 
 def rank_fitting_machines_by_price(
