@@ -97,6 +97,13 @@ def test_plain_transformers_loads_the_trained_model(tmp_path, make_base, target,
         assert torch.equal(model.get_input_embeddings().weight, embeddings.double())
 
 
+def test_config_has_the_rope_theta_that_transformers_4_and_mlx_lm_read(tmp_path, make_base):
+    base = make_base(rope_parameters={"rope_type": "default", "rope_theta": 100_000.0})
+    merge(make_run(tmp_path / "run", base), tmp_path / "merged")
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 100_000.0
+
+
 SIZES = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 MORE = {**SIZES, "num_key_value_heads": 2, "intermediate_size": 48, "bos_token_id": 1, "eos_token_id": 2}
 OTHERS = {

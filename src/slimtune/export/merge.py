@@ -28,7 +28,7 @@ from ..core.adapters.adapter_module import MergeUnsupported
 from ..core.adapters.peft_config import PeftConfig
 from ..core.adapters.peft_model import PeftModel
 from ..core.foundation.dtype_names import dtype_name, llama_cpp_dtype_name
-from ..core.foundation.files import atomic_folder, read_json_object, require_disk_space, translate_os_errors
+from ..core.foundation.files import atomic_folder, read_json_object, require_disk_space, translate_os_errors, write_json
 from ..core.foundation.json_results import to_json_dict
 from ..core.models.base_config import load_convertible_base_config
 from ..core.models.dtype import pick_dtype
@@ -39,6 +39,7 @@ from ..core.training.run_dir import ADAPTER_FILE, RunDir, find_adapter_folder
 from ..core.training.trained_model import TrainedModel, load_run
 from ..errors import AdapterError, RunError, UsageError, format_install_command
 from ..evaluation.run_results import RunResults
+from ..extras.mlx_names import add_older_rope_fields
 from ..extras.model_card import render_model_card
 from ..extras.training_fingerprint import mark_as_compared
 from ..generation.inference_engines import TransformersInferenceEngine
@@ -468,6 +469,8 @@ def _save_checkpoint(
             empty.unlink()
         model.config.dtype = dtype_name(dtype)
         model.config.save_pretrained(folder)
+    config_file = folder / "config.json"
+    write_json(config_file, add_older_rope_fields(read_json_object(config_file)))
     loaded.base.tokenizer.save_pretrained(folder)
     _copy_sentencepiece_model(loaded, folder)
     save_merged_weights(weights, folder, dtype, inputs)

@@ -91,6 +91,19 @@ def add_fields_mlx_lm_reads(config: JsonObject) -> JsonObject:
     return fields
 
 
+def add_older_rope_fields(config: JsonObject) -> JsonObject:
+    """Return the fields of a config.json with `rope_theta` and `rope_scaling`, which transformers 4 and mlx-lm read.
+
+    Without them they take a default, often 10,000: the model loads, and computes something else. Rotary embeddings that
+    differ by the kind of layer have no such fields.
+    """
+    parameters = config.get("rope_parameters")
+    if not isinstance(parameters, dict) or any(isinstance(value, dict) for value in parameters.values()):
+        return config
+    older = add_fields_mlx_lm_reads(config)
+    return config | {name: older[name] for name in ("rope_theta", "rope_scaling") if name in older}
+
+
 def is_misread_by_mlx_lm(config: JsonObject) -> bool:
     """Return whether mlx-lm could take another rotary setting than a config.json means."""
     added = add_fields_mlx_lm_reads(config)
