@@ -213,7 +213,8 @@ class _MlxLm:
         model_folder, adapter_folder, base_dtype = names
         if not os.path.isdir(model_folder):
             raise FileNotFoundError(f"there is no folder {model_folder}")  # mlx-lm would look for it in the Hub
-        model, self.tokenizer = load(model_folder, lazy=True)
+        loaded: Any = load(model_folder, lazy=True)
+        model, self.tokenizer = loaded
 
         def widen(values: Any) -> Any:
             if not mx.issubdtype(values.dtype, mx.floating):
@@ -282,7 +283,8 @@ class _MlxLm:
         from mlx.utils import tree_map_with_path
         from mlx_lm.utils import load, quantize_model, save
 
-        model, tokenizer, config = load(source, return_config=True, lazy=True)
+        loaded: Any = load(source, return_config=True, lazy=True)
+        model, tokenizer, config = loaded
         if bits is not None:
             model, config = quantize_model(model, config, group_size, bits)
         is_cast = getattr(model, "cast_predicate", lambda _: True)
