@@ -101,7 +101,7 @@ def test_rounding_sees_the_answers_of_a_pair_as_two_rows(tiny_folder, tmp_path, 
     recipe = recipe_of(settings(tmp_path, tiny_folder))
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_folder), AutoTokenizer.from_pretrained(tiny_folder)
     found = []
-    monkeypatch.setattr(gptq_rounding, "collect_layer_inputs", lambda model, layers, rows: found.extend(rows))
+    monkeypatch.setattr(gptq_rounding, "collect_layer_inputs", lambda model, layers, rows, *_: found.extend(rows))
     gptq_rounding.record_linear_layer_inputs(model, recipe, tokenizer)
     rows, _ = load_eval_dataset_and_stats(recipe.data.train, recipe.data, recipe.objective(), tokenizer)
     assert list(map(len, found)) == [n for length in rows.example_lengths for n in count_tokens_per_row(length)]

@@ -390,4 +390,4 @@ def test_examples_of_the_documentation(tmp_path):
             format, found = read_one(tmp_path, json.loads(row), **named)
             seen.add(format)
             assert found.chosen or found.answers or found.tools or found.labels or supervised_text(found)
-    assert seen == {*load_row_formats()} - {"document"}
+    assert seen == {*load_row_formats()} - {"document", "prompt"}

@@ -33,5 +33,4 @@ PROMPT = RowFormat(
     _read_prompt,
     by_name_only=True,
     takes_all_columns=True,
-    synonyms={"prompt": ("question", "query", "problem", "task")},
 )
