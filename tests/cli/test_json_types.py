@@ -136,6 +136,7 @@ def train_task(home, slimtune):
     return train
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in COMMAND_LINES]
 )

@@ -89,6 +89,7 @@ def test_method_without_exports_is_refused_before_its_base_is_loaded(base, tmp_p
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=MARKS.get(k, [])) for k in FORMATS])
 def test_every_format_is_proven_and_a_damaged_one_is_not(kind, run, tmp_path):
     out = tmp_path / "out"
@@ -117,6 +118,7 @@ def test_adapter_gguf(run, tmp_path):
     assert verify(tmp_path / "out", threads=1).passed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["f32", "f16", "q8_0"])
 def test_merged_gguf(run, precision, tmp_path):
     found = export(run, "gguf", tmp_path / "out", {"merged": True, "precision": precision}, threads=1)
@@ -124,6 +126,7 @@ def test_merged_gguf(run, precision, tmp_path):
     assert (found.check.engine, found.check.passed) == ("llama.cpp, merged GGUF", True)
 
 
+@pytest.mark.slow
 def test_ollama(run, base, tmp_path):
     options = {"merged": False, "name": "mine", "system": 'Say "ho".'}
     found = export(run, "ollama", tmp_path / "my model", options, threads=1)
@@ -134,6 +137,7 @@ def test_ollama(run, base, tmp_path):
     assert found.check.passed is True
 
 
+@pytest.mark.slow
 def test_ollama_merged(run, tmp_path):
     found = export(run, "ollama", tmp_path / "out", {"name": "mine"}, threads=1)
     text = (tmp_path / "out" / "Modelfile").read_text()
@@ -249,6 +253,7 @@ def test_wrong_folders(run, tmp_path):
         export(tmp_path / "nothing", "gguf", tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_llama_quantize_where_the_package_has_no_wheel(run, tmp_path, monkeypatch, no_llama_cpp):
     options, program = {"merged": True, "precision": "Q4_K_M"}, tmp_path / "bin" / "llama-quantize"
     with pytest.raises(ModelError, match="llama-quantize"):
@@ -316,6 +321,7 @@ def test_an_unknown_name_is_not_proven(run, tmp_path):
     assert not (tmp_path / "proof").exists()
 
 
+@pytest.mark.slow
 def test_a_known_name_of_this_family_is_not_proven(run, base, tmp_path, monkeypatch):
     model = load_base(str(base), dtype="float32", device="cpu").model
     monkeypatch.setattr(served_base, "load_base_config", lambda name: SimpleNamespace(config=model.config))
@@ -362,6 +368,7 @@ def test_a_gguf_of_another_shape_is_refused(run, tmp_path, tiny_llama, tiny_toke
         to_ollama(run, tmp_path / "out", other)
 
 
+@pytest.mark.slow
 def test_a_model_that_ollama_has_here_is_compared(run, base, tmp_path, monkeypatch):
     monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path))
     manifest = tmp_path / "manifests/registry.ollama.ai/library/tiny/1b"
@@ -377,6 +384,7 @@ def test_a_model_that_ollama_has_here_is_compared(run, base, tmp_path, monkeypat
         to_ollama(run, tmp_path / "other", "tiny:1b")
 
 
+@pytest.mark.slow
 def test_a_folder_as_base(run, base, tmp_path):
     loaded = load_base(str(base), dtype="float32", device="cpu")
     loaded.model.save_pretrained(tmp_path / "base")
@@ -402,6 +410,7 @@ WRONG_ADAPTERS = {
 FAULTS = [f if f == "alpha 10 % too low" else pytest.param(f, marks=pytest.mark.slow) for f in WRONG_ADAPTERS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", [*(pytest.param(p, marks=pytest.mark.slow) for p in ("f32", "q8_0")), "f16"])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_wrong_merges_are_refused(run, tmp_path, monkeypatch, fault, precision):
@@ -427,6 +436,7 @@ def test_wrong_merges_are_refused(run, tmp_path, monkeypatch, fault, precision):
         export(run, "gguf", tmp_path / "out", {"merged": True, "precision": precision}, threads=1)
 
 
+@pytest.mark.slow
 def test_command_line(run, tmp_path):
     def slimtune_(*args: str) -> Any:
         return CliRunner().invoke(app, [*args, "--threads", "1", "--json"])

@@ -102,6 +102,7 @@ def test_llama_cpp_agrees_with_the_adapter(kind, settings, tmp_path, tiny_tokeni
     assert verdict.effect > 0.1
 
 
+@pytest.mark.slow
 @needs_llama_cpp
 @pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
 def test_llama_cpp_agrees_with_merged_experts(kind, tmp_path, tiny_tokenizer):
@@ -124,6 +125,7 @@ def test_missing_permutation_is_noticed(kind, tmp_path, tiny_tokenizer, monkeypa
     assert compare(model, tokenizer, base, tmp_path / "a.gguf").passed is False
 
 
+@pytest.mark.slow
 @needs_llama_cpp
 @pytest.mark.parametrize("kind", ["llama", pytest.param("gemma3", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("factor", [-1.0, 0.5])

@@ -61,6 +61,7 @@ def to_gguf(run: Path, out: Path, **options: Any) -> Any:
     return export(run, "gguf", out, {"merged": True, **options}, threads=1)
 
 
+@pytest.mark.slow
 def test_share_is_that_of_the_losses_and_verify_says_the_same(runs, tmp_path):
     found = to_gguf(runs["run"], tmp_path / "out", precision="q8_0")
     kept = found.check.kept_gain
@@ -76,6 +77,7 @@ def test_share_is_that_of_the_losses_and_verify_says_the_same(runs, tmp_path):
     assert checked.checks[0].kept_gain == kept
 
 
+@pytest.mark.slow
 def test_too_small_a_share_is_refused_with_the_ways_out_and_nothing_is_left(runs, tmp_path, monkeypatch):
     real = kept_gain.sum_supervised_nats
 
@@ -139,6 +141,7 @@ def test_rows_that_the_run_set_aside_are_held_out(runs, tmp_path):
     assert all(any(row.supervised) for row in rows)
 
 
+@pytest.mark.slow
 def test_without_held_out_rows_nothing_is_said_to_be_kept(runs, tmp_path):
     found = to_gguf(runs["adapter"], tmp_path / "out", precision="q8_0")
     kept = to_json_dict(found)["check"]["kept_gain"]
@@ -152,6 +155,7 @@ def test_without_held_out_rows_nothing_is_said_to_be_kept(runs, tmp_path):
     assert not (tmp_path / "proof").exists()
 
 
+@pytest.mark.slow
 def test_sixteen_bits_are_not_measured(runs, tmp_path):
     assert to_gguf(runs["run"], tmp_path / "out").check.kept_gain is None
     assert "min_kept" not in json.loads((tmp_path / "out" / "export_manifest.json").read_text())

@@ -195,6 +195,7 @@ def run(tmp_path, tiny_llama, tiny_tokenizer, monkeypatch) -> Path:
     return save_adapter_of(base, tmp_path / "run", config)
 
 
+@pytest.mark.slow
 def test_export_in_few_bits_names_the_rows_that_fall_back(run, tmp_path):
     found = export(run, "gguf", tmp_path / "out", {"merged": True, "precision": "q4_k_m"}, threads=1)
     assert (found.facts["precision"], found.check.precision, found.check.passed) == ("Q4_K_M", "Q4_K_M", True)

@@ -49,6 +49,7 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("SLIMTUNE_CACHE", str(tmp_path / "cache"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in JOBS if "full" not in name])
 def test_adapter_of_mlx_lm_computes_the_same_here(name, trained):
     base = trained / JOBS[name][0]
@@ -68,6 +69,7 @@ def test_check_finds_no_fault(name, trained):
     assert result.placed == result.tensors == len(load_file(trained / name / "adapters.safetensors"))
 
 
+@pytest.mark.slow
 def test_commands_take_the_folder(trained, slimtune, slimtune_json, tmp_path):
     merged = slimtune_json("merge", trained / "llama-lora", "--out", tmp_path / "merged")
     assert merged["strength"] == pytest.approx(1, abs=0.01)
@@ -79,6 +81,7 @@ def test_commands_take_the_folder(trained, slimtune, slimtune_json, tmp_path):
     assert all(torch.allclose(own.modules[n].a, ours.modules[n].a) for n in own.modules)
 
 
+@pytest.mark.slow
 def test_training_starts_from_it(trained, slimtune_json, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"text": f"row {i}: a quick brown fox"}) + "\n" for i in range(8)))
@@ -107,6 +110,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_adapter_is_refused(damage, trained, tmp_path):
     folder = shutil.copytree(trained / "llama-lora", tmp_path / "copy")

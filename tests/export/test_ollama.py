@@ -154,6 +154,7 @@ def test_template_without_system_prompt(export, base):
 # --- the beginning-of-sequence token ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("add", [True, False])
 @pytest.mark.parametrize("kind", ["gguf", "folder"])
 def test_one_beginning_of_sequence_token(export, tmp_path, kind, add):

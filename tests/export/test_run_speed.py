@@ -21,6 +21,7 @@ def run(tmp_path, tiny_llama, tiny_tokenizer, monkeypatch):
     return save_adapter_of(base, tmp_path / "run", slimtune.LoraConfig(**LORA))
 
 
+@pytest.mark.slow
 def test_base_adapter_and_merged_are_measured_in_each_engine(run):
     pytest.importorskip("xllamacpp")
     found = measure_run_speed(run, device="cpu", progress=lambda _: None)

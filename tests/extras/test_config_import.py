@@ -59,6 +59,7 @@ def test_there_are_twenty_examples_of_five_trainers():
     assert (len(FILES), len({source for source, _ in FILES})) == (21, 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("source", "address"), FILES)
 def test_recipe_plans(slimtune, tmp_path, tiny_folder, source, address):
     file, _ = write_config(tmp_path, source, address)

@@ -69,6 +69,7 @@ def test_base_and_tuned_answer_at_the_same_time_and_remember(process, shared_run
     assert process.ask("Hi", "tuned")[0]["tuned"] == answers.generate(asked, max_new_tokens=12)
 
 
+@pytest.mark.slow
 def test_a_problem_and_a_stop_end_one_answer_only(process):
     process.send(system=None)
     assert "512" in process.ask("x" * 600, "base", "tuned")[1]

@@ -20,7 +20,9 @@ from slimtune.planning.memory_trace import trace_training_step
 from slimtune.planning.plan_request import MicroBatchWorkload
 
 pytestmark = [
-    pytest.mark.parametrize("method", sorted(CASES)),
+    pytest.mark.parametrize(
+        "method", [pytest.param(name, marks=[pytest.mark.slow] * ("+" in name)) for name in sorted(CASES)]
+    ),
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),
 ]
 # Gemma 2 needs eager attention for its soft-cap, and that gives NaN for a padded row in float64.

@@ -246,6 +246,7 @@ def assert_caught(recipe):
 # --- rewards ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("reward", "line"), [("broken", True), ("nan", True), ("short", False), ("hanging", True)])
 def test_reward_that_fails_is_named_with_its_row(reward, line, make):
     with pytest.raises(RunError) as caught:

@@ -90,6 +90,7 @@ def ask_eight(server):
         return [*pool.map(ask, range(8))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", [RuntimeError, MemoryError])
 @pytest.mark.parametrize("place", PLACES)

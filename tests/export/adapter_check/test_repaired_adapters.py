@@ -200,6 +200,7 @@ def test_what_vllm_cannot_add_is_merged(tied, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.slow
 def test_scales_are_folded_for_vllm(tied, tmp_path):
     """vllm-project/vllm#10798: patterns and rsLoRA's scale, which not every release reads."""
     model, base = tied
