@@ -100,6 +100,7 @@ VOLATILE = [
     (r"(?<=in )(bfloat16|float32)$|(bfloat16|float32)(?= on cpu)|(?<=cpu --dtype )\w+", "DTYPE"),
     (r"^.*traini\S* +step \d+/\d+ · .*\n", ""),  # how it is cut depends on its figures
     (r"^((\x1b\[1m)?(base|tuned): |step \d/\d · ).*", r"\1…"),
+    (r"^.*\btime to load +.*\n", ""),  # of a tiny base: said if it took long enough to count
     (r"(?<=± N )(memory|size|time)(, (memory|size|time))*", "…"),
     (r"[ \t]+$", ""),
 ]

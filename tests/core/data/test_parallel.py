@@ -20,17 +20,24 @@ from slimtune.evaluation.data_report.report_builder import DataReportBuilder
 
 
 @pytest.fixture(autouse=True)
+def others() -> set[psutil.Process]:
+    """Processes that other tests of this one left."""
+    return set(psutil.Process().children())
+
+
+@pytest.fixture(autouse=True)
 def few_serial_batches(monkeypatch, request):
     monkeypatch.setattr(parallel, "SERIAL_BATCHES", 1 if "tokenized" in request.node.name else 0)
 
 
-def remaining_processes():
-    """Child processes that are still there, without Python's own resource tracker."""
-    return [c for c in psutil.Process().children() if "resource_tracker" not in " ".join(c.cmdline())]
+def remaining_processes(others):
+    """Child processes that are new and still there, without Python's own resource tracker."""
+    new = set(psutil.Process().children()) - others
+    return [c for c in new if "resource_tracker" not in " ".join(c.cmdline())]
 
 
 @pytest.mark.slow
-def test_tokenized_rows_are_those_of_one_process():
+def test_tokenized_rows_are_those_of_one_process(others):
     turns = [[("user", f"Define {i}."), ("assistant", f"A lie {i}.")] for i in range(2 * 512 + 76)]
     rows = [Row([{"role": r, "content": c} for r, c in turn], i + 1) for i, turn in enumerate(turns)]
     (one, report), (two, again) = (
@@ -39,16 +46,16 @@ def test_tokenized_rows_are_those_of_one_process():
     assert report == again
     assert list(one) == list(two)
     assert two[len(rows) - 1]["line"] == len(rows)
-    assert remaining_processes() == []
+    assert remaining_processes(others) == []
 
 
-def test_errors_are_those_of_one_process():
+def test_errors_are_those_of_one_process(others):
     with pytest.raises(ModelError) as error:
         list(parallel_map(refuse_3, range(9), 2))
     assert str(error.value) == "message\n  expected: expected\n  hint: hint"
     with pytest.raises(RunError, match="process"):
         list(parallel_map(exit_at_3, range(9), 2))
-    assert remaining_processes() == []
+    assert remaining_processes(others) == []
 
 
 def test_few_batches_start_no_process(monkeypatch):
