@@ -133,7 +133,10 @@ class ExportFormat:
 
     def hint_if_different(self) -> str:
         """Return what to do if the engine differs from the trained adapter."""
-        return "please report it; --no-verify writes the folder without the check"
+        hint = "please report it; --no-verify writes the folder without the check"
+        if self.is_merged and getattr(self, "precision", "f32") != "f32":
+            return f"--precision f32, which holds smaller changes; if it differs, too, {hint}"
+        return hint
 
     def check_upload(self, folder: Path, files: dict[str, Path | bytes], notes: list[str]) -> str:
         """Raise if files cannot be uploaded, change them or add notes; return the first line of the commit."""

@@ -254,13 +254,6 @@ class GgufFormat(ExportFormat):
             ways.insert(0, "rounding with the run's rows: --with-rows, and no --imatrix")
         return f"{'; '.join(ways)}; or take it as it is: --min-kept 0"
 
-    def hint_if_different(self) -> str:
-        """Return what to do if llama.cpp differs from the trained adapter."""
-        hint = super().hint_if_different()
-        if self.merged and self.precision != "f32":
-            return f"--precision f32, which holds smaller changes; if it differs, too, {hint}"
-        return hint
-
     def check_upload(self, folder: Path, files: dict[str, Path | bytes], notes: list[str]) -> str:
         """Raise ModelError if a GGUF file is damaged."""
         from ..extras.gguf_loading import open_gguf_reader

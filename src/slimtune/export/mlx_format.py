@@ -206,10 +206,3 @@ class MlxFormat(ExportFormat):
             f"the adapter beside its base: {shlex.join(export)}; "
             f"more bits: {shlex.join([*export, '--merged', *more])}; or take it as it is: --min-kept 0"
         )
-
-    def hint_if_different(self) -> str:
-        """Return what to do if mlx-lm differs from the trained adapter."""
-        hint = super().hint_if_different()
-        if self.merged and self.precision != "f32":
-            return f"--precision f32, which holds smaller changes; if it differs, too, {hint}"
-        return hint
