@@ -3,6 +3,7 @@
 import json
 import runpy
 import shlex
+import shutil
 from pathlib import Path
 
 import jsonschema
@@ -142,9 +143,10 @@ def train_task(home, slimtune):
 )
 @pytest.mark.usefixtures("start_nothing")
 def test_output_has_its_schema(name, home, slimtune, train_task, tmp_path, monkeypatch):
-    monkeypatch.chdir(home)
     line = COMMAND_LINES[name]
     runs = {task: train_task(task) for task in ("kto", "classification", "reward", "grpo") if f"{{{task}}}" in line}
+    here = shutil.copytree(home, tmp_path / "here")  # some commands write into the run, which other tests read
+    monkeypatch.chdir(here)
     command, *words = shlex.split(line.format(new=tmp_path / "new", **runs))
     done = slimtune(command, *words, "--json", stdin="hello\n")
     assert done.exit_code in (0, 1), done.output
