@@ -75,6 +75,8 @@ PARTS: dict[str, dict[str, str]] = {
     "slimtune.config_checks": {"damage": "slimtune.extras.damaged_config"},
     "slimtune.template_renderers": {"jinja": "slimtune.extras.template_sandbox:render_sandboxed_template"},
     "slimtune.fingerprint_checks": {"files": "slimtune.extras.training_fingerprint"},
+    "slimtune.trackers": {"accelerate": "slimtune.extras.trackers"},
+    "slimtune.thread_counts": {"continuous": "slimtune.extras.thread_count:ContinuousThreadCountTuner"},
     "slimtune.strength_searches": {
         "interpolation": "slimtune.extras.adapter_strength:search_and_set_strength_within_budget"
     },

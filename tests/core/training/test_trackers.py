@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from tiny_run import recipe_of
 
-from slimtune.core.training.progress_logger import require_installed_trackers
 from slimtune.core.training.train import train
 from slimtune.errors import UsageError
+from slimtune.extras.trackers import require_installed_trackers
 
 # Its events are protobuf classes that Python 3.12 and newer warn of.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -28,7 +28,7 @@ from .forgetting_budget import GENERAL_TEXTS, get_forgetting_budget
 from .loss import build_run_collator
 from .memory_savings import compile_and_count_layers
 from .prepared_run import MemoryEstimate, PreparedRun
-from .progress_logger import ProgressLogger, require_installed_trackers, start_trackers
+from .progress_logger import TRACKERS, ProgressLogger
 from .resuming import (
     create_and_lock_run_dir,
     initialize_or_resume_run_in_place,
@@ -79,7 +79,7 @@ def prepare_run(
             run, recipe, lock, resume, init_adapter, accept_changed
         )
         # Packages, data and plan, before a weight is loaded.
-        require_installed_trackers(recipe.train.report_to)
+        TRACKERS.load("accelerate").require_installed_trackers(recipe.train.report_to)
         data = load_training_datasets(recipe, allow_faulty_rows)
         has_budget = get_forgetting_budget(recipe) is not None
         text = GENERAL_TEXTS.load("files")(recipe.data.general_text) if has_budget else None
@@ -99,7 +99,7 @@ def prepare_run(
 
         logger = ProgressLogger(run, base.device)
         with _remove_unstarted_run(run, logger, keep=resume):
-            logger.trackers = start_trackers(recipe, run)
+            logger.trackers = TRACKERS.load("accelerate").start_trackers(recipe, run)
             longest = max(max(count_tokens_per_row(length)) for length in lengths)
             collator = build_run_collator(recipe.train, model, base.tokenizer, longest)
             if plan is not None and collator.max_tokens is not None:

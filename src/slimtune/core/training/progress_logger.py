@@ -1,24 +1,20 @@
 """What a run shows and logs: a progress line and messages on stderr, train.log, metrics.jsonl, and trackers."""
 
-import importlib.util
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
-from ...errors import UsageError, format_names
-from ..config import Recipe
 from ..foundation import distributed
 from ..foundation.device import get_allocated_or_resident_bytes
 from ..foundation.formatting import escape_control_characters, format_bytes, format_duration
 from ..foundation.progress_bars import live_consoles
+from ..foundation.registry import Registry
 from .checkpoint import TrainingState
 from .run_dir import RunDir
 
@@ -29,11 +25,8 @@ TRACKER_NAMES = {
     "epoch": "train/epoch", "validation_loss": "eval/loss",
 }  # fmt: skip
 """The names of logged values at the trackers: those of transformers' Trainer; measures of an objective are `eval/…`."""
-PROJECT_VARIABLES = {
-    "wandb": "WANDB_PROJECT", "comet_ml": "COMET_PROJECT_NAME", "clearml": "CLEARML_PROJECT",
-    "swanlab": "SWANLAB_PROJECT",
-}  # fmt: skip
-"""The environment variables that name a tracker's project."""
+TRACKERS: Registry[Any] = Registry("slimtune.trackers", "tracker")
+"""Modules that check and start the trackers of a recipe's `report_to` (extras/trackers.py)."""
 
 
 class ProgressLogger:
@@ -122,46 +115,3 @@ class ProgressLogger:
         elif self.enabled and time.perf_counter() - self.last_print > PRINT_SECONDS:
             self.last_print = time.perf_counter()
             self.say(f"step {done}{rate}{rest}")
-
-
-@distributed.raises_on_all_ranks
-def require_installed_trackers(names: Sequence[str]) -> None:
-    """Raise UsageError if the package of a tracker is not installed; each is named like its package."""
-    alternatives = {"tensorboard": ("tensorboard", "tensorboardX")}
-    missing = [n for n in names if not any(map(importlib.util.find_spec, alternatives.get(n, (n,))))]
-    if missing:
-        raise UsageError(
-            f"train.report_to names {format_names(missing)}, and the package is not installed",
-            "trackers that are installed, or none",
-            f"pip install {' '.join(missing)}, or --set train.report_to=[]",
-        )
-
-
-def start_trackers(recipe: Recipe, run: RunDir) -> list[Any]:
-    """Start accelerate's trackers for the recipe's `report_to`, in the main process.
-
-    The project is "slimtune", or what `PROJECT_VARIABLES` say. TensorBoard's files go to the run folder, or where
-    TENSORBOARD_LOGGING_DIR says.
-    """
-    trackers: list[Any] = []
-    for name in recipe.train.report_to if distributed.is_main_process() else ():
-        tracker_class = LOGGER_TYPE_TO_CLASS[name]
-        if name == "tensorboard":
-            tracker = tracker_class("", os.environ.get("TENSORBOARD_LOGGING_DIR", run.tensorboard))
-        else:
-            tracker = tracker_class(os.environ.get(PROJECT_VARIABLES.get(name, ""), "slimtune"))
-        tracker.start()
-        tracker.store_init_configuration(_flatten(recipe.to_dict()))
-        trackers.append(tracker)
-    return trackers
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
-    """Return nested settings as `{"train.epochs": 3.0}`, other values than numbers and texts as text."""
-    flat: dict[str, bool | int | float | str] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, bool | int | float | str) else str(value)
-    return flat

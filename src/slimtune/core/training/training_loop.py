@@ -37,11 +37,12 @@ from .forgetting_budget import group_row_numbers_by_kind, max_loss_increase
 from .loss import forward_backward, load_default_objective, move_batch_to_device, score_examples_by_objective
 from .objective import Objective
 from .prepared_run import PreparedRun
-from .thread_count import ContinuousThreadCountTuner
 from .validation_scores import score_across_processes
 
 LOSS_SCALERS: Registry[Any] = Registry("slimtune.loss_scalers", "loss scaler")
 """Functions that compute a step's gradients in float16, from the loop and the rows (extras/loss_scaling.py)."""
+THREAD_COUNTS: Registry[Any] = Registry("slimtune.thread_counts", "number of threads")
+"""Classes that adapt torch's number of threads after each step on a CPU (extras/thread_count.py)."""
 REPEATED_CTRL_C_SECONDS = 2.0
 """A second Ctrl-C within this time is torchrun passing on the first, which the terminal had sent to every process."""
 MAX_SKIPPED_IN_A_ROW = 10
@@ -96,7 +97,7 @@ class TrainingLoop:
         self.unlogged_steps = self.state.unlogged_steps
         # A thread that waits for a GPU, or for other processes, says nothing about the cores.
         alone_on_cpu = self.device.type == "cpu" and self.processes == 1
-        self.thread_count = ContinuousThreadCountTuner(self.logger.say) if alone_on_cpu else None
+        self.thread_count = THREAD_COUNTS.load("continuous")(self.logger.say) if alone_on_cpu else None
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 

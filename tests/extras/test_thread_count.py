@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from slimtune.core.training.thread_count import STEPS_BETWEEN_TRIALS, ContinuousThreadCountTuner
+from slimtune.extras.thread_count import STEPS_BETWEEN_TRIALS, ContinuousThreadCountTuner
 
 
 @pytest.fixture
