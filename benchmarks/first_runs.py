@@ -51,6 +51,7 @@ def run_job(folder: Path, base: str, train: list[str], evaluate: list[str]) -> d
     forgetting, preference = found.get("forgetting"), found.get("preference")
     names = ("loss_reduction", "loss_reduction_ci95", "accuracy_gain", "accuracy_gain_ci95", "improved")
     return {
+        "left_out": job["left_out"],
         "passed": found["verdict"]["passed"],
         "reasons": found["verdict"]["reasons"],
         "warning": found["verdict"]["warning"],

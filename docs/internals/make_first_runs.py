@@ -27,17 +27,14 @@ JOBS = {
     "prefer-tone": ("pairs: a casual tone (DPO)", "100"),
     "sayings": ("sayings, as plain text", "150"),
     "shop-answers": ("a shop's answers in one tone", "117"),
-    "shop-answers-20": ("twenty of them", "20"),
+    "shop-answers-20": ("twenty of the shop's answers", "20"),
     "style": ("definitions in Ambrose Bierce's style", "875"),
-    "style-40": ("forty of them", "40"),
+    "style-40": ("forty of Bierce's definitions", "40"),
     "three-classes": ("descriptions of programs in three classes", "150"),
     "thumbs": ("whole and cut-off answers with thumbs (KTO)", "200"),
     "thumbs-right": ("definitions with thumbs (KTO)", "200"),
     "translation": ("words, French to English", "2,000"),
 }
-LEFT_OUT = {
-    "clinic-answers", "emma", "four-classes", "jargon", "json-elements", "prefer-polite", "sayings", "thumbs-right",
-}  # fmt: skip
 BASES = {"smollm2-135m": "SmolLM2-135M-Instruct", "gemma-3-270m": "Gemma 3 270M"}
 TEXT = """# First runs with nothing set
 
@@ -51,8 +48,8 @@ slimtune eval RUN --data held_out.csv
 
 *Better* is the verdict of [`eval`](eval.md): on held-out rows the loss falls with an interval above 0 (of pairs and
 thumbs: more of them are told apart), and of general text no more than 0.1 nats per token are forgotten. The gain is in
-nats per token; for DPO and KTO it is the share of held-out rows that are told apart in addition; for classes it is the
-loss.
+nats per token; for DPO the share of held-out pairs, and for classes that of rows, that are right in addition; for KTO
+its own loss.
 
 {tables}
 The jobs are made by `benchmarks/first_run_jobs.py`, run by `benchmarks/first_runs.py`, and this page is written by
@@ -75,23 +72,38 @@ def format_run(run: dict[str, Any]) -> str:
     if "error" in run:
         return f"| {about} | {rows} | | | **error** |"
     forgotten = "" if run["forgotten"] is None else f"{run['forgotten']:+.3f}"
-    return f"| {about} | {rows} | {format_gain(run)} | {forgotten} | {'better' if run['passed'] else '**no**'} |"
+    verdict = "better" if run["passed"] else f"**no**: {'; '.join(run['reasons'])}"
+    verdict += f" ({run['warning']})" if run["warning"] else ""
+    return f"| {about} | {rows} | {format_gain(run)} | {forgotten} | {verdict} |"
 
 
 def format_tables(runs: list[dict[str, Any]]) -> str:
-    """Return a table for each base and flags, the jobs that were left out while defaults were chosen in their own."""
+    """Return two tables for each base: jobs that defaults were chosen by, and those that were left out of that."""
     parts = []
-    for base, flags in dict.fromkeys((Path(r["base"]).stem, r["train"]) for r in runs):
-        own = sorted((r for r in runs if (Path(r["base"]).stem, r["train"]) == (base, flags)), key=lambda r: r["job"])
-        heading = BASES[base] + (f", {flags}" if flags else "")
+    for stem, base in BASES.items():
+        own = sorted((r for r in runs if Path(r["base"]).stem == stem and not r["train"]), key=lambda r: r["job"])
         for left_out, kind in ((False, ""), (True, ", jobs that no default was chosen by")):
-            some = [r for r in own if (r["job"] in LEFT_OUT) is left_out]
+            some = [r for r in own if r["left_out"] is left_out]
             if some:
                 better = sum(r.get("passed", False) for r in some)
-                lines = [f"## {heading}{kind}: {better} of {len(some)} better", ""]
+                lines = [f"## {base}{kind}: {better} of {len(some)} better", ""]
                 lines += ["| rows are | rows | gain | forgotten | verdict |", "|---|---:|---|---:|---|"]
                 parts.append("\n".join([*lines, *map(format_run, some)]) + "\n")
-    return "\n".join(parts)
+    return "\n".join([*parts, *format_flag_tables(runs)])
+
+
+def format_flag_tables(runs: list[dict[str, Any]]) -> list[str]:
+    """Return a table for each job that was run with other methods or tasks: a line for each flag."""
+    flagged = [r for r in runs if r["train"]]
+    tables = []
+    for stem, job in dict.fromkeys((Path(r["base"]).stem, r["job"]) for r in flagged):
+        lines = [f"## Other methods and tasks on {BASES[stem]}: {JOBS[job][0]}", ""]
+        lines += ["| flag | gain | forgotten | verdict |", "|---|---|---:|---|"]
+        for run in (r for r in flagged if (Path(r["base"]).stem, r["job"]) == (stem, job)):
+            _, _, gain, forgotten, verdict = (cell.strip() for cell in format_run(run).strip("|").split("|"))
+            lines.append(f"| `{run['train']}` | {gain} | {forgotten} | {verdict} |")
+        tables.append("\n".join(lines) + "\n")
+    return tables
 
 
 def list_missing(runs: list[dict[str, Any]]) -> str:
