@@ -19,6 +19,7 @@ from slimtune.extras.row_files import MAX_COLUMN_SETS, open_rows, read_rows
 
 USER, SAID = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "A lie."}
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+THUMB = {"q": "Say", "a": "A", "thumb": "up"}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
 
 
@@ -261,6 +262,18 @@ def test_renamed_columns(tmp_path):
 def test_wrong_format_or_column(tmp_path, options, message):
     with pytest.raises(UsageError, match=message):
         read_one(tmp_path, {"dialog": [USER, SAID]}, **options)
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "format"),
+    [
+        (THUMB, {"prompt": "q", "completion": "a", "label": "thumb"}, "unpaired-preference"),
+        ({"mail": "Say", "kind": "order"}, {"text": "mail", "label": "kind"}, "classification"),
+        (THUMB, {"prompt": "q", "completion": "a"}, "prompt-completion"),
+    ],
+)
+def test_every_column_that_is_named_is_read(tmp_path, row, columns, format):
+    assert read_one(tmp_path, row, columns=columns)[0] == format
 
 
 def supervised_text(row, train_on="assistant", tokenizer=TOK):

@@ -161,6 +161,10 @@ def detect_row_format_name(
         return format
     file_records, records = records, read
     fitting = [name for name, f in known.items() if not f.by_name_only and f.fits(present)]
+    named = set(column_mapping.columns_by_role)  # a role that the user names is not left unread
+    reading_all = [n for n, f in known.items() if f.fits(present) and named <= {*f.required, *f.optional}]
+    if named and not set(fitting) & set(reading_all):
+        fitting = reading_all or fitting
     if len(fitting) > 1:  # a misspelled column in one row is the fault of that row, which reading names
         most = [n for n in fitting if 2 * sum(known[n].fits(list(record)) for record in records) > len(records)]
         fitting = most or fitting
