@@ -1,6 +1,7 @@
 """How much of what training gained on held-out rows is left in few bits, in llama.cpp, by each way of shipping them.
 
     python benchmarks/kept_gain.py RUN [RUN ...] [--precision q8_0 Q4_0] [--way merged beside] [--out kept_gain.jsonl]
+    python benchmarks/kept_gain.py QAT_RUN --gain-of RUN --way trained --precision Q4_0
     python benchmarks/kept_gain.py --table kept_gain.jsonl
 
 A run is of one data set and one objective; `export/kept_gain.py` says what is measured. Each result is a JSON line, and
@@ -10,6 +11,9 @@ a result that the file has is not measured again. A way is a function in `WAYS`:
     merged    rounded by llama.cpp's quantizer alone: `export --without-rows`
     imatrix   the same, errors weighted by the inputs that the run's rows give: `export --imatrix`
     beside    the base rounded, the adapter beside it in f32: two files
+    trained   a run of `method.qat`, with the weights that its training saw: `export`
+
+With `--gain-of` the shares are of the gain of another run, on its held-out rows: of the same rows without `method.qat`.
 """
 
 import argparse
@@ -22,6 +26,7 @@ from pathlib import Path
 from slimtune.core.foundation.json_results import to_json_dict
 from slimtune.core.training.trained_model import TrainedModel
 from slimtune.export.gguf import write_adapter_gguf
+from slimtune.export.gguf_roundings import is_trained_precision
 from slimtune.export.kept_gain import (
     estimate_kept_gain,
     list_held_out_rows,
@@ -65,15 +70,23 @@ def write_beside(loaded: TrainedModel, run: Path, folder: Path, precision: str) 
     return folder / "base.gguf", folder / "adapter.gguf"
 
 
+def write_as_trained(loaded: TrainedModel, run: Path, folder: Path, precision: str) -> Files:
+    if not is_trained_precision(loaded.model, precision):
+        raise SystemExit(f"{run} was not trained to be exported in {precision}")
+    write_merged_gguf(loaded, run, folder / "trained.gguf", precision)
+    return folder / "trained.gguf", None
+
+
 WAYS: dict[str, Callable[[TrainedModel, Path, Path, str], Files]] = {
     "rows": write_merged_with_rows,
     "merged": write_merged,
     "imatrix": write_merged_with_imatrix,
     "beside": write_beside,
+    "trained": write_as_trained,
 }
 
 
-def measure_run(run: Path, precisions: list[str], ways: list[str], out: Path) -> None:
+def measure_run(run: Path, precisions: list[str], ways: list[str], out: Path, gain_of: Path | None = None) -> None:
     done = {(r["run"], r["precision"], r["way"]) for r in read_results(out)}
     wanted = [(p, w) for p in precisions for w in ways if (str(run), p, w) not in done]
     if not wanted:
@@ -84,7 +97,8 @@ def measure_run(run: Path, precisions: list[str], ways: list[str], out: Path) ->
         print(f"{run}: not measured: {rows}")
         return
     assert loaded.recipe is not None
-    unrounded, longest = measure_unrounded_nats(loaded, rows), max(len(row.input_ids) for row in rows) + 1
+    tuned = loaded if gain_of is None else load_run_for_export(gain_of)
+    unrounded, longest = measure_unrounded_nats(tuned, rows), max(len(row.input_ids) for row in rows) + 1
     for precision in dict.fromkeys(p for p, _ in wanted):
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
@@ -98,7 +112,12 @@ def measure_run(run: Path, precisions: list[str], ways: list[str], out: Path) ->
             for way in (w for p, w in wanted if p == precision):
                 files = WAYS[way](loaded, run, folder, precision)
                 kept = estimate_kept_gain(unrounded, sum_nats(*files), rounded_base)
-                names = {"run": str(run), "base": loaded.recipe.model.name, "objective": loaded.recipe.task.name}
+                names = {
+                    "run": str(run),
+                    **({"gain_of": str(gain_of)} if gain_of else {}),
+                    "base": loaded.recipe.model.name,
+                    "objective": loaded.recipe.task.name,
+                }
                 size = sum(f.stat().st_size for f in files if f is not None)
                 line = {**names, "precision": precision, "way": way, "bytes": size, **to_json_dict(kept)}
                 with out.open("a") as file:
@@ -140,12 +159,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="*")
     parser.add_argument("--precision", nargs="+", default=["q8_0", "Q4_K_M", "Q4_0"])
-    parser.add_argument("--way", nargs="+", default=[*WAYS], choices=WAYS)
+    parser.add_argument("--way", nargs="+", default=[way for way in WAYS if way != "trained"], choices=WAYS)
+    parser.add_argument("--gain-of", type=Path, metavar="RUN")
     parser.add_argument("--out", type=Path, default=Path("kept_gain.jsonl"))
     parser.add_argument("--table", type=Path, help="print the results of a file")
     args = parser.parse_args()
     for run in args.runs:
-        measure_run(run, args.precision, args.way, args.out)
+        measure_run(run, args.precision, args.way, args.out, args.gain_of)
     if args.table or args.runs:
         print_table(read_results(args.table or args.out))
 

@@ -95,6 +95,7 @@ PARTS: dict[str, dict[str, str]] = {
     "slimtune.policy_samplers": {"model": "slimtune.generation.policy_sampler:sample_policy_answers"},
     "slimtune.memory_probes": {"longest": "slimtune.planning.memory_probe:probe_memory_and_write_plan"},
     "slimtune.export_support": {"formats": "slimtune.export.export_support:get_export_support_flags"},
+    "slimtune.weight_roundings": {"gguf": "slimtune.export.gguf_roundings:find_weight_roundings"},
     "slimtune.run_reports": {"html": "slimtune.evaluation.run_report:write_run_report_and_list_damage"},
     "slimtune.export_formats": _find_export_formats(),
 }

@@ -218,10 +218,11 @@ def _read_iq4_xs_scales(blocks: Tensor) -> tuple[Tensor, None]:
 
 
 def _levels(lowest: int, count: int) -> Tensor:
-    return torch.arange(lowest, lowest + count, dtype=torch.float32)
+    # A plan may import this where tensors are made on meta by default.
+    return torch.arange(lowest, lowest + count, dtype=torch.float32, device="cpu")
 
 
-_NONLINEAR = torch.tensor(NONLINEAR_LEVELS, dtype=torch.float32)
+_NONLINEAR = torch.tensor(NONLINEAR_LEVELS, dtype=torch.float32, device="cpu")
 _NONLINEAR_BOUNDARIES = (_NONLINEAR[1:] + _NONLINEAR[:-1]) / 2
 BLOCK_FORMATS = {
     "Q4_0": BlockFormat(2, 32, 18, _levels(-8, 16), _read_scale, _read_four_bits(2, 32), _write_four_bits(2, 32)),

@@ -89,6 +89,8 @@ class GgufExportFacts:
     """Matrices rounded with errors weighted by their inputs on the run's rows; absent without --imatrix."""
     matrices_rounded_with_rows: int | None = field(default=None, metadata=OMIT_NONE)
     """Matrices rounded so that their outputs on the run's rows change little; absent outside few bits."""
+    matrices_rounded_as_trained: int | None = field(default=None, metadata=OMIT_NONE)
+    """Matrices with the values that training saw; absent unless the run was trained through this precision."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,7 @@ class GgufFormat(ExportFormat):
         """Write adapter.gguf or model.gguf."""
         from .adapter_file_check import require_trained_adapter_in_gguf
         from .gguf import write_adapter_gguf
+        from .gguf_roundings import is_trained_precision
         from .llama_cpp_tools import PRECISIONS, describe_fallback_types
         from .merge import measure_input_importances, record_inputs_for_few_bits, write_merged_gguf
 
@@ -157,7 +160,8 @@ class GgufFormat(ExportFormat):
             file, precision = job.folder / MODEL_GGUF, self.precision or "f16"
             importances = measure_input_importances(job.loaded, job.run) if self.imatrix else None
             inputs: Any = "it was left out"
-            if precision not in PRECISIONS and not self.imatrix and self.with_rows is not False:
+            as_trained = is_trained_precision(model, precision) and not self.imatrix and not self.with_rows
+            if precision not in PRECISIONS and not self.imatrix and self.with_rows is not False and not as_trained:
                 inputs = record_inputs_for_few_bits(job.loaded)
             if self.with_rows and isinstance(inputs, str):
                 raise UsageError(f"--with-rows: {inputs}", hint="leave it out")
@@ -166,8 +170,12 @@ class GgufFormat(ExportFormat):
             )
             chat = shlex.join(["llama-cli", "-m", str(job.final_path / MODEL_GGUF)])
             notes = [note] if (note := describe_fallback_types(file, precision)) else []
-            if precision not in PRECISIONS:
+            if as_trained:
+                notes += [f"{len(rounded)} matrices are in {precision} with the values that training saw"]
+            elif precision not in PRECISIONS:
                 notes += [_describe_rounding(rounded, inputs, is_weighted=bool(self.imatrix))]
+                if (trained := getattr(model.active_peft_config, "qat", None)) is not None:
+                    notes += [f"the run was trained to be exported in {trained}, and rounding to {precision} is added"]
             commands = [chat, *_list_serve_commands(model, job.run)]
             matrices = len(importances) if importances is not None else None
             least = DEFAULT_MIN_KEPT if self.min_kept is None else self.min_kept
@@ -175,7 +183,8 @@ class GgufFormat(ExportFormat):
                 precision=precision,
                 min_kept=None if precision in UNROUNDED else least,
                 importance_matrices=matrices,
-                matrices_rounded_with_rows=None if precision in PRECISIONS else len(rounded),
+                matrices_rounded_with_rows=None if precision in PRECISIONS or as_trained else len(rounded),
+                matrices_rounded_as_trained=len(rounded) if as_trained else None,
             )
             return WrittenExport(facts, commands, notes)
         adapter, conversion = model.active_adapters[0], None

@@ -9,6 +9,7 @@ does. Both run in a process of their own, because llama.cpp ends the process whe
 import importlib.util
 import logging
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -114,6 +115,20 @@ def quantize_gguf(
         _run_tool([*command, str(Path(folder, "importances.npz"))], "quantizer")
 
 
+def find_quantized_types(source: Path, precision: str) -> dict[str, str]:
+    """Return the type that llama.cpp's quantizer would give each tensor of a GGUF, by its name; nothing is written.
+
+    Raises:
+        ModelError: its library is not installed.
+        RunError: it failed.
+    """
+    if not is_llama_cpp_library_installed():
+        raise ModelError("llama.cpp's quantizer is not installed", hint=format_install_command("export-check"))
+    text = _run_tool([sys.executable, "-m", __name__, str(source), "", resolve_gguf_precision(precision)], "quantizer")
+    lines = re.finditer(r"^\[.*?\] +(\S+) +- \[.*?type = +(\w+), size = [^(\n]*(?:\((\w+)\))?", text, re.MULTILINE)
+    return {name: (chosen or own).upper() for name, own, chosen in (line.groups() for line in lines)}
+
+
 def describe_fallback_types(file: Path, precision: str) -> str:
     """Return which matrices of a GGUF have another type because their rows are not whole blocks; "" if none has."""
     from ..extras.gguf_loading import open_gguf_reader
@@ -134,12 +149,16 @@ def describe_fallback_types(file: Path, precision: str) -> str:
 
 
 def _quantize_here(source: str, file: str, precision: str, importances: str | None = None) -> None:
-    """Call llama.cpp's `llama_model_quantize` in this process; arguments as for `quantize_gguf`, as paths."""
+    """Call llama.cpp's `llama_model_quantize` in this process; arguments as for `quantize_gguf`, as paths.
+
+    With an empty `file` it only prints the types that it would choose.
+    """
     from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
 
     ffi, library = get_ffi(), get_lib()
     params = ffi.new("llama_model_quantize_params *", library.llama_model_quantize_default_params())
     params.ftype = getattr(library, f"LLAMA_FTYPE_MOSTLY_{precision}")
+    params.dry_run = not file
     alive = []  # what the structure points to
     if importances is not None:
         arrays = np.load(importances)
@@ -171,7 +190,8 @@ def _require_tool_path(name: str, purpose: str, hint: str) -> str:
     return path
 
 
-def _run_tool(command: Sequence[str], name: str = QUANTIZER) -> None:
+def _run_tool(command: Sequence[str], name: str = QUANTIZER) -> str:
+    """Run a program of llama.cpp; return what it printed."""
     done = subprocess.run([*command], capture_output=True, text=True, errors="replace")
     if done.returncode:
         lines = (done.stderr or done.stdout).strip().splitlines() or [f"exit code {done.returncode}"]
@@ -179,6 +199,7 @@ def _run_tool(command: Sequence[str], name: str = QUANTIZER) -> None:
         raise LlamaCppToolFailedError(
             f"llama.cpp's {name} failed: {lines[-1]}", "an architecture and tokenizer that it knows"
         )
+    return done.stderr + done.stdout
 
 
 if __name__ == "__main__":

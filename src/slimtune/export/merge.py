@@ -50,6 +50,7 @@ from .expected_logps import AdapterReference, get_loosest_tolerance, make_fixed_
 from .export_format import MERGED_FOLDER
 from .export_results import MergeComparison, MergedExportFacts, MergeResult
 from .gguf_rounding import round_gguf_with_inputs
+from .gguf_roundings import is_trained_precision, write_trained_blocks
 from .gptq_rounding import FEW_BIT_INPUTS, FEW_BIT_ROWS, record_linear_layer_inputs
 from .manifest import write_export_manifest
 from .merged_weights import LazyMergedStateDict, round_merged_weight, save_merged_weights
@@ -313,10 +314,13 @@ def write_merged_gguf(
         inputs: of matrices, `(n, in)`, by the tensor's name: these are rounded as `round_gguf_with_inputs` does.
 
     Returns:
-        the names of the matrices that were rounded with inputs.
+        the names of the matrices that were rounded with inputs, or as in training: without importances and inputs, in
+        the precision that the adapter was trained through.
     """
     with _writing_unquantized(loaded, file, precision, importances, inputs) as (whole, written, rounded):
         _write_unquantized_merged_gguf(loaded, run, whole, written, quantized_afterwards=whole != file)
+    if importances is None and inputs is None and is_trained_precision(loaded.model, precision):
+        return write_trained_blocks(file, loaded.model)
     return rounded
 
 

@@ -30,6 +30,16 @@ if TYPE_CHECKING:
     from ..trainable_tokens.trainable_tokens_modules import TrainableRowsSpec
 
 
+QAT_PRECISIONS = (
+    "Q4_0", "Q4_1", "IQ4_NL", "IQ4_XS", "Q4_K_S", "Q4_K_M", "Q5_0", "Q5_1", "Q5_K_S", "Q5_K_M", "Q6_K",
+)  # fmt: skip
+"""llama.cpp's precisions whose types all are in `export/gguf_blocks.py`."""
+_UNSUPPORTED_WITH_QAT = (
+    "lora_dropout", "use_dora", "lora_bias", "alora_invocation_tokens", "target_parameters", "layer_replication",
+    "trainable_token_indices", "ensure_weight_tying",
+)  # fmt: skip
+
+
 @dataclass
 class LoraRuntimeConfig:
     """What concerns one run and is not saved. PEFT's `ephemeral_gpu_offload` only speeds up its own initialization."""
@@ -44,7 +54,7 @@ class LoraConfig(RankPatternConfig):
     name: ClassVar = "lora"
     prefix: ClassVar = "lora_"
     alpha_name: ClassVar = "lora_alpha"
-    fields_not_in_peft: ClassVar = frozenset(["freeze_a", "lr_ratio"])
+    fields_not_in_peft: ClassVar = frozenset(["freeze_a", "lr_ratio", "qat"])
     unsupported_peft_fields: ClassVar = {
         **dict.fromkeys((
             "megatron_config", "velora_config",
@@ -111,6 +121,12 @@ class LoraConfig(RankPatternConfig):
     freeze_a: bool = config_field(
         False, "train B alone, so that of a layer's input only A x is kept (LoRA-FA); not for embeddings; slimtune only"
     )
+    qat: str | None = config_field(
+        None,
+        "precision of the GGUF that the merged model will be exported in, such as Q4_0: training sees the weights "
+        "rounded to it (quantization-aware training); slimtune only",
+        choices=QAT_PRECISIONS,
+    )
 
     def normalize(self) -> None:
         super().normalize()
@@ -148,6 +164,7 @@ class LoraConfig(RankPatternConfig):
         if self.loftq_config and init != "loftq":
             yield self.error("loftq_config", "only with init_lora_weights='loftq'")
         yield from self._find_token_conflicts()
+        yield from self._find_qat_conflicts()
         for name, init_name, cls in _INIT_CONFIGS:
             given = getattr(self, name)
             if isinstance(given, dict):
@@ -170,6 +187,13 @@ class LoraConfig(RankPatternConfig):
             lists = list(tokens.values()) if isinstance(tokens, dict) else [tokens]
             if not lists or not all(are_valid_unique_token_ids(ids) for ids in lists):
                 yield self.error("trainable_token_indices", "token ids, each once")
+
+    def _find_qat_conflicts(self) -> Iterator[FieldError]:
+        for name in _UNSUPPORTED_WITH_QAT if self.qat is not None else ():
+            if getattr(self, name):
+                yield self.error(name, f"its default with qat={self.qat!r}, which rounds W + s B A")
+        if self.qat is not None and self.init_lora_weights == "loftq":
+            yield self.error("init_lora_weights", f"a value other than 'loftq' with qat={self.qat!r}")
 
     def default_learning_rate(self, steps: int, epochs: float, hidden_size: int) -> float:
         """Return the learning rate of a run that has none; arguments as in the base class.
@@ -285,6 +309,10 @@ class LoraConfig(RankPatternConfig):
                 site, self, shared
             )
         modules = [built[site.name] for site in sites]
+        if self.qat is not None and sites:
+            from .rounded_lora import set_weight_roundings
+
+            set_weight_roundings(sites[0].model, {s.name: m for s, m in zip(sites, modules, strict=True)}, self.qat)
         double_out_proj_scale_in_lora_attention(sites, modules)
         return modules
 
@@ -334,6 +362,10 @@ class LoraConfig(RankPatternConfig):
             what = f"lora_bias is True, and {site.name}, a {type(site.module).__name__}, has no bias"
             what += ": the adapter cannot be merged"
             warnings.warn(what, PeftWarning, stacklevel=2)
+        if self.qat is not None:
+            from .rounded_lora import build_rounded_lora
+
+            return build_rounded_lora(site, self, r, scale)
         if self.alora_invocation_tokens:
             return LinearALora(site, self, r, scale)
         if site.kind == "weight":
