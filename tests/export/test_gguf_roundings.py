@@ -184,10 +184,25 @@ def test_the_rounded_weight_is_computed_again_after_an_optimizer_step(layer):
     assert not torch.equal(linear(x), before)
 
 
-def test_an_interrupted_run_ends_in_the_same_bits(tmp_path, tiny_llama, tiny_tokenizer, monkeypatch):
+def test_steps_before_the_start_train_the_weights_as_they_are(tiny_llama):
+    config = slimtune.LoraConfig(r=4, target_modules=["down_proj"], qat="Q4_0", qat_start=0.5)
+    model: Any = slimtune.get_peft_model(tiny_llama(), config).train()
+    config.on_train_begin(total_steps=4)
+    ids, found = torch.arange(9)[None], []
+    with torch.no_grad():
+        for step in range(4):
+            found.append(torch.equal(model(ids).logits, tiny_llama()(ids).logits))
+            model.update_and_allocate(step + 1)
+        assert found == [True, True, False, False]
+        model.adapter_modules("default")["model.layers.0.mlp.down_proj"].rounds_while_training = False
+        assert not torch.equal(model.eval()(ids).logits, tiny_llama()(ids).logits)
+
+
+@pytest.mark.parametrize("start", [0, 0.5])
+def test_an_interrupted_run_ends_in_the_same_bits(start, tmp_path, tiny_llama, tiny_tokenizer, monkeypatch):
     settings = write_settings(tmp_path, tiny_llama, tiny_tokenizer)
-    settings["method"] = {"name": "lora", "r": 4, "qat": "Q4_0"}
+    settings["method"] = {"name": "lora", "r": 4, "qat": "Q4_0", "qat_start": start}
     train(recipe_of(settings))
     in_parts = recipe_of(settings | {"output_dir": str(tmp_path / "parts")})
-    train_in_two_parts(in_parts, monkeypatch, 3)
+    train_in_two_parts(in_parts, monkeypatch, 3 if start == 0 else 5)
     assert distance(tmp_path / "whole", tmp_path / "parts") == 0

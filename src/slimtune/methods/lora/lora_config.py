@@ -54,7 +54,7 @@ class LoraConfig(RankPatternConfig):
     name: ClassVar = "lora"
     prefix: ClassVar = "lora_"
     alpha_name: ClassVar = "lora_alpha"
-    fields_not_in_peft: ClassVar = frozenset(["freeze_a", "lr_ratio", "qat"])
+    fields_not_in_peft: ClassVar = frozenset(["freeze_a", "lr_ratio", "qat", "qat_start"])
     unsupported_peft_fields: ClassVar = {
         **dict.fromkeys((
             "megatron_config", "velora_config",
@@ -127,6 +127,10 @@ class LoraConfig(RankPatternConfig):
         "rounded to it (quantization-aware training); slimtune only",
         choices=QAT_PRECISIONS,
     )
+    qat_start: float = config_field(
+        0.0, "share of the steps that train the weights as they are, before those of qat; slimtune only", ge=0, lt=1
+    )
+    first_rounded_step = 0  # no field: a run sets it
 
     def normalize(self) -> None:
         super().normalize()
@@ -413,12 +417,18 @@ class LoraConfig(RankPatternConfig):
         tensors = {n: m.tensors() for n, m in adapter_modules.items()}
         return config, tensors | {n: m.tensors_of_rank(config.get_rank(n)) for n, m in loras.items()}
 
+    def on_train_begin(self, total_steps: int) -> None:
+        self.first_rounded_step = math.ceil(self.qat_start * total_steps)
+
     def on_step_end(self, adapter_modules: Mapping[str, AdapterModule], step: int) -> None:
         from .lora_parameter_modules import ParameterLora
+        from .rounded_lora import RoundedLinearLora
 
         for module in adapter_modules.values():
             if isinstance(module, ParameterLora):
                 module.note_reached_experts()
+            elif isinstance(module, RoundedLinearLora):
+                module.rounds_while_training = step >= self.first_rounded_step
 
     def find_untrained_experts(self, adapter_modules: Mapping[str, AdapterModule]) -> dict[str, list[int]]:
         from .lora_parameter_modules import ParameterLora

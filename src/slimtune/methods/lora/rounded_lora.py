@@ -61,9 +61,13 @@ class RoundedLinearLora(LinearLora):
     def __init__(self, site: AdapterSite, config: Any, r: int, scale: float) -> None:
         super().__init__(site, config, r, scale)
         self.site_name = site.name
+        # A plan counts the memory of the steps that round.
+        self.rounds_while_training = config.qat_start == 0 or site.device.type == "meta"
         self._rounded: tuple[Any, Tensor] | None = None
 
     def forward_with_base(self, base: BaseForward, x: Tensor) -> Tensor:
+        if self.training and not self.rounds_while_training:
+            return super().forward_with_base(base, x)
         if base.inner_modules:
             message = f"{self.site_name}: another adapter changes the weight that this one rounds"
             raise UsageError(message, "one adapter at a time, where it was trained with qat")
@@ -93,6 +97,12 @@ class RoundedLinearLora(LinearLora):
     def merge_without_rounding(self, weight: Tensor) -> Tensor:
         """Return the merged weight `(out, in)` that is rounded, for the base's weight in fp32."""
         return add_low_rank_to_weight(weight, *self.low_rank(), self.scale)
+
+    def extra_state(self) -> dict[str, Tensor]:
+        return {"rounds_while_training": torch.tensor(self.rounds_while_training)}
+
+    def load_extra_state(self, state: Mapping[str, Tensor]) -> None:
+        self.rounds_while_training = bool(state["rounds_while_training"])
 
     def low_rank_factors(self) -> None:
         """Return None: the change of the weight has no low rank."""
