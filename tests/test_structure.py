@@ -19,8 +19,8 @@ SOURCE = Path(slimtune.__file__).parent
 TREES = {file: ast.parse(file.read_text()) for file in sorted(SOURCE.rglob("*.py"))}
 OPTIONAL_PACKAGES = {
     "bitsandbytes", "gguf", "jsonschema", "llama_cpp_py_sync", "llguidance", "lm_eval", "matplotlib", "mlx", "mlx_lm",
-    "optuna", "peft", "ray", "sacrebleu", "scipy", "sentencepiece", "starlette", "submitit", "tensorboard", "uvicorn",
-    "xllamacpp", "vllm",
+    "optuna", "peft", "ray", "reasoning_gym", "sacrebleu", "scipy", "sentencepiece", "starlette", "submitit",
+    "tensorboard", "uvicorn", "xllamacpp", "vllm",
 }  # fmt: skip
 MOST_FUNCTION_LINES, MOST_INTERNAL_IMPORTS, MOST_DOUBLE_NAMES = 80, 20, 4
 MOST_PROSE_ASSERTS = 40  # of about 4,000; screens hold the wording

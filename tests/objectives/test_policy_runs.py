@@ -12,8 +12,10 @@ from tiny_run import distance, metrics, recipe_of, train_in_two_parts
 
 from slimtune import LoraConfig, get_peft_model
 from slimtune.core.adapters.active_adapters import BASE_ROW
+from slimtune.core.config import load_recipe
 from slimtune.core.config.objective_registry import load_objective_class
 from slimtune.core.data.collator import Collator
+from slimtune.core.foundation.strict_yaml import format_yaml
 from slimtune.core.training.loss import make_collator
 from slimtune.core.training.train import train
 from slimtune.errors import DataError, RecipeError, RunError, UsageError
@@ -301,6 +303,20 @@ def test_bad_settings_are_refused_before_anything_is_written(error, how, make, t
     with pytest.raises(error):
         train(make("run", **how))
     assert not (tmp_path / "run").exists()
+
+
+def test_misspelled_column_is_named_with_the_nearest(make):
+    with pytest.raises(RunError, match="mean 'wanted'") as caught:
+        train(make("run", task={"rewards": ["exact-match:wnated"]}))
+    assert "--resume" not in caught.value.hint
+
+
+def test_reward_beside_the_recipe_is_found(make, tmp_path, monkeypatch):
+    tree = make("run").to_dict()
+    tree["task"]["rewards"] = ["rewards.py:variety"]
+    (tmp_path / "recipe.yaml").write_text(format_yaml(tree))
+    monkeypatch.chdir("/")
+    assert load_recipe(tmp_path / "recipe.yaml").objective().rewards == [f"{tmp_path}/rewards.py:variety"]
 
 
 @pytest.mark.parametrize("task", ["grpo", "rloo"])

@@ -47,7 +47,7 @@ class PolicyObjective(Objective):
     measures: ClassVar[tuple[str, ...]] = ("reward", "length", "nats")
 
     rewards: list[str] = config_field(
-        [], "what scores the answers: file.py:function, or a built-in reward such as numeric-match:answer"
+        [], "what scores the answers: file.py:function, http://…, or a built-in reward such as numeric-match:answer"
     )
     reward_weights: list[float] = config_field([], "weight of each reward in the sum; empty: 1 each")
     num_generations: int = config_field(8, "answers sampled to each prompt of a step", ge=2, le=1024)
@@ -76,8 +76,10 @@ class PolicyObjective(Objective):
         found: PolicyRun | None = vars(self).get("_run")
         return found
 
-    def normalize(self) -> None:
-        self.rewards = [make_reward_path_absolute(spec) for spec in self.rewards]
+    @classmethod
+    def set_paths_absolute_in_place(cls, settings: dict[str, Any], folder: Path) -> None:
+        if isinstance(rewards := settings.get("rewards"), list):
+            settings["rewards"] = [make_reward_path_absolute(str(spec), folder) for spec in rewards]
 
     def find_missing(self) -> Iterator[FieldError]:
         if not self.rewards:

@@ -19,6 +19,7 @@ from ..foundation.formatting import format_short_value
 from ..foundation.remote_code import allowing_remote_code, remote_code_allowed
 from ..foundation.strict_yaml import parse_yaml
 from .method_settings import NAMED_SECTIONS, map_method_setting_specs_by_name
+from .objective_registry import set_objective_paths_absolute_in_place
 from .schema import DataSettings, RecipeTree
 
 SHORT_SECTIONS = {"model": "name", "data": "train", "task": "name", "method": "name"}
@@ -47,8 +48,7 @@ def _read_recipe_file(path: Path) -> RecipeTree:
         raise RecipeError(f"{path} is not text: {e}", "a YAML file in UTF-8") from None
     except OSError as e:
         raise UsageError(f"{path} cannot be read: {e.strerror}") from e
-    tree = parse_yaml(text, str(path))
-    if not isinstance(tree, dict | None):
+    if not isinstance(tree := parse_yaml(text, str(path)), dict | None):
         raise RecipeError(f"{path} is {format_short_value(tree)}", "a mapping with model, data and output_dir")
     tree = expand_section_shorthand(tree or {})
     set_recipe_paths_absolute_in_place(tree, path.absolute().parent)
@@ -138,13 +138,12 @@ def set_tree_value(tree: RecipeTree, path: str, value: Any) -> None:
         inner = {} if parent.get(section) is None else parent[section]
         if not isinstance(inner, Mapping):
             raise RecipeError(f"--set {path}: {section!r} is {format_short_value(inner)}", "a path through sections")
-        parent[section] = dict(inner)
-        parent = parent[section]
+        parent[section] = parent = dict(inner)
     parent[name] = value
 
 
 def set_recipe_paths_absolute_in_place(tree: RecipeTree, folder: Path | None = None) -> None:
-    """Make the paths of data and model absolute, in place.
+    """Make the paths of data, model and task absolute, in place.
 
     Paths are looked up in `folder`, where those that do not exist stay as they are; None: the working folder.
     """
@@ -159,7 +158,8 @@ def set_recipe_paths_absolute_in_place(tree: RecipeTree, folder: Path | None = N
             continue
         if os.path.exists(locate(path)) or (folder is None and parse_hub_dataset_id_or_none(path) is None):
             data[name] = locate(path)
-    path = model.get("name")
+    set_objective_paths_absolute_in_place(tree.get("task"), folder)
     # A bare word is an alias even if a folder has that name. A Hub id stays as it is if no such folder exists.
+    path = model.get("name")
     if isinstance(path, str) and ("/" in path or path.endswith(".gguf")) and os.path.exists(locate(path)):
         model["name"] = locate(path)

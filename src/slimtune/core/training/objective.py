@@ -60,6 +60,15 @@ class Objective(DeclaredSettings):
         """Return whether it takes rows of this format, at least if `data.format` names it."""
         return name in (*cls.formats, *cls.named_formats)
 
+    @classmethod
+    def set_paths_absolute_in_place(cls, settings: dict[str, Any], folder: Path) -> None:
+        """Make the paths in an objective's settings, as a recipe has them, absolute; none, unless overridden.
+
+        Args:
+            settings: read from a file or given by flags, and not checked yet.
+            folder: what they are relative to; paths that do not exist in it stay as they are.
+        """
+
     def list_plan_notes(self) -> Sequence[str]:
         """Return sentences about work that a plan does not count; none, unless overridden."""
         return ()

@@ -5,8 +5,11 @@
     regex:PATTERN             1 if the whole answer, without white space around it, matches
     json-schema:FILE          1 if the answer is JSON that fits the schema
     length:CHARACTERS         1 up to so many characters, and falling to 0 at twice as many
+    code[:COLUMN]             1 if the answer is Python code that passes the tests in the column (code_reward.py)
+    reasoning-gym:TASK        what the task's scorer says (reasoning_gym_tasks.py)
+    command:PROGRAM           what a program says (outside_rewards.py)
 
-COLUMN is `answer` unless another is named.
+COLUMN is `answer` unless another is named, and `tests` for code.
 """
 
 import json
@@ -16,22 +19,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...errors import format_names, suggest
+from .outside_rewards import make_command_reward
+from .reward_errors import RewardArgumentError, RewardColumnError
+
 PATTERN_SECONDS = 1.0
 """How long a pattern may search an answer: some take exponential time."""
 NUMBER = r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 
 
-class RewardArgumentError(ValueError):
-    """What is wrong with the argument of a built-in reward; `expected` is what it takes."""
-
-    def __init__(self, problem: str, expected: str) -> None:
-        super().__init__(problem)
-        self.expected = expected
-
-
 def _require_column(columns: dict[str, list[Any]], name: str) -> list[Any]:
     if name not in columns:
-        raise LookupError(f"rows have no column {name!r}; they have {', '.join(columns) or 'none beside the prompt'}")
+        found = format_names(columns) if columns else "none beside the prompt"
+        raise RewardColumnError(f"rows have no column {name!r}{suggest(name, columns)} (columns: {found})")
     return columns[name]
 
 
@@ -118,6 +118,20 @@ def make_length(argument: str) -> Callable[..., list[float]]:
     return length
 
 
+def make_code(argument: str) -> Callable[..., list[float]]:
+    """Return the reward `code`; its argument is the column of the tests."""
+    from .code_reward import make_code_reward
+
+    return make_code_reward(lambda columns: _require_column(columns, argument or "tests"))
+
+
+def make_reasoning_gym(argument: str) -> Callable[..., list[float]]:
+    """Return the reward of a task of reasoning-gym."""
+    from .reasoning_gym_tasks import make_reasoning_gym_reward
+
+    return make_reasoning_gym_reward(argument)
+
+
 def find_last_number(text: str) -> float | None:
     """Return the last number in a text; commas between its digits are left out."""
     found = re.findall(NUMBER, text)
@@ -128,11 +142,14 @@ def _is_same_number(number: float | None, right: float | None) -> bool:
     return number is not None and right is not None and math.isclose(number, right, rel_tol=1e-6, abs_tol=1e-9)
 
 
-BUILTIN_REWARDS: dict[str, Callable[[str], Callable[..., list[float]]]] = {
+BUILTIN_REWARDS: dict[str, Callable[[str], Callable[..., Any]]] = {
     "exact-match": make_exact_match,
     "numeric-match": make_numeric_match,
     "regex": make_regex,
     "json-schema": make_json_schema,
     "length": make_length,
+    "code": make_code,
+    "reasoning-gym": make_reasoning_gym,
+    "command": make_command_reward,
 }
 """What makes each built-in reward from the text after its name."""

@@ -10,6 +10,7 @@ import os
 import sys
 from typing import Any
 
+from .reward_errors import RewardColumnError, RewardUnavailableError
 from .reward_specs import RewardFunction, format_record, load_reward
 
 
@@ -37,6 +38,8 @@ def _score(function: RewardFunction, batch: dict[str, Any]) -> dict[str, Any]:
     """Return the reply to a batch; on an error the answers are scored one by one to find the one at fault."""
     try:
         found = function(prompts=batch["prompts"], completions=batch["completions"], **batch["columns"])
+    except (RewardColumnError, RewardUnavailableError) as error:  # whatever the answer is
+        return {"error": str(error), "answer": None}
     except Exception as error:
         for number in range(len(batch["completions"])):
             try:

@@ -1,13 +1,16 @@
-"""How a recipe names a reward: `file.py:function`, or a built-in one with its argument, `numeric-match:answer`."""
+"""How a recipe names a reward: `file.py:function`, `http://…`, or a built-in one with its argument, `length:80`."""
 
 import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 from ...errors import format_names, suggest
-from .builtin_rewards import BUILTIN_REWARDS, RewardArgumentError
+from .builtin_rewards import BUILTIN_REWARDS
+from .outside_rewards import make_http_reward
+from .reward_errors import RewardArgumentError
 
 RewardFunction = Callable[..., Any]
 """`reward(prompts, completions, **columns)` returns a number for each completion."""
@@ -23,20 +26,30 @@ class RewardSpecError(NamedTuple):
 
 def is_file_reward(spec: str) -> bool:
     """Return whether a reward is a function in a file."""
-    return spec.rpartition(":")[0].endswith(".py")
+    return spec.rpartition(":")[0].endswith(".py") and not spec.startswith(("command:", "http://", "https://"))
 
 
-def make_reward_path_absolute(spec: str) -> str:
-    """Return a reward whose file, if there is one with this name, has an absolute path."""
-    if not is_file_reward(spec):
+def is_http_reward(spec: str) -> bool:
+    """Return whether a reward is a server that scores answers."""
+    return spec.startswith(("http://", "https://"))
+
+
+def make_reward_path_absolute(spec: str, folder: Path) -> str:
+    """Return a reward with an absolute path of its file, schema or program, if that exists in a folder."""
+    head, _, tail = spec.rpartition(":") if is_file_reward(spec) else spec.partition(":")
+    path, space, arguments = (head, "", "") if is_file_reward(spec) else tail.partition(" ")
+    if not is_file_reward(spec) and head not in ("json-schema", "command"):
         return spec
-    file, _, function = spec.rpartition(":")
-    path = Path(file).expanduser()
-    return f"{path.absolute()}:{function}" if path.is_file() else spec
+    found = folder / Path(path).expanduser()
+    if not path or not found.is_file():
+        return spec
+    return f"{found.absolute()}:{tail}" if is_file_reward(spec) else f"{head}:{found.absolute()}{space}{arguments}"
 
 
 def make_short_reward_name(spec: str) -> str:
-    """Return what logs call a reward: the name of its function, or of the built-in one."""
+    """Return what logs call a reward: the name of its function, its server, or that of the built-in one."""
+    if is_http_reward(spec):
+        return urlsplit(spec).netloc.rpartition("@")[2]
     return spec.rpartition(":")[2] if is_file_reward(spec) else spec.partition(":")[0]
 
 
@@ -53,11 +66,13 @@ def find_reward_error(spec: str) -> RewardSpecError | None:
         return None
     if spec.endswith(".py"):
         return RewardSpecError("the function is missing", "file.py:function", f"{spec}:reward")
+    if is_http_reward(spec):
+        return None if urlsplit(spec).hostname else RewardSpecError(f"{spec} names no server", "http://HOST:PORT/PATH")
     name, _, argument = spec.partition(":")
     if name not in BUILTIN_REWARDS:
         return RewardSpecError(
             f"there is no built-in reward {name!r}{suggest(name, BUILTIN_REWARDS)}",
-            f"file.py:function, or one of {format_names(BUILTIN_REWARDS)}",
+            f"file.py:function, http://…, or one of {format_names(BUILTIN_REWARDS)}",
         )
     try:
         BUILTIN_REWARDS[name](argument)
@@ -72,6 +87,8 @@ def load_reward(spec: str) -> RewardFunction:
     Raises:
         LookupError: the file has no such function.
     """
+    if is_http_reward(spec):
+        return make_http_reward(spec)
     if not is_file_reward(spec):
         name, _, argument = spec.partition(":")
         return BUILTIN_REWARDS[name](argument)

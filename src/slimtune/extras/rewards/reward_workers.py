@@ -1,6 +1,7 @@
 """Scores answers with several rewards, each in a process of its own, all at once and each with a time limit."""
 
 import atexit
+import contextlib
 import json
 import queue
 import subprocess
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import RunError
+from .process_sessions import kill_session
 from .reward_specs import format_record, is_file_reward, make_short_reward_name
 
 START_SECONDS = 120.0
@@ -65,6 +67,7 @@ class RewardWorkers:
             if not is_file_reward(process.spec):
                 process.send(answers)
                 process.receive(answers, self.timeout)
+            process.has_scored = True
 
     def score(self, answers: AnswersToScore) -> list[list[float]]:
         """Return the rewards of each answer, one by each reward.
@@ -87,6 +90,7 @@ class RewardProcess:
 
     def __init__(self, spec: str) -> None:
         self.spec = spec
+        self.has_scored = False
         self._process: subprocess.Popen[str] | None = None
         self._replies: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         atexit.register(self.kill)
@@ -118,10 +122,12 @@ class RewardProcess:
         return rewards
 
     def kill(self) -> None:
-        """End the process, whatever it does."""
+        """End the process, whatever it does, and the programs that it has started."""
         if self._process is not None:
-            self._process.kill()
-            self._process.wait()
+            kill_session(self._process)
+            assert self._process.stdin is not None
+            with contextlib.suppress(BrokenPipeError):  # what it has not read
+                self._process.stdin.close()
             self._process = None
 
     def start(self) -> None:
@@ -129,7 +135,7 @@ class RewardProcess:
         self._replies = queue.SimpleQueue()
         command = [sys.executable, "-m", "slimtune.extras.rewards.reward_process", self.spec]
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8", start_new_session=True
         )
         threading.Thread(target=_read_lines, args=(self._process, self._replies), daemon=True).start()
         try:
@@ -172,7 +178,7 @@ class RewardProcess:
         return RunError(
             f"the reward {self.spec}: {problem}{where}",
             "a finite number for each answer",
-            f"{hint}; then go on from the last checkpoint with --resume",
+            f"{hint}; then go on from the last checkpoint with --resume" if self.has_scored else hint,
             code="reward-failed",
         )
 
@@ -180,6 +186,7 @@ class RewardProcess:
 def _read_lines(process: "subprocess.Popen[str]", replies: "queue.SimpleQueue[str | None]") -> None:
     """Put the lines that a process writes into a queue, and None after the last one."""
     assert process.stdout is not None
-    for line in process.stdout:
-        replies.put(line)
+    with process.stdout:
+        for line in process.stdout:
+            replies.put(line)
     replies.put(None)
