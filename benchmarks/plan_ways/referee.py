@@ -16,6 +16,7 @@ from slimtune.core.data.example_lengths import ExampleLength, count_tokens_per_r
 from slimtune.core.training.loss import forward_backward, make_collator
 from slimtune.core.training.memory_savings import apply_memory_savings
 from slimtune.core.training.optimizer import build_optimizer
+from slimtune.extras.bitsandbytes_loading import make_load_options
 from slimtune.planning.fake_tensors import list_module_tensors
 from slimtune.planning.plan_request import MicroBatchWorkload
 
@@ -98,12 +99,13 @@ def quantization_tensors(module: Any) -> list[torch.Tensor]:
 
 
 def quantized(model: Any, kind: str) -> Any:
-    """Return the model as transformers and bitsandbytes load it in "nf4", "nf4-single" or "int8"."""
-    settings: dict[str, Any] = {"load_in_8bit": True}
-    if kind != "int8":
+    """Return the model as transformers and bitsandbytes load it in "int8" or "nf4-single", slimtune in "nf4"."""
+    if kind == "nf4-single":  # of a checkpoint only
         settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": model.dtype}
-        settings["bnb_4bit_use_double_quant"] = kind == "nf4"
-    how = BitsAndBytesConfig(**settings)
+        how = BitsAndBytesConfig(**settings)
+    else:
+        options = make_load_options(model.config, kind, False, model.dtype, torch.device("cpu"))
+        how = options["quantization_config"]
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         return type(model).from_pretrained(folder, quantization_config=how, dtype=model.dtype, device_map="cpu")

@@ -105,6 +105,27 @@ def test_step_takes_what_a_real_step_takes(kind, method, dtype, settings, tolera
     assert trace.step == pytest.approx(peak, rel=tolerance)
 
 
+MIXTURE = {"hidden_size": 256, "intermediate_size": 320, "moe_intermediate_size": 320, "head_dim": 32}
+
+
+@pytest.mark.slow
+@needs_bitsandbytes
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss"])
+@pytest.mark.parametrize(
+    ("dtype", "settings", "tolerance"),
+    [(torch.float32, {}, 0.01), (torch.float32, {"gradient_checkpointing": True}, 0.01), (BF16, {}, 0.02)],
+)
+def test_mixture_in_nf4_takes_what_a_real_step_takes(family, dtype, settings, tolerance, referee):
+    """Its experts are more than half of it, and are dequantized inside their products."""
+    config = tiny_families.build(family, num_hidden_layers=2, vocab_size=256, **MIXTURE).config
+    config._experts_implementation = "grouped_mm"
+    lora = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    job = MicroBatchWorkload(config, lora, dtype, (64, 40), quantization="nf4", **settings)
+    trace, (state, peak) = trace_training_step(job), referee.measured(job)
+    assert trace.state_bytes == state
+    assert trace.step == pytest.approx(peak, rel=tolerance)
+
+
 def test_states_in_8_bits():
     """Of rank 8 some of A and B are below 4096 values, which stay in fp32, and some above."""
     job = make_job("nf4", optimizer="adamw-8bit")

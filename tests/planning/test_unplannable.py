@@ -103,11 +103,12 @@ def test_fault_of_foreign_code_says_why(capfd, monkeypatch):
 
 
 @pytest.mark.slow
-def test_mixture_says_that_its_experts_are_not_quantized():
-    mixture, dense = (plan(kind, targets=["q_proj"], quantization="nf4", **sizes)
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_plan_says_how_a_quantized_mixture_holds_its_experts(quantization):
+    mixture, dense = (plan(kind, targets=["q_proj"], quantization=quantization, **sizes)
                       for kind, sizes in (("qwen3_moe", EXPERTS), ("qwen3", {"head_dim": 16})))  # fmt: skip
     assert len(mixture.notes) == 1 + len(dense.notes)
-    assert plan("qwen3_moe", targets=["q_proj"], **EXPERTS).notes == dense.notes  # it fits as it is
+    assert plan("qwen3_moe", targets=["q_proj"], **EXPERTS).notes == dense.notes
 
 
 def test_no_memory_is_not_a_fault_of_the_base(monkeypatch):

@@ -32,7 +32,8 @@ def prepare_model_for_kbit_training(
     keep_dtypes = str(getattr(quantization, "value", quantization)) in _KEEP_DTYPES
     if not keep_dtypes:
         for parameter in model.parameters():
-            if parameter.dtype in (torch.float16, torch.bfloat16) and not is_4_bit(parameter):
+            is_packed = is_4_bit(parameter) or hasattr(type(parameter), "dequantized")
+            if parameter.dtype in (torch.float16, torch.bfloat16) and not is_packed:
                 parameter.data = parameter.data.float()
         if auto_clear_cache and torch.cuda.is_available():
             torch.cuda.empty_cache()

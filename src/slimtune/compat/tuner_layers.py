@@ -258,7 +258,8 @@ class _PeftLayer:
         """How the base's weight is quantized, None if it is not."""
         if not is_quantized(self._layer):
             return None
-        return Bnb8bitBackend() if self._layer.weight.dtype == torch.int8 else Bnb4bitBackend()
+        weight = self._layer._parameters.get("weight")  # experts have none
+        return Bnb8bitBackend() if weight is not None and weight.dtype == torch.int8 else Bnb4bitBackend()
 
     def get_base_layer(self) -> Any:
         return self.base_layer

@@ -85,8 +85,9 @@ class LazyMergedStateDict(Mapping[str, Tensor]):
         merged = self._merge(module)
         if leaf in merged:
             return merged[leaf].detach()
-        is_packed = leaf == "weight" and module in self._quantized
-        return (get_dequantized_weight(self._quantized[module]) if is_packed else self._base[name]).detach()
+        if leaf == "weight" and module in self._quantized:
+            return get_dequantized_weight(self._quantized[module]).detach()
+        return _dequantize_if_experts(self._base[name]).detach()
 
     def outline(self, name: str, dtype: torch.dtype) -> Tensor:
         """Return a tensor on `meta` with the shape and dtype it is stored with: parameters in `dtype`."""
@@ -111,6 +112,11 @@ class LazyMergedStateDict(Mapping[str, Tensor]):
         return self._cache[1]
 
 
+def _dequantize_if_experts(parameter: Any) -> Tensor:
+    """Return a parameter, or the values of stacked experts that are quantized."""
+    return parameter.dequantized() if hasattr(type(parameter), "dequantized") else parameter
+
+
 def _merge_layer(name: str, module: Any, adapters: list[str]) -> dict[str, Tensor]:
     """Return the parameters that merging changes, in float32 at least; the module stays as it is.
 
@@ -121,7 +127,9 @@ def _merge_layer(name: str, module: Any, adapters: list[str]) -> dict[str, Tenso
     try:
         for leaf, parameter in own.items():
             if parameter is not None:
-                values = get_dequantized_weight(module) if leaf == "weight" and is_quantized(module) else parameter
+                is_layer = leaf == "weight" and get_base_layer_type(module) == "linear"
+                values = get_dequantized_weight(module) if is_layer and is_quantized(module) else parameter
+                values = _dequantize_if_experts(values)
                 values = values.detach().to(torch.promote_types(values.dtype, torch.float32))
                 wide[leaf] = module._parameters[leaf] = nn.Parameter(values, requires_grad=False)
         merge_adapters_into_layer(name or type(module).__name__, module, adapters, require_finite=True)

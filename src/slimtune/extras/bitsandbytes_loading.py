@@ -3,8 +3,8 @@
     nf4    4 bits per value, a scale per 64 values, the scales in 8 bits (double quantization): 4.13 bits
     int8   8 bits per value, a scale per row
 
-Only linear layers are quantized: the head, what is tied to it, embeddings and norms keep the base's dtype, in which
-every layer computes.
+Linear layers are quantized, and in nf4 the stacked experts of a mixture (`nf4_experts.py`): the head, what is tied to
+it, embeddings and norms keep the base's dtype, in which every layer computes.
 """
 
 from typing import Any
@@ -42,13 +42,17 @@ def make_load_options(
     if not is_stored and quantization == "int8":
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     elif not is_stored:
-        options["quantization_config"] = BitsAndBytesConfig(
+        from .nf4_quantizer import NF4_WITH_EXPERTS
+
+        settings = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=quantization,
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
             llm_int8_skip_modules=skipped,
         )
+        options["quantization_config"] = settings
+        settings.quant_method = NF4_WITH_EXPERTS
     elif quantization != "int8":
         stored_settings: Any = config.quantization_config
         stored_settings["bnb_4bit_compute_dtype"] = dtype_name(dtype)

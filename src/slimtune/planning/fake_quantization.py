@@ -1,14 +1,18 @@
-"""NF4 and int8 layers without bitsandbytes: they allocate what its layers allocate, and compute nothing.
+"""NF4 and int8 weights without bitsandbytes: they allocate what its layers allocate, and compute nothing.
 
     nf4         n/2 bytes, a one-byte scale for every 64 values, an fp32 scale for every 256 of those scales
     nf4-single  n/2 bytes and an fp32 scale for every 64 values: no second quantization
     int8        n bytes and an fp32 scale for every row
+
+The stacked experts of a mixture have their real class and products (`extras/quantized_experts.py`); only bitsandbytes'
+functions are replaced, and tokens are spread evenly over the experts.
 
 The layers of bitsandbytes quantize real weights, so they can be built neither on meta nor of fake tensors. What these
 allocate follows bitsandbytes 0.50: autograd/_functions.py, backends/cuda/ops.py and, for a CPU, backends/cpu/ops.py.
 They compute in the base's dtype, as with `bnb_4bit_compute_dtype` set to it (the default of transformers is fp32).
 """
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -22,11 +26,15 @@ from transformers.pytorch_utils import Conv1D
 
 from ..core.foundation.device import get_real_or_simulated_device_type
 from ..core.kernels.linear_layers import get_in_and_out_features
-from ..core.models.quantization import STORED, get_stored_quantization, has_double_quantization
+from ..core.models.quantization import KINDS as LOADED
+from ..core.models.quantization import get_stored_quantization
 from ..errors import ModelError, UsageError, format_names, suggest
 from ..extras.bitsandbytes_loading import list_modules_not_quantized
+from ..extras.nf4_experts import BLOCK, SCALE_BLOCK, Nf4Format, is_expert_parameter
+from ..extras.quantized_experts import QuantizedExperts
 
-BLOCK, SCALE_BLOCK = 64, 256
+STORED = (*LOADED, "fp4")
+"""Quantizations in which bitsandbytes can store a checkpoint."""
 OUTLIER = 6.0
 """Inputs of at least this size are multiplied separately by int8 (`llm_int8_threshold` of transformers)."""
 
@@ -126,6 +134,40 @@ class FakeLinear8bitLt(nn.Linear):
         return weight.mul_(steps)
 
 
+class FakeNf4Format(Nf4Format):
+    """Experts in NF4, dequantized to new tensors without values."""
+
+    def _dequantize_scales(self, packed: Mapping[str, Tensor]) -> Tensor:
+        return packed["absmax"].new_empty(packed["absmax"].numel(), dtype=torch.float32)
+
+    def _dequantize_values(
+        self, packed: Mapping[str, Tensor], scales: Tensor, shape: torch.Size, dtype: torch.dtype
+    ) -> Tensor:
+        return scales.new_empty(shape, dtype=dtype)
+
+
+class FakeQuantizedExperts(QuantizedExperts):
+    """Experts that have the same number of tokens each: which token goes where is not known to a plan."""
+
+    def list_group_ends(self, offs: Tensor, rows: int) -> list[int]:
+        return [rows * (expert + 1) // len(offs) for expert in range(len(offs))]
+
+
+def fake_quantize_experts(weight: Tensor) -> FakeQuantizedExperts:
+    """Return experts `(experts, m, n)` in double-quantized NF4, without values."""
+    experts, values = len(weight), weight[0].numel()
+    blocks = -(-values // BLOCK)
+    scale_blocks = -(-blocks // SCALE_BLOCK)
+    new = partial(torch.empty, dtype=torch.float32, device=weight.device)
+    packed = {
+        "codes": new(experts, blocks * BLOCK // 2, dtype=torch.uint8),
+        "absmax": new(experts, scale_blocks * SCALE_BLOCK, dtype=torch.uint8),
+        "nested": new(experts, scale_blocks),
+        "offset": new(experts, 1),
+    }
+    return FakeQuantizedExperts(packed, FakeNf4Format(), tuple(weight.shape[1:]), weight.dtype)
+
+
 class _Matmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: FakeLinear4bit | FakeLinear8bitLt) -> Tensor:
@@ -166,7 +208,9 @@ def resolve_quantization_kind(config: PreTrainedConfig, requested: str | None = 
         raise ModelError(
             f"the checkpoint is stored in {stored}, which cannot be planned", expected, code="quantized-base"
         )
-    if stored != "int8" and not has_double_quantization(config):
+    settings: Any = config.quantization_config
+    settings = settings if isinstance(settings, dict) else settings.to_dict()
+    if stored != "int8" and not settings.get("bnb_4bit_use_double_quant"):
         return "nf4-single"
     return "nf4" if stored == "fp4" else stored  # fp4 takes what nf4 takes
 
@@ -174,7 +218,8 @@ def resolve_quantization_kind(config: PreTrainedConfig, requested: str | None = 
 def fake_quantize_model(model: Any, quantization: str) -> None:
     """Quantize the linear layers of a model in place, those that BitsAndBytesConfig would: no head, none tied.
 
-    Call it before a method is attached, on a model on meta. Experts in one 3-D parameter stay as they are.
+    Stacked experts are quantized, too, in "nf4", but not those of a checkpoint that is stored in it. Call it before a
+    method is attached, on a model on meta.
 
     Raises:
         UsageError: the kind is none of `KINDS`, or the model has no layer to quantize.
@@ -199,3 +244,9 @@ def fake_quantize_model(model: Any, quantization: str) -> None:
         layer.__class__ = cls  # the layer keeps its name and its place in the model; only its weight changes
         layer.in_features, layer.out_features = sizes
         layer.pack(**settings)
+    if quantization == "nf4" and get_stored_quantization(model.config) is None:
+        for name, weight in list(model.named_parameters()):
+            if is_expert_parameter(model, name):
+                module, _, leaf = name.rpartition(".")
+                packed = nn.Parameter(fake_quantize_experts(weight), requires_grad=False)
+                model.get_submodule(module)._parameters[leaf] = packed

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.utils._mode_utils import no_dispatch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from transformers import masking_utils
 from transformers.integrations import moe
 
@@ -254,7 +254,11 @@ def replace_meta_with_fake_cpu_tensors(model: nn.Module) -> None:
             return {k: convert(v) for k, v in value.items()}
         if not isinstance(value, Tensor) or not value.is_meta:
             return value
-        if id(value) not in replaced:
+        if id(value) not in replaced and is_traceable_wrapper_subclass(value):
+            names, how = value.__tensor_flatten__()
+            packed = type(value).__tensor_unflatten__({n: convert(getattr(value, n)) for n in names}, how, None, None)
+            replaced[id(value)] = nn.Parameter(packed, value.requires_grad)
+        elif id(value) not in replaced:
             new = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cpu")
             is_parameter = isinstance(value, nn.Parameter)
             replaced[id(value)] = nn.Parameter(new, value.requires_grad) if is_parameter else new

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils.flop_counter import flop_registry
 from transformers.integrations import moe  # noqa: F401  (registers its operators)
 
@@ -114,7 +114,7 @@ class MemoryTracker(TorchDispatchMode):
         if func is _ADD and _accumulates_gradient(*args):
             func = _ADD_IN_PLACE
         out = self._run_operator(func, args, kwargs)
-        results = [out] if isinstance(out, Tensor) else list(iterate_nested_tensors(out))
+        results = list(iterate_nested_tensors(out))
         for tensor in results:
             self._count(tensor)
         self._operators += 1
@@ -199,8 +199,10 @@ def _count_causal_pairs(tokens: int) -> int:
 
 
 def iterate_nested_tensors(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in nested tuples, lists and dicts."""
-    if isinstance(value, Tensor):
+    """Yield the tensors in nested tuples, lists and dicts, and those that a tensor is packed in."""
+    if is_traceable_wrapper_subclass(value):
+        yield from (getattr(value, name) for name in value.__tensor_flatten__()[0])
+    elif isinstance(value, Tensor):
         yield value
     elif isinstance(value, (tuple, list)):
         for item in value:

@@ -23,6 +23,7 @@ from ..core.foundation.formatting import format_bytes
 from ..core.models.base_config import get_max_positions
 from ..core.training.loss import make_collator
 from ..errors import ModelError, SlimtuneError, is_out_of_memory
+from ..extras.quantized_experts import QuantizedExperts
 from .extrapolation import (
     MemoryFormula,
     extrapolate_merge_cpu_peak,
@@ -193,7 +194,7 @@ def _estimate_resources(request: PlanRequest, advise: bool) -> ResourceEstimate:
         evidence=_list_estimate_provenance(request, host_peak_moment),
         notes=[
             *describe_gpu_dtype_and_software_limits(request, job),
-            *describe_experts_left_in_16_bits(model, request, verdict),
+            *describe_how_experts_are_held(model, request),
             *packing_notes,
         ],
     )
@@ -433,15 +434,19 @@ def describe_gpu_dtype_and_software_limits(request: PlanRequest, job: MicroBatch
     return notes
 
 
-def describe_experts_left_in_16_bits(model: Any, request: PlanRequest, verdict: MemoryVerdict) -> list[str]:
-    """Return why a mixture's weights stay as large as they are, in whole sentences; nothing for a dense base."""
+def describe_how_experts_are_held(model: Any, request: PlanRequest) -> list[str]:
+    """Return in how many bits a quantized mixture's experts are, in whole sentences; nothing for another base."""
     experts = [p for name, p in model.named_parameters() if "experts" in name and p.dim() == 3 and not p.requires_grad]
     notes = []
-    if experts and (request.quantization or verdict != "fits"):
+    if experts and request.quantization:
         size, held_in = format_bytes(sum(p.nbytes for p in experts)), dtype_name(experts[0].dtype)
-        notes.append(f"The experts ({size}) stay in {held_in}: --quantization holds linear layers alone in fewer bits.")
+        if isinstance(experts[0], QuantizedExperts):
+            notes.append(f"The experts ({size}) are held in 4 bits, too; each product dequantizes some at a time.")
+        else:
+            notes.append(f"The experts ({size}) stay in {held_in}: --quantization nf4 of a base in 16 or 32 bits "
+                         "holds them in 4 bits.")  # fmt: skip
     if experts and request.model.config.model_type == "gpt_oss":
-        notes.append("The published checkpoint is in MXFP4; training needs it unpacked, in 16 bits, as planned here.")
+        notes.append("The published checkpoint is in MXFP4; this is the plan of a copy that was unpacked to 16 bits.")
     return notes
 
 

@@ -29,6 +29,8 @@ def merge_adapters_into_layer(
     if owner is not None:
         merged = {n: p.detach() for n, p in module.trained_copies[owner].state_dict(keep_vars=True).items()}
     modules: list[Any] = [module.adapters[a] for a in adapter_names if a in module.adapters]
+    if modules and is_quantized(module):
+        raise MergeUnsupported(f"{name} is quantized: load the base in 16 or 32 bits")
     with torch.no_grad():
         for adapter_module in modules:
             for n in adapter_module.adapted_parameters:
@@ -36,8 +38,6 @@ def merge_adapters_into_layer(
                 parameter = parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32))
                 merged[n] = adapter_module.merge_into_parameter(n, parameter)
     modules = [m for m in modules if not m.adapted_parameters]
-    if modules and is_quantized(module):
-        raise MergeUnsupported(f"{name} is quantized: load the base in 16 or 32 bits")
     weight_name, bias_name = get_weight_and_bias_names(module)
     weight, bias = (merged.get(n, module._parameters.get(n)) for n in (weight_name, bias_name))
     transposed = is_weight_transposed(module)

@@ -101,7 +101,9 @@ def undo_cpu_4bit_repacking(data: Tensor, quant_state: Any) -> tuple[Tensor, Any
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Return whether the module's weight is stored in fewer bits than a floating-point number."""
+    """Return whether the module's weight is stored in fewer bits than a floating-point number, or its experts are."""
+    if any(hasattr(type(parameter), "dequantized") for parameter in module._parameters.values()):
+        return True
     weight = getattr(module, "weight", None)
     # For FSDP, 4-bit values may be stored in a tensor of dtype bf16.
     packed = getattr(weight, "quant_state", None) is not None
@@ -109,11 +111,11 @@ def is_quantized(module: nn.Module) -> bool:
 
 
 def list_quantization_scales(weight: Any) -> list[Tensor]:
-    """Return the floating-point scales of a weight that bitsandbytes quantized; none for another weight."""
+    """Return the floating-point scales of a weight that is quantized; none for another weight."""
     state = getattr(weight, "quant_state", None)
     second = getattr(state, "state2", None)  # the scales of 8-bit scales
     tensors = (getattr(weight, "SCB", None), getattr(state, "absmax", None), getattr(state, "offset", None))
-    scales = (*tensors, getattr(second, "absmax", None))
+    scales = (*tensors, getattr(second, "absmax", None), *getattr(weight, "packed", {}).values())
     return [s for s in scales if isinstance(s, Tensor) and s.is_floating_point()]
 
 

@@ -14,8 +14,6 @@ from ..kernels.linear_layers import get_base_layer_type, get_dequantized_weight,
 
 KINDS = ("nf4", "int8")
 """Quantizations in which a base can be loaded."""
-STORED = (*KINDS, "fp4")
-"""Quantizations in which bitsandbytes can store a checkpoint."""
 LoadOptions = dict[str, Any]
 """Arguments of transformers' `from_pretrained`, which takes any that a quantization library has."""
 
@@ -59,11 +57,6 @@ def get_stored_quantization(config: PreTrainedConfig) -> str | None:
     return str(getattr(method, "value", method))  # the enum of transformers, or the text of a config.json
 
 
-def has_double_quantization(config: PreTrainedConfig) -> bool:
-    """Return whether the scales of a 4-bit checkpoint are quantized, too."""
-    return bool(_get_settings(config).get("bnb_4bit_use_double_quant"))
-
-
 def resolve_quantization_and_load_args(
     config: PreTrainedConfig, quantization: str | None, dtype: torch.dtype, device: torch.device, base_name: str
 ) -> tuple[str | None, dict[str, Any]]:
@@ -99,6 +92,9 @@ def resolve_quantization_and_load_args(
 def dequantize_model(model: Any, dtype: torch.dtype) -> Any:
     """Replace the quantized layers of a base without adapters by plain ones in `dtype`, in place; return the base."""
     for name, module in list(model.named_modules()):
+        for leaf, parameter in module._parameters.items():
+            if hasattr(type(parameter), "dequantized"):  # stacked experts
+                module._parameters[leaf] = nn.Parameter(parameter.dequantized().to(dtype), requires_grad=False)
         if get_base_layer_type(module) != "linear" or not is_quantized(module):
             continue
         plain = nn.Linear(*get_in_and_out_features(module), bias=False, device="meta")
