@@ -70,7 +70,11 @@ PARTS: dict[str, dict[str, str]] = {
     },
     "slimtune.folder_writers": {"model_card": "slimtune.extras.model_card:write_model_card"},
     "slimtune.known_models": {"slimtune": "slimtune.extras.known_models"},
-    "slimtune.base_quantizations": dict.fromkeys(("nf4", "int8", "fp4"), "slimtune.extras.bitsandbytes_loading"),
+    "slimtune.base_quantizations": dict.fromkeys(("nf4", "int8", "fp4"), "slimtune.extras.bitsandbytes_loading")
+    | {
+        "mxfp4": "slimtune.extras.mxfp4_quantizer",
+        **{name: f"slimtune.extras.stored_quantizations:{name.upper()}" for name in ("fp8", "gptq", "awq")},
+    },
     "slimtune.base_readers": {"gguf": "slimtune.extras.gguf_loading"},
     "slimtune.config_checks": {"damage": "slimtune.extras.damaged_config"},
     "slimtune.template_renderers": {"jinja": "slimtune.extras.template_sandbox:render_sandboxed_template"},

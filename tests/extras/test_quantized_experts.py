@@ -124,7 +124,7 @@ def test_a_base_is_loaded_with_experts_in_4_bits(folder):
         assert torch.equal(weight.dequantized(), quantize_experts_to_nf4(plain.get_parameter(name)).dequantized())
         assert list_quantization_scales(weight)
     assert not find_nonfinite_weights(model)
-    with pytest.raises(ValueError, match="not serializable"):
+    with pytest.raises(ValueError, match="serializable"):
         model.save_pretrained(folder.parent / "packed")
     with torch.no_grad():
         expected = model(tokens()).logits
@@ -140,7 +140,7 @@ def test_adapters_come_and_go():
     adapted = model(tokens()).logits
     with model.disable_adapter():
         assert (model(tokens()).logits - adapted).abs().max() > 1e-3
-    with pytest.raises(MergeUnsupported, match="experts is quantized"):
+    with pytest.raises(MergeUnsupported, match="experts"):
         model.merge_adapter()
     assert torch.equal(model(tokens()).logits, adapted)
     packed = model.unload().model.layers[0].mlp.experts.down_proj

@@ -52,7 +52,7 @@ def make_load_options(
             llm_int8_skip_modules=skipped,
         )
         options["quantization_config"] = settings
-        settings.quant_method = NF4_WITH_EXPERTS
+        settings.quant_method = NF4_WITH_EXPERTS  # type: ignore[assignment]
     elif quantization != "int8":
         stored_settings: Any = config.quantization_config
         stored_settings["bnb_4bit_compute_dtype"] = dtype_name(dtype)

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import nn
 from transformers.core_model_loading import ConversionOps
+from transformers.integrations.bitsandbytes import Bnb4bitQuantize
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.utils.quantization_config import QuantizationMethod
@@ -20,15 +21,14 @@ class _QuantizeLayerOrExperts(ConversionOps):
     def __init__(self, hf_quantizer: Any) -> None:
         self.hf_quantizer = hf_quantizer
 
-    def convert(self, input_dict: Any, model: Any = None, **kwargs: Any) -> dict[str, Any]:
+    def convert(self, input_dict: Any, *args: Any, model: Any = None, **kwargs: Any) -> dict[str, Any]:
         result: dict[str, Any] = {}
         for name, value in input_dict.items():
             value = value[0] if isinstance(value, list) else value
             if is_expert_parameter(model, name):
                 result[name] = nn.Parameter(quantize_experts_to_nf4(value), requires_grad=False)
             else:
-                layer = super(Nf4WithExpertsQuantizer, self.hf_quantizer).get_quantize_ops()
-                result |= layer.convert({name: value}, model=model, **kwargs)
+                result |= Bnb4bitQuantize(self.hf_quantizer).convert({name: value}, model=model, **kwargs)
         return result
 
 
@@ -46,8 +46,8 @@ class Nf4WithExpertsQuantizer(Bnb4BitHfQuantizer):
     def is_serializable(self) -> bool:
         return not self.quantizes_experts  # transformers has no file format for them
 
-    def _process_model_before_weight_loading(self, model: Any, device_map: Any, **kwargs: Any) -> None:
-        super()._process_model_before_weight_loading(model, device_map, **kwargs)
+    def _process_model_before_weight_loading(self, model: Any, *args: Any, **kwargs: Any) -> None:
+        super()._process_model_before_weight_loading(model, *args, **kwargs)
         self.quantizes_experts = any(is_expert_parameter(model, name) for name, _ in model.named_parameters())
         # From here on the model is what transformers calls quantized by bitsandbytes.
         self.quantization_config.quant_method = model.quantization_method = QuantizationMethod.BITS_AND_BYTES

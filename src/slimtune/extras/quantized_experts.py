@@ -15,7 +15,7 @@ transformers runs experts. Any other computation gets the dequantized values, by
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, Self
 
 import torch
@@ -60,17 +60,17 @@ class QuantizedExperts(Tensor):
         cls,
         packed: Mapping[str, Tensor],
         format: ExpertFormat,
-        sizes: tuple[int, int],
+        sizes: Sequence[int],
         dtype: torch.dtype,
         is_single: bool = False,
         is_transposed: bool = False,
     ) -> Self:
         first = next(iter(packed.values()))
-        shape = sizes[::-1] if is_transposed else sizes
+        shape = list(sizes[::-1] if is_transposed else sizes)
         if not is_single:
-            shape = (len(first), *shape)
-        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=first.device)  # type: ignore[attr-defined]
-        self.packed, self.format, self.sizes = dict(packed), format, tuple(sizes)
+            shape.insert(0, len(first))
+        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=first.device)
+        self.packed, self.format, self.sizes = dict(packed), format, (sizes[0], sizes[1])
         self.is_single, self.is_transposed = is_single, is_transposed
         return self
 
@@ -92,7 +92,7 @@ class QuantizedExperts(Tensor):
         if isinstance(index, Tensor) and (index.dim() > 1 or index.dtype == torch.bool):
             return self.dequantized()[index]
         is_single = isinstance(index, int) or (isinstance(index, Tensor) and not index.dim())
-        if is_single:
+        if not isinstance(index, slice) and is_single:
             index = slice(int(index), int(index) + 1 or None)
         return self._with({name: t[index] for name, t in self.packed.items()}, is_single=is_single)
 
@@ -120,7 +120,7 @@ class QuantizedExperts(Tensor):
         memo[id(self)] = copied
         return copied
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"{type(self).__name__}({tuple(self.shape)}, {self.dtype}, {type(self.format).__name__})"
 
     def _with(self, packed: Mapping[str, Tensor], **changes: Any) -> "QuantizedExperts":
@@ -152,9 +152,9 @@ class QuantizedExperts(Tensor):
             return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
-        weight = args[0] if args else None
+        weight: Any = args[0] if args else None
         keeps = func.overloadpacket in _KEEPS_QUANTIZATION and isinstance(weight, cls)
         if keeps and kwargs.get("dtype") in (None, weight.dtype):
             kwargs = {k: v for k, v in kwargs.items() if k != "dtype"}

@@ -12,7 +12,7 @@ allocate follows bitsandbytes 0.50: autograd/_functions.py, backends/cuda/ops.py
 They compute in the base's dtype, as with `bnb_4bit_compute_dtype` set to it (the default of transformers is fp32).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -30,6 +30,7 @@ from ..core.models.quantization import KINDS as LOADED
 from ..core.models.quantization import get_stored_quantization
 from ..errors import ModelError, UsageError, format_names, suggest
 from ..extras.bitsandbytes_loading import list_modules_not_quantized
+from ..extras.mxfp4_experts import Mxfp4Format
 from ..extras.nf4_experts import BLOCK, SCALE_BLOCK, Nf4Format, is_expert_parameter
 from ..extras.quantized_experts import QuantizedExperts
 
@@ -153,7 +154,15 @@ class FakeQuantizedExperts(QuantizedExperts):
         return [rows * (expert + 1) // len(offs) for expert in range(len(offs))]
 
 
-def fake_quantize_experts(weight: Tensor) -> FakeQuantizedExperts:
+def fake_mxfp4_experts(weight: Tensor) -> FakeQuantizedExperts:
+    """Return experts `(experts, in, out)` in MXFP4, without values."""
+    experts, into, out = weight.shape
+    new = partial(torch.empty, dtype=torch.uint8, device=weight.device)
+    packed = {"blocks": new(experts, out, into // 32, 16), "scales": new(experts, out, into // 32)}
+    return FakeQuantizedExperts(packed, Mxfp4Format(), (out, into), weight.dtype, is_transposed=True)
+
+
+def fake_nf4_experts(weight: Tensor) -> FakeQuantizedExperts:
     """Return experts `(experts, m, n)` in double-quantized NF4, without values."""
     experts, values = len(weight), weight[0].numel()
     blocks = -(-values // BLOCK)
@@ -189,10 +198,12 @@ KINDS: dict[str, tuple[Any, dict[str, bool]]] = {
     "nf4-single": (FakeLinear4bit, {"nested": False}),
     "int8": (FakeLinear8bitLt, {}),
 }
+EXPERTS_ONLY = ("mxfp4",)
+"""Quantizations of checkpoints whose stacked experts alone are packed."""
 
 
 def resolve_quantization_kind(config: PreTrainedConfig, requested: str | None = None) -> str | None:
-    """Return the one of `KINDS` that a base will be loaded in: the requested one, else that of its checkpoint.
+    """Return the one of `KINDS` or `EXPERTS_ONLY` that a base will be loaded in: requested, or of its checkpoint.
 
     Raises:
         UsageError: the checkpoint contradicts the request.
@@ -203,8 +214,12 @@ def resolve_quantization_kind(config: PreTrainedConfig, requested: str | None = 
         return requested
     if requested not in (None, stored):
         raise UsageError(f"the checkpoint is stored in {stored}, not in {requested}", f"{stored}, or nothing")
+    if stored in EXPERTS_ONLY:
+        return stored
+    if stored == "fp8":
+        return None  # dequantized as it is loaded
     if stored not in STORED:
-        expected = f"16 or 32 bits, {format_names(STORED)}"
+        expected = f"16 or 32 bits, {format_names((*STORED, *EXPERTS_ONLY))}"
         raise ModelError(
             f"the checkpoint is stored in {stored}, which cannot be planned", expected, code="quantized-base"
         )
@@ -224,10 +239,25 @@ def fake_quantize_model(model: Any, quantization: str) -> None:
     Raises:
         UsageError: the kind is none of `KINDS`, or the model has no layer to quantize.
     """
-    if quantization not in KINDS:
+    if quantization not in (*KINDS, *EXPERTS_ONLY):
         raise UsageError(
             f"{quantization!r} is no quantization{suggest(quantization, KINDS)}", f"one of {format_names(KINDS)}"
         )
+    is_stored = get_stored_quantization(model.config) is not None
+    if quantization in EXPERTS_ONLY or (quantization == "nf4" and not is_stored):
+        _fake_quantize_experts(model, fake_nf4_experts if quantization == "nf4" else fake_mxfp4_experts)
+    if quantization in KINDS:
+        _fake_quantize_layers(model, quantization)
+
+
+def _fake_quantize_experts(model: Any, pack: Callable[[Tensor], FakeQuantizedExperts]) -> None:
+    for name, weight in list(model.named_parameters()):
+        if is_expert_parameter(model, name):
+            module, _, leaf = name.rpartition(".")
+            model.get_submodule(module)._parameters[leaf] = nn.Parameter(pack(weight), requires_grad=False)
+
+
+def _fake_quantize_layers(model: Any, quantization: str) -> None:
     # Heavy: they import bitsandbytes if it is installed.
     from transformers.quantizers.base import HfQuantizer
     from transformers.quantizers.quantizers_utils import should_convert_module
@@ -244,9 +274,3 @@ def fake_quantize_model(model: Any, quantization: str) -> None:
         layer.__class__ = cls  # the layer keeps its name and its place in the model; only its weight changes
         layer.in_features, layer.out_features = sizes
         layer.pack(**settings)
-    if quantization == "nf4" and get_stored_quantization(model.config) is None:
-        for name, weight in list(model.named_parameters()):
-            if is_expert_parameter(model, name):
-                module, _, leaf = name.rpartition(".")
-                packed = nn.Parameter(fake_quantize_experts(weight), requires_grad=False)
-                model.get_submodule(module)._parameters[leaf] = packed

@@ -20,6 +20,7 @@ from ..core.data.example_lengths import (
 )
 from ..core.models.base_config import LoadedBaseConfig, get_max_positions, load_base_config
 from ..core.models.dtype import pick_dtype
+from ..core.models.quantization import get_stored_quantization
 from ..core.training.loss import TOKENS_ON_CPU, TOKENS_ON_GPU
 from ..errors import UsageError
 from .fake_quantization import fake_quantize_model, resolve_quantization_kind
@@ -197,6 +198,10 @@ def build_plan_request(
             message = f"rows of {longest} tokens, and {info.name} has {positions} positions"
             raise UsageError(message, "rows within the base's positions", f"--max-seq-len {positions}")
         seq_len, notes = positions, [f"Rows have at most {positions} tokens: {info.name} has no more positions."]
+    if get_stored_quantization(info.config) == "fp8":
+        notes.append(
+            "The checkpoint is stored in FP8; it is dequantized as it is loaded, and takes what is planned here."
+        )
     max_tokens = train.max_tokens_per_micro_batch
     if max_tokens == "auto":
         max_tokens = TOKENS_ON_GPU if gpu.device == "cuda" else TOKENS_ON_CPU

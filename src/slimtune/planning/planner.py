@@ -445,8 +445,10 @@ def describe_how_experts_are_held(model: Any, request: PlanRequest) -> list[str]
         else:
             notes.append(f"The experts ({size}) stay in {held_in}: --quantization nf4 of a base in 16 or 32 bits "
                          "holds them in 4 bits.")  # fmt: skip
-    if experts and request.model.config.model_type == "gpt_oss":
-        notes.append("The published checkpoint is in MXFP4; this is the plan of a copy that was unpacked to 16 bits.")
+    if experts and request.model.config.model_type == "gpt_oss" and request.quantization != "mxfp4":
+        notes.append(
+            "The published checkpoint is in MXFP4, and trains as it is; this is the plan of a copy in 16 bits."
+        )
     return notes
 
 

@@ -1,0 +1,82 @@
+"""Checkpoints in FP8, made by transformers' own code, GPTQ and AWQ."""
+
+import json
+from importlib.util import find_spec
+from types import SimpleNamespace
+
+import pytest
+import torch
+from models_zoo import tokens
+from safetensors.torch import load_file, save_file
+from tiny_families import build
+from tiny_run import recipe_of, write_rows
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+from transformers.integrations.finegrained_fp8 import Fp8Quantize
+
+from slimtune.core.models.loader import load_base
+from slimtune.core.training.train import train
+from slimtune.errors import ModelError
+from slimtune.export.merge import merge
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+BLOCK = (16, 16)
+
+
+def write_base(folder, family, tiny_tokenizer, settings):
+    sizes = {"num_hidden_layers": 2, "vocab_size": 320, "max_position_embeddings": 512}
+    build(family, **sizes).float().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    return folder
+
+
+@pytest.fixture(params=["qwen3", "qwen3_moe"])
+def folder(request, tmp_path, tiny_tokenizer):
+    """A tiny base in FP8 with a scale for each block, quantized by transformers."""
+    settings = {"quant_method": "fp8", "weight_block_size": BLOCK, "modules_to_not_convert": ["lm_head"]}
+    folder = write_base(tmp_path / "base", request.param, tiny_tokenizer, settings)
+    quantize = Fp8Quantize(SimpleNamespace(quantization_config=FineGrainedFP8Config(weight_block_size=BLOCK)))
+    packed = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        packed |= quantize.convert({name: tensor}) if name.endswith("_proj.weight") else {name: tensor}
+    assert {t.dtype for t in packed.values()} == {torch.float8_e4m3fn, torch.float32}
+    save_file(packed, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_fp8_is_dequantized_as_it_is_loaded(folder):
+    base = load_base(str(folder), dtype="float32")
+    how = FineGrainedFP8Config(dequantize=True)
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=how).eval()
+    assert base.quantization == "fp8"
+    with torch.no_grad():
+        assert torch.equal(base.model(tokens()).logits, expected(tokens()).logits)
+
+
+@pytest.mark.slow
+def test_a_run_on_fp8_is_trained_and_merged(folder, tmp_path):
+    settings = {
+        "model": {"name": str(folder), "dtype": "float32"},
+        "data": {
+            "train": str(write_rows(tmp_path / "train.jsonl", 24)),
+            "validation": str(write_rows(tmp_path / "validation.jsonl", 6, start=100)),
+        },
+        "method": {"name": "lora", "r": 4},
+        "train": {"max_steps": 4, "batch_size": 6, "learning_rate": 1e-2, "forgetting_budget": None},
+        "output_dir": str(tmp_path / "run"),
+    }
+    train(recipe_of(settings))
+    proof = merge(tmp_path / "run", tmp_path / "merged").comparison
+    assert proof.mean_difference < 1e-4 * proof.effect
+    assert load_base(str(tmp_path / "merged"), dtype="float32").quantization is None
+
+
+@pytest.mark.skipif(find_spec("gptqmodel") is not None, reason="gptqmodel is installed")
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_a_checkpoint_whose_library_is_missing_is_refused_by_name(method, tmp_path, tiny_tokenizer):
+    settings = {"quant_method": method, "bits": 4, "group_size": 32}
+    folder = write_base(tmp_path / "base", "qwen3", tiny_tokenizer, settings)
+    with pytest.raises(ModelError, match=f"{method}.*gptqmodel") as caught:
+        load_base(str(folder))
+    assert "pip install gptqmodel" in caught.value.hint
