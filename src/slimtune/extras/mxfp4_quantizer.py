@@ -44,7 +44,7 @@ class PackedMxfp4Config(Mxfp4Config):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**{**settings, "dequantize": True})
-        self.quant_method = PACKED_MXFP4
+        self.quant_method = PACKED_MXFP4  # type: ignore[assignment]
 
 
 @register_quantizer(PACKED_MXFP4)

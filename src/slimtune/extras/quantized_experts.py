@@ -24,7 +24,9 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map
 
 GROUP_BYTES = 128 << 20
-"""Dequantized experts that exist at a time in a product of all of them; at least one."""
+"""Dequantized experts that exist at a time in a product of all of them; at least one, and more if there are so many
+that `MAX_GROUPS` would be exceeded."""
+MAX_GROUPS = 32
 _aten: Any = torch.ops.aten
 _KEEPS_QUANTIZATION = {_aten.detach, _aten.alias, _aten.clone, _aten._to_copy, _aten.lift_fresh}
 """Operators on the parameter itself whose result is quantized, too: applied to each packed tensor."""
@@ -174,7 +176,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.multiply(grad, ctx.weight.mT), None, None
+        return ctx.multiply(grad.contiguous(), ctx.weight.mT), None, None
 
 
 def _multiply_right(x: Tensor, weight: QuantizedExperts) -> Tensor:
@@ -207,7 +209,8 @@ def _grouped_mm(func: Callable, x: Any, weight: Any, offs: Tensor | None = None,
     def multiply(x: Tensor, weight: QuantizedExperts) -> Tensor:
         y = x.new_zeros(len(x), weight.shape[-1])
         reached = [e for e, end in enumerate(ends) if end > (ends[e - 1] if e else 0)]
-        size = max(1, GROUP_BYTES // (math.prod(weight.sizes) * weight.element_size()))
+        size = GROUP_BYTES // (math.prod(weight.sizes) * weight.element_size())
+        size = max(1, size, -(-len(weight) // MAX_GROUPS))
         for group in (reached[i : i + size] for i in range(0, len(reached), size)):
             first, last = group[0], group[-1]
             start, end = ends[first - 1] if first else 0, ends[last]

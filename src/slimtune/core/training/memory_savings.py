@@ -150,7 +150,8 @@ def shard_base_with_fsdp(model: Any, mesh: DeviceMesh, device: torch.device) -> 
         unsharded |= {p for part in (layer.adapters, layer.trained_copies) for p in part.parameters()}
         if layer.trained_copies:
             unsharded |= {p for p in layer._parameters.values() if p is not None}
-    quantized = [n for n, p in model.named_parameters() if p not in unsharded and not p.is_floating_point()]
+    frozen = [(n, p) for n, p in model.named_parameters() if p not in unsharded]
+    quantized = [n for n, p in frozen if hasattr(p, "packed") or not p.is_floating_point()]
     if quantized:
         raise UsageError(
             f"train.fsdp: {len(quantized)} weights are quantized, such as {format_names(quantized, 2)}",
