@@ -18,7 +18,7 @@ from unittest.mock import patch
 
 from rich.console import Console
 
-from slimtune.cli.export_command import make_engine_agreement_table
+from slimtune.cli.check_command import make_engine_agreement_table
 from slimtune.errors import RunError, SlimtuneError
 from slimtune.export.exporter import export
 from slimtune.export.verify import verify

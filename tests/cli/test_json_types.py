@@ -50,8 +50,7 @@ COMMAND_LINES = {
     "TextPredictions": "predict {classification} wave wood",
     "FilePredictions": "predict {classification} --data classification.jsonl --out {new}.jsonl",
     "ExportResult": "export run --to vllm --out {new}",
-    "VerifyResult": "verify run",
-    "AdapterCheckResult": "check run",
+    "AdapterReport": "check run",
     "ImportResult": "import run/adapter --out {new}.yaml",
     "RepairResult": "repair run --for vllm --out {new}",
     "MergeResult": "merge run --out {new}",
@@ -65,7 +64,7 @@ COMMAND_LINES = {
 }
 """A command line whose output has the type; `{new}` is a path that does not exist, `{kto}` a run of that task."""
 CHECKED_ELSEWHERE = {"PushResult": "tests/export/test_hub.py"}
-SLOW = ("CompareResult", "TuneResult", "VerifyResult", "KTOEvalResult", "RewardEvalResult", "ChooseResult",
+SLOW = ("CompareResult", "TuneResult", "KTOEvalResult", "RewardEvalResult", "ChooseResult",
         "PolicyEvalResult", "ClassificationEvalResult", "GpuComparisonResult")  # fmt: skip
 
 

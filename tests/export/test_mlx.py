@@ -224,14 +224,14 @@ def test_check_asks_mlx_lm_about_a_folder(make_base, tmp_path, slimtune, slimtun
     export(run, "mlx", tmp_path / "whole", {"merged": True}, verify=False)
     for folder in (tmp_path / "beside", tmp_path / "whole"):
         found = slimtune_json("check", run, "--mlx", folder)
-        assert (found["right"], found["engine"]["cause"]) == (True, "applied")
+        assert (found["passed"], found["checks"][0]["cause"]) == (True, "applied")
     config = tmp_path / "beside/adapter_config.json"
     values = json.loads(config.read_text())
     values["lora_parameters"]["scale"] *= 2
     config.write_text(json.dumps(values))
     done = slimtune("check", run, "--mlx", tmp_path / "beside", "--json")
     assert done.exit_code == 1
-    found = json.loads(done.stdout)["engine"]
+    (found,) = json.loads(done.stdout)["checks"]
     assert (found["cause"], found["scale"]) == ("another-scale", pytest.approx(2, rel=0.05))
     assert slimtune("check", run, "--mlx", tmp_path / "nowhere").exit_code == 2
     assert slimtune("check", run, "--mlx", tmp_path / "whole", "--merged", tmp_path / "whole").exit_code == 2

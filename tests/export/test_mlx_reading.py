@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from slimtune.core.training.trained_model import load_run
 from slimtune.errors import AdapterError
-from slimtune.export.adapter_check.check_adapter import check_adapter
 from slimtune.export.mlx import make_config_readable_for_mlx_lm
+from slimtune.export.verify import check_adapter
 from slimtune.extras.mlx_adapter import convert_mlx_adapter_to_peft, get_or_make_peft_folder, read_mlx_adapter
 from slimtune.generation.inference_engines import TransformersInferenceEngine
 from slimtune.generation.mlx_engine import MlxEngine, is_mlx_lm_installed
@@ -64,7 +64,7 @@ def test_adapter_of_mlx_lm_computes_the_same_here(name, trained):
 
 @pytest.mark.parametrize("name", ["llama-lora", "gemma3_text-dora", "phi3-lora"])
 def test_check_finds_no_fault(name, trained):
-    result = check_adapter(trained / name)
+    result = check_adapter(trained / name).file
     assert (result.right, result.findings) == (True, [])
     assert result.placed == result.tensors == len(load_file(trained / name / "adapters.safetensors"))
 

@@ -18,7 +18,7 @@ from ..core.foundation.version import __version__
 from ..errors import UsageError
 from .bench_command import bench_machine_or_run
 from .benchmarks_command import benchmarks_table
-from .check_command import check_adapter
+from .check_command import check_adapter, verify_run
 from .choose_command import choose_machine, cost_of_training_run
 from .command_examples import EXAMPLES
 from .command_help import CommandWithOptionGroups, add_flags_of_loaded_runs
@@ -28,7 +28,7 @@ from .data_command import data_report
 from .doctor_command import doctor
 from .eval_command import eval_run, report_run
 from .explain_command import explain_error
-from .export_command import export_run, merge_run, push_run, verify_run
+from .export_command import export_run, merge_run, push_run
 from .generate_command import chat_with_run, generate_answer, predict_rows
 from .gpus_command import gpus_table
 from .import_command import import_config

@@ -1,39 +1,20 @@
-"""What happens to a run after its training: `slimtune export`, `verify`, `merge` and `push`."""
+"""What happens to a run after its training: `slimtune export`, `merge` and `push`."""
 
 import dataclasses
 import functools
 import inspect
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 from typer import Argument, Option
 
+from .check_command import print_engine_agreement
 from .command_help import CommandWithOptionGroups, add_flags_of_loaded_runs
-from .common import (
-    ERROR,
-    WARNING,
-    Json,
-    NegativeVerdictResult,
-    Run,
-    make_console,
-    make_error_console,
-    make_table,
-    print_progress,
-    showing_progress,
-)
-from .input_checks import require_row_files_exist, require_run_and_base_exist
-
-if TYPE_CHECKING:
-    from ..export.export_results import EngineVerdict
-
-VERDICTS = {True: "passed", False: "FAILED", None: ""}
-LEGEND = """prompts: how many become the same tokens; d: difference of log p from that of
-the trained adapter, in nats; strength: share of the adapter's effect that arrives"""
-HELP = "A run, an adapter, or what export or merge wrote."
+from .common import WARNING, Json, Run, make_console, make_error_console, print_progress, showing_progress
+from .input_checks import require_run_and_base_exist
 
 
 def _add_format_flags(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -135,64 +116,6 @@ def export_run(
             make_error_console().print(text, style="dim" if no_verify else f"bold {WARNING}")
         screen.print("\nnext:", *result.commands, sep="\n  ", soft_wrap=True)
     return result
-
-
-def verify_run(
-    path: Annotated[Path, Argument(metavar="RUN", help=HELP, show_default=False)],
-    data: Annotated[Path | None, Option(help="Rows to compare on; by default the run's held-out rows.")] = None,
-    vllm: Annotated[str | None, Option(help="Address of a vLLM server that serves it.")] = None,
-    vllm_model: Annotated[str | None, Option(help="Its name there; by default the folder's.")] = None,
-    threads: Annotated[int | None, Option(help="Threads of llama.cpp; by default half of the cores.")] = None,
-    as_json: Json = False,
-) -> Any:
-    """Compare exported models with the trained adapter, engine by engine; exit code 1 if one differs."""
-    from ..export.manifest import read_export_manifest
-
-    manifest = read_export_manifest(path)
-    if manifest is None:
-        require_run_and_base_exist(path)
-    require_row_files_exist(data, run_giving_format=path if manifest is None else manifest.run)
-    from ..export.verify import verify
-
-    if manifest is None:
-        print_progress(
-            f"exporting {path} three ways into a temporary folder, and comparing each with the trained adapter: this "
-            "takes minutes even for a small base. `slimtune verify FOLDER` checks only the export in FOLDER."
-        )
-    with showing_progress():
-        result = verify(path, rows_file=data, vllm=vllm, vllm_model=vllm_model, threads=threads, log=print_progress)
-    if not as_json:
-        print_engine_agreement(result.checks)
-        for check in result.checks:
-            if check.reason:
-                make_console().print(f"{check.engine}: {check.reason}")
-            elif check.kept_gain is not None:
-                make_console().print(f"{check.engine}: {check.kept_gain.describe()}")
-    if result.passed:
-        return result
-    make_error_console().print(f"error: {result.explain_failure()}", style=ERROR)
-    return NegativeVerdictResult(result)
-
-
-def make_engine_agreement_table(verdicts: "Sequence[EngineVerdict]") -> Table:
-    """Return the verdicts as a table of at most 80 columns; `LEGEND` says what the numbers are."""
-    rows = make_table("engine", "weights", "prompts", "d mean", "d max", "strength", "verdict", text_column_indices=[0])
-    rows.padding = (0, 1, 0, 0)
-    for c in verdicts:
-        numbers, verdict = ["-"] * 4, VERDICTS[c.passed] or "NOT PROVEN" * c.failed
-        if c.positions:
-            numbers = [f"{c.prompts_equal} of {c.prompts}", f"{c.mean_difference:.2g}", f"{c.max_difference:.2g}"]
-            numbers.append(f"{c.strength:.0%}" if c.strength is not None else "-")
-            verdict = verdict or "NOT PROVEN"
-        rows.add_row(c.engine, c.precision, *numbers, verdict or "not checked")
-    return rows
-
-
-def print_engine_agreement(checks: "Sequence[EngineVerdict]") -> None:
-    """Print the verdicts and what their numbers are."""
-    make_console().print(make_engine_agreement_table(checks))
-    if any(c.positions for c in checks):
-        make_console().print(LEGEND, style="dim")
 
 
 def merge_run(

@@ -5,8 +5,8 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
+from .check_command import print_engine_agreement
 from .common import WARNING, Json, make_console, make_error_console, print_progress, showing_progress
-from .export_command import print_engine_agreement
 from .input_checks import require_base_exists
 
 

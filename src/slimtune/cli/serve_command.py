@@ -13,6 +13,7 @@ from typer import Argument, Option
 from ..core.foundation.formatting import format_bytes
 from ..errors import UsageError, format_names, suggest
 from ..export.export_results import EngineVerdict
+from .check_command import print_engine_agreement
 from .common import (
     INTERRUPTED,
     WARNING,
@@ -24,7 +25,6 @@ from .common import (
     require_installed_packages,
     showing_progress,
 )
-from .export_command import print_engine_agreement
 from .input_checks import require_run_and_base_exist
 
 ENGINES = ("torch", "llama.cpp", "vllm")

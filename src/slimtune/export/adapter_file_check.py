@@ -8,6 +8,7 @@ order of B's rows is the writer's own (`reorder_rows_for_llama_cpp`): a wrong on
 log-probabilities show.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from .gguf import (
     split_gate_up_by_projection_name,
 )
 
+ScaledMatrix = tuple[Tensor, float]
+"""A matrix of a file, and the factor that its reader multiplies it by."""
+
 
 def require_trained_adapter_in_gguf(file: Path, model: Any, adapter_name: str = "default") -> None:
     """Raise AdapterError unless a GGUF file has the matrices of a model's LoRA, with their scales, and no others."""
@@ -33,49 +37,60 @@ def require_trained_adapter_in_gguf(file: Path, model: Any, adapter_name: str = 
         tensors = {tensor.name: tensor.data for tensor in reader.tensors}
     except Exception as e:  # the reader fails in many ways
         raise AdapterError(f"{file} is damaged: {type(e).__name__}", "a complete GGUF file", "export again") from e
-    wrong: list[str] = []
+    found: dict[str, ScaledMatrix] = {}
+    trained: dict[str, Tensor] = {}
     for module, (A, B, scale) in get_lora_factors_and_scales(model, adapter_name).items():
         for part, rows in (
             split_gate_up_by_projection_name(module, B, model.config) if B.dim() == 3 else {module: B}
         ).items():
             rows = reorder_rows_for_llama_cpp(rows.double(), part, model.config) * scale
             file_scale = alpha / A.shape[-2] if alpha else 1.0
-            for letter, trained, factor in (("a", A.double(), 1.0), ("b", rows, file_scale)):
-                values = tensors.pop(f"{names(part)}.weight.lora_{letter}", None)
-                found = None if values is None else torch.tensor(values)
-                if problem := _describe_difference(found, factor, trained.cpu()):
-                    wrong.append(f"{letter.upper()} of {part} {problem}")
-    wrong += [f"{name} is of no adapted module" for name in tensors]
-    _require_no_differences(wrong)
+            for letter, matrix, factor in (("a", A.double(), 1.0), ("b", rows, file_scale)):
+                trained[name := f"{letter.upper()} of {part}"] = matrix
+                if (values := tensors.pop(f"{names(part)}.weight.lora_{letter}", None)) is not None:
+                    found[name] = torch.tensor(values), factor
+    require_same_matrices(found | {name: (torch.tensor(values), 1.0) for name, values in tensors.items()}, trained)
 
 
 def require_trained_adapter_in_model(read_back: Any, trained: Any, adapter_name: str = "default") -> None:
     """Raise AdapterError unless a model whose adapter was read from a file has another model's LoRA matrices."""
-    wrong: list[str] = []
-    found = {name: module.low_rank_factors() for name, module in read_back.adapter_modules(adapter_name).items()}
-    for module, own in trained.adapter_modules(adapter_name).items():
-        A, B, scale = own.low_rank_factors()
-        its_A, its_B, its_scale = found.pop(module, None) or (None, None, 1.0)
-        for letter, matrix, factor, expected in (("A", its_A, 1.0, A), ("B", its_B, its_scale, B.double() * scale)):
-            if problem := _describe_difference(matrix, factor, expected.double()):
-                wrong.append(f"{letter} of {module} {problem}")
-    _require_no_differences([*wrong, *(f"{module} is adapted only in the file" for module in found)])
+    (found, trained_matrices) = (
+        {
+            f"{letter} of {name}": scaled
+            for name, module in model.adapter_modules(adapter_name).items()
+            if (factors := module.low_rank_factors()) is not None
+            for letter, scaled in (("A", (factors[0], 1.0)), ("B", (factors[1], factors[2])))
+        }
+        for model in (read_back, trained)
+    )
+    require_same_matrices(found, {name: matrix.double() * scale for name, (matrix, scale) in trained_matrices.items()})
 
 
-def _require_no_differences(differences: list[str]) -> None:
-    if differences:
-        more = f" and {len(differences) - 3} others" if len(differences) > 3 else ""
+def require_same_matrices(found: Mapping[str, ScaledMatrix], trained: Mapping[str, Tensor]) -> None:
+    """Raise AdapterError unless a file's matrices, by what they are, are the trained ones, and there are no others.
+
+    A matrix counts times its factor, and may differ by the rounding of the file.
+    """
+    wrong = [
+        f"{name} {problem}"
+        for name, matrix in trained.items()
+        if (problem := _describe_difference(found.get(name), matrix.double().cpu()))
+    ]
+    wrong += [f"{name} is of no adapted module" for name in found.keys() - trained.keys()]
+    if wrong:
+        more = f" and {len(wrong) - 3} others" if len(wrong) > 3 else ""
         raise AdapterError(
-            f"{len(differences)} of the file's matrices are wrong: {'; '.join(differences[:3])}{more}",
+            f"{len(wrong)} of the file's matrices are wrong: {'; '.join(wrong[:3])}{more}",
             "each A, and each B with its scale, as it was trained",
             "export again",
         )
 
 
-def _describe_difference(found: Tensor | None, factor: float, trained: Tensor) -> str:
+def _describe_difference(scaled_matrix: ScaledMatrix | None, trained: Tensor) -> str:
     """Return how a file's matrix times a factor differs from the trained one beyond the file's rounding; "": not."""
-    if found is None:
+    if scaled_matrix is None:
         return "is missing"
+    found, factor = scaled_matrix
     if found.shape != trained.shape:
         return f"has the shape {tuple(found.shape)} for {tuple(trained.shape)}"
     precision, scaled = torch.finfo(found.dtype), found.double() * factor

@@ -42,11 +42,11 @@ from ..core.foundation.dtype_names import llama_cpp_dtype_name
 from ..core.foundation.progress_bars import track_progress
 from ..core.models.base_config import get_max_positions
 from ..core.training.objective import open_rows_for_objective
-from ..errors import ModelError, UsageError
+from ..errors import ModelError, SlimtuneError, UsageError
 from ..extras.row_files import open_rows
 from ..generation.inference_engines import InferenceEngine, TextTokenScores, TransformersInferenceEngine
 from .engine_diagnosis import AdapterVariants, EngineDiagnosis, diagnose_engine
-from .export_results import EngineVerdict
+from .export_results import EngineVerdict, TokenDifference
 
 QUESTIONS = (
     ("Define patience.", "A minor form of despair, disguised as a virtue."),
@@ -147,6 +147,13 @@ class AdapterReference:
             vars(other)[name] = [getattr(self, name)[i] for i in indices]
         return other
 
+    def expecting(self, log_probs: list[Tensor], base_log_probs: list[Tensor] | None = None) -> "AdapterReference":
+        """Return a reference for an engine that should compute these log-probabilities of the texts."""
+        other = AdapterReference(self.engine.model, self.engine.tokenizer, self.texts)
+        vars(other)["log_probs"] = log_probs
+        vars(other)["base_log_probs"] = self.base_log_probs if base_log_probs is None else base_log_probs
+        return other
+
     def score(self, engine: InferenceEngine, what: str) -> list[Tensor]:
         """Return an engine's log-probabilities of each text's next tokens; progress is reported as `what`."""
         return [scores.token_log_probs for scores in self.score_texts(engine, what)]
@@ -233,6 +240,23 @@ class AdapterReference:
             faults.append(f"the adapter's effect arrives with {strength:.0%} of its strength (± {error:.1%})")
         return faults
 
+    def find_worst_tokens(self, scores: Sequence[TextTokenScores], count: int = 3) -> list[TokenDifference]:
+        """Return the tokens whose log-probability in an engine is furthest from the expected one."""
+        found = []
+        for text, expected, given in zip(self.texts, self.log_probs, scores, strict=True):
+            distances = (given.token_log_probs - expected).abs().nan_to_num(0)
+            for at in distances.topk(min(count, len(distances))).indices.tolist():
+                before, token = (
+                    self.engine.tokenizer.decode(ids)
+                    for ids in (
+                        text.prompt_and_answer_ids[max(0, at - 7) : at + 1],
+                        text.prompt_and_answer_ids[at + 1 : at + 2],
+                    )
+                )
+                values = expected[at].item(), given.token_log_probs[at].item()
+                found.append((distances[at].item(), TokenDifference(token, before, *values)))
+        return [difference for _, difference in sorted(found, key=lambda pair: -pair[0])[:count]]
+
     def diagnose(self, differences: Tensor, tolerance: EngineTolerance, base: Tensor | None) -> EngineDiagnosis:
         """Return what an engine with these differences computes instead of the trained adapter.
 
@@ -299,6 +323,8 @@ def judge_engine_against_adapter(
     precision: str,
     tolerance: EngineTolerance | None = None,
     open_base: Callable[[InferenceEngine], InferenceEngine] | None = None,
+    *,
+    are_chats_compared: bool = False,
 ) -> EngineVerdict:
     """Compare an engine, whose weights have a precision ("f32", "q8_0", "Q4_K_M", …), with the trained adapter.
 
@@ -309,6 +335,7 @@ def judge_engine_against_adapter(
         tolerance: by default that of the precision.
         open_base: returns the untouched base in the same engine and precision. It is asked if the engine is outside
             the tolerance, and always below 8 bits, for which no limit holds for every base.
+        are_chats_compared: compare a chat that the engine renders with the adapter's template, if it renders chats.
     """
     tolerance = tolerance or get_loosest_tolerance(precision, llama_cpp_dtype_name(reference.engine.model.dtype))
     prompts = [engine.tokenize(t.prompt) for t in reference.texts if t.prompt]
@@ -341,12 +368,14 @@ def judge_engine_against_adapter(
         if theirs[1:] == ours:
             where = f"a second beginning-of-sequence token, {theirs[0]}?"
         faults.insert(0, f"{len(unlike)} of {len(prompts)} rendered prompts become other tokens ({where})")
+    rendered = find_template_difference(engine, reference.engine.tokenizer) if are_chats_compared else ""
     diagnosis = EngineDiagnosis("applied")
     if faults and (not unlike or len(faults) > 1):
         diagnosis = reference.diagnose(differences, tolerance, base)
         faults = [diagnosis.text, *faults] if diagnosis.text else faults
-    elif unlike:
+    elif unlike or rendered:
         diagnosis = EngineDiagnosis("another-template")
+    faults += [rendered] if rendered else []
     reason = "; ".join(faults)
     passed: bool | None = not faults
     if passed and reference.is_hidden(paired):
@@ -375,6 +404,7 @@ def judge_engine_against_adapter(
         scale=diagnosis.scale,
         missing=list(diagnosis.missing),
         reason=reason,
+        tokens=[] if passed else reference.find_worst_tokens(scores),
     )
 
 
@@ -393,3 +423,21 @@ def _kl_divergence(log_probs: Tensor, scores: TextTokenScores) -> Tensor:
     rest_p, rest_q = ((1 - each.sum(1, keepdim=True)).clamp_min(1e-12) for each in (p, q))
     p, q = torch.cat([p, rest_p], 1), torch.cat([q, rest_q], 1)
     return (p * (p.clamp_min(1e-300) / q.clamp_min(1e-300)).log()).sum(1)
+
+
+def find_template_difference(engine: Any, tokenizer: Any) -> str:
+    """Return how a chat that the server renders differs from the adapter's own template; "": not, or not known."""
+    if not hasattr(engine, "tokenize_chat") or not tokenizer.chat_template:
+        return ""
+    messages = [{"role": "user", "content": QUESTIONS[0][0]}]
+    try:
+        theirs: Sequence[int] = engine.tokenize_chat(messages)
+    except SlimtuneError:  # an older server
+        return ""
+    text = render_chat_template(tokenizer, messages, None, add_generation_prompt=True)
+    ours = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if list(theirs) == ours:
+        return ""
+    at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+    shown = [tokenizer.decode(list(ids[at : at + 8])) for ids in (theirs, ours)]
+    return f"a chat becomes other tokens from token {at}: {shown[0]!r} there, {shown[1]!r} by the adapter's template"

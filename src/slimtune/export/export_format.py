@@ -119,8 +119,8 @@ class ExportFormat:
         """Write the files."""
         raise NotImplementedError
 
-    def verify_folder(self, verifier: ExportVerifier, folder: Path, facts: Any) -> EngineVerdict:
-        """Compare what a folder contains with the trained adapter; `facts` are those of its manifest."""
+    def verify_folder(self, verifier: ExportVerifier, folder: Path, facts: Any) -> EngineVerdict | None:
+        """Compare what a folder contains, if anything, with the trained adapter; `facts` are those of its manifest."""
         raise NotImplementedError
 
     def list_run_checks(self, verifier: ExportVerifier) -> Iterator[ExportEngineCheck]:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from ..core.foundation.formatting import format_bytes, format_duration
 from ..core.foundation.json_results import INLINE, OMIT_NONE
+from .adapter_check.adapter_findings import AdapterFileCheck
 
 EngineCause = Literal[
     "applied", "not-applied", "another-scale", "partly", "another-base", "another-template", "rounding", "not-proven"
@@ -47,6 +48,23 @@ class KeptGain:
             f"base {self.base_loss:.4f}, tuned {self.tuned_loss:.4f}, base in these bits {self.rounded_base_loss:.4f}, "
             f"as shipped {self.shipped_loss:.4f})"
         )
+
+
+@dataclass(frozen=True)
+class TokenDifference:
+    """A token whose log-probability differs."""
+
+    token: str
+    """Its text."""
+    after: str
+    """The end of the text before it."""
+    expected: float
+    """Its log p by the trained adapter, or by the stage before."""
+    found: float
+    """Its log p in the engine."""
+
+    def __str__(self) -> str:
+        return f"{self.token!r} after {self.after!r}: log p {self.found:.3f}, expected {self.expected:.3f}"
 
 
 @dataclass(frozen=True)
@@ -95,8 +113,16 @@ class EngineVerdict:
     """Whether a program failed before anything could be compared."""
     reason: str = ""
     """Why it did not pass, or was not checked."""
+    evidence: str = "log-probabilities"
+    """What it was compared by: log-probabilities, those of its answers, or greedy answers (weaker)."""
+    tokens: list[TokenDifference] = field(default_factory=list)
+    """Where it differs most, if it did not pass."""
     kept_gain: KeptGain | None = None
     """How much of the held-out gain is left; null: not in few bits."""
+
+    def explain(self) -> str:
+        """Return why it did not pass, or was not checked, or how much of the gain is left; "" without either."""
+        return self.reason or ("" if self.kept_gain is None else self.kept_gain.describe())
 
 
 @dataclass(frozen=True)
@@ -132,23 +158,42 @@ class ExportResult:
 
 
 @dataclass(frozen=True)
-class VerifyResult:
-    """What `verify --json` prints."""
+class AdapterReport:
+    """What `check --json` and `verify --json` print: an adapter's file, and what engines compute with it."""
 
     path: str
-    """The run or export."""
-    run: str
-    """The run that it was made from."""
+    """The adapter, run or export that was given."""
     passed: bool
-    """Whether everything that could be checked is the trained model, and something could."""
+    """Whether the file has no fault, and every engine that was asked and could answer computes the trained adapter."""
+    file: AdapterFileCheck
+    """The check of the adapter's file."""
     checks: list[EngineVerdict]
-    """One for each engine."""
+    """One for each engine or stage, in order; empty: only the file was checked."""
+    repair: str | None = None
+    """The command that mends it, for an ENGINE; null: nothing to mend, or a fault that only the trainer can mend."""
+    first_difference: str | None = None
+    """With --stages: the first stage that differs beyond what its precision explains; null: none does."""
+
+    def explain(self) -> Iterator[str]:
+        """Yield what each engine computes, what mends the adapter, and what is not proven."""
+        for check in self.checks:
+            if text := check.explain():
+                yield f"{check.engine}: {text}"
+            yield from (f"  {each}" for each in check.tokens)
+        if self.first_difference:
+            yield f"the first stage that differs: {self.first_difference}"
+        if self.repair:
+            yield f"to mend it: {self.repair}"
+        yield from (f"not proven: {text}" for text in self.file.not_proven)
 
     def explain_failure(self) -> str:
-        """Return which engines differ, or could not be asked."""
-        if failed := [c.engine for c in self.checks if c.passed is False]:
-            return f"not the trained model: {', '.join(failed)}"
-        return f"not proven: {', '.join(c.engine for c in self.checks if c.passed is None)}"
+        """Return what is wrong in one line: faults of the file, engines that differ, or could not be asked."""
+        differ = [f"{c.engine} ({c.cause})" if c.cause else c.engine for c in self.checks if c.passed is False]
+        unknown = [c.engine for c in self.checks if c.passed is None]
+        groups = (
+            ("the file has faults", self.file.faults), ("not the trained model", differ), ("not proven", unknown),
+        )  # fmt: skip
+        return "; ".join(f"{what}: {', '.join(names)}" for what, names in groups if names)
 
 
 @dataclass(frozen=True)

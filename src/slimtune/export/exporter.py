@@ -81,7 +81,7 @@ def export(
         if verify:
             with tempfile.TemporaryDirectory(prefix=".slimtune-verify-", dir=folder.parent) as temporary:
                 verifier = ExportVerifier(loaded, run, Path(temporary), threads=threads, log=log)
-                verdict = chosen.verify_folder(verifier, folder, written.facts)
+                verdict = chosen.verify_folder(verifier, folder, written.facts) or verdict
         elif not chosen.is_merged and loaded.base.quantization is not None:
             notes = [*notes, describe_16_bit_serving_effect(loaded, run)]
         if verdict.passed is False and verdict.kept_gain is not None:

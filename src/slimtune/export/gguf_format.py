@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..core.foundation.json_results import OMIT_NONE
-from ..errors import ModelError, UsageError, format_names, suggest
+from ..errors import ModelError, UsageError, format_install_command, format_names, suggest
 from .export_format import (
     CONVERT_TO_LORA,
     LICENCE_FILES,
@@ -20,7 +20,7 @@ from .export_format import (
     WrittenExport,
     make_flag_metadata,
 )
-from .export_results import EngineVerdict
+from .export_results import EngineVerdict, KeptGain
 
 if TYPE_CHECKING:
     from ..core.models.model_source import ModelSource
@@ -200,8 +200,10 @@ class GgufFormat(ExportFormat):
         command = shlex.join(["llama-cli", "-m", base, "--lora", str(job.final_path / ADAPTER_GGUF)])
         return WrittenExport(replace(facts, conversion=conversion), [command, *_list_serve_commands(model, job.run)])
 
-    def verify_folder(self, verifier: ExportVerifier, folder: Path, facts: Any) -> EngineVerdict:
+    def verify_folder(self, verifier: ExportVerifier, folder: Path, facts: Any) -> EngineVerdict | None:
         """Compare the GGUF in llama.cpp with the trained adapter."""
+        from .llama_cpp_scorer import LlamaCppScorer
+        from .llama_cpp_tools import is_llama_cpp_library_installed
         from .verify import find_nearest_lora_error_tolerance
 
         adapter, model, precision = folder / ADAPTER_GGUF, folder / MODEL_GGUF, facts.precision
@@ -210,8 +212,7 @@ class GgufFormat(ExportFormat):
             served_base = getattr(facts, "ollama_base", None)
             return verifier.verify_adapter_gguf(ADAPTER_ENGINE, adapter, precision, tolerance, served_base)
         if not model.is_file():
-            reason = f"{folder} contains nothing that can be checked"
-            return EngineVerdict(self.kind, precision, reason=reason)
+            return None
         open_base = verifier.open_base_in(precision)
         tolerance = verifier.find_rounding_tolerance(precision)
         verdict = verifier.verify_engine(
@@ -219,7 +220,16 @@ class GgufFormat(ExportFormat):
         )
         if precision in UNROUNDED or verdict.passed is False or verdict.failed:
             return verdict
-        return verifier.add_kept_gain(verdict, model, getattr(facts, "min_kept", None) or 0.0)
+        if not is_llama_cpp_library_installed():
+            reason = f"not measured: {format_install_command('export-check')} brings what scores rows in llama.cpp"
+            return replace(verdict, kept_gain=KeptGain(reason=reason))
+        base, threads = verifier.write_base_in(precision), verifier.threads
+        return verifier.add_kept_gain(
+            verdict,
+            getattr(facts, "min_kept", None) or 0.0,
+            lambda longest: LlamaCppScorer(model, max_tokens=longest, threads=threads),
+            lambda longest: LlamaCppScorer(base, max_tokens=longest, threads=threads),
+        )
 
     def list_run_checks(self, verifier: ExportVerifier) -> Iterator[ExportEngineCheck]:
         """Yield the comparison of the run's adapter, and of its whole model, in llama.cpp."""

@@ -40,7 +40,9 @@ class MergedFormat(ExportFormat):
     def verify_folder(self, verifier: ExportVerifier, folder: Path, facts: Any) -> EngineVerdict:
         """Compare the checkpoint with the trained adapter."""
         precision = llama_cpp_dtype_name(facts.comparison.dtype)
-        return verifier.verify_engine(ENGINE_NAME, precision, lambda: verifier.open_merged(folder))
+        return verifier.verify_engine(
+            ENGINE_NAME, precision, lambda: verifier.open_merged(folder), are_chats_compared=True
+        )
 
     def list_run_checks(self, verifier: ExportVerifier) -> Iterator[ExportEngineCheck]:
         """Yield the comparison of the run, merged."""
@@ -54,7 +56,9 @@ class MergedFormat(ExportFormat):
             merge(verifier.run, folder)
             return verifier.open_merged(folder)
 
-        yield ExportEngineCheck(ENGINE_NAME, llama_cpp_dtype_name(verifier.loaded.base.dtype), open_merged)
+        yield ExportEngineCheck(
+            ENGINE_NAME, llama_cpp_dtype_name(verifier.loaded.base.dtype), open_merged, are_chats_compared=True
+        )
 
     def check_upload(self, folder: Path, files: dict[str, Path | bytes], notes: list[str]) -> str:
         """Raise ModelError if the checkpoint is damaged or incomplete; remove local paths from its card."""

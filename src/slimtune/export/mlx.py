@@ -32,6 +32,7 @@ from ..extras.mlx_names import (
     to_mlx_module_name,
 )
 from ..generation.mlx_engine import convert_to_mlx_folder, is_mlx_lm_installed, require_mlx_lm
+from .adapter_file_check import ScaledMatrix, require_same_matrices
 from .expected_logps import TOLERANCES, EngineTolerance
 from .export_support import get_export_support_flags
 from .manifest import EXPORT_MANIFEST
@@ -182,32 +183,20 @@ def write_mlx_adapter(
 
 def require_trained_adapter_in_mlx(folder: Path, pairs: Mapping[str, MlxLoraPair]) -> None:
     """Raise AdapterError unless an adapter of mlx-lm has each A, and each B with its scale, as it was trained."""
-    found = read_mlx_adapter(folder)
-    wrong = []
+    read = read_mlx_adapter(folder)
+    found, trained = dict[str, ScaledMatrix](), dict[str, Tensor]()
+    for name, its in read.modules.items():
+        rank = pairs[name].a.shape[1] if name in pairs else 0
+        is_padded = not (its.a[:, rank:].any() and its.b[rank:].any())
+        found[f"lora_a of {name}"] = (its.a[:, :rank] if is_padded else its.a), 1.0
+        found[f"lora_b of {name}"] = (its.b[:rank] if is_padded else its.b), read.scale
+        if its.magnitude is not None:
+            found[f"m of {name}"] = its.magnitude, 1.0
     for name, pair in pairs.items():
-        its, rank = found.modules.get(name), pair.a.shape[1]
-        if its is None:
-            wrong.append(f"{name} is missing")
-            continue
-        expected = {"lora_a": pair.a.double(), "lora_b": pair.b.double() * pair.scale}
-        values = {"lora_a": its.a[:, :rank].double(), "lora_b": its.b[:rank].double() * found.scale}
+        trained |= {f"lora_a of {name}": pair.a, f"lora_b of {name}": pair.b.double() * pair.scale}
         if pair.magnitude is not None:
-            expected["m"] = pair.magnitude.double().flatten()
-            values["m"] = torch.full((1,), torch.nan) if its.magnitude is None else its.magnitude.double()
-        wrong += [
-            f"{leaf} of {name}"
-            for leaf, value in expected.items()
-            if value.shape != values[leaf].shape or not torch.allclose(value.cpu(), values[leaf], rtol=1e-6, atol=1e-30)
-        ]
-        if its.a[:, rank:].any() and its.b[rank:].any():
-            wrong.append(f"{name} has a larger rank")
-    wrong += [f"{name} is of no adapted module" for name in found.modules.keys() - pairs.keys()]
-    if wrong:
-        raise AdapterError(
-            f"{len(wrong)} of the file's matrices are wrong: {format_names(wrong, 3)}",
-            "each A, and each B with its scale, as it was trained",
-            "export again",
-        )
+            trained[f"m of {name}"] = pair.magnitude.flatten()
+    require_same_matrices(found, trained)
 
 
 def find_mlx_base_or_write_it(loaded: TrainedModel, folder: Path) -> tuple[str, list[str]]:

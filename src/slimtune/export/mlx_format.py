@@ -148,7 +148,7 @@ class MlxFormat(ExportFormat):
         ]
         return WrittenExport(facts, commands, notes)
 
-    def verify_folder(self, verifier: ExportVerifier, folder: Path, facts: Any) -> EngineVerdict:
+    def verify_folder(self, verifier: ExportVerifier, folder: Path, facts: Any) -> EngineVerdict | None:
         """Compare what mlx-lm computes from the folder with the trained adapter."""
         from . import mlx
         from .verify import find_nearest_lora_error_tolerance
@@ -157,7 +157,7 @@ class MlxFormat(ExportFormat):
             tolerance = find_nearest_lora_error_tolerance(facts)
             return self._verify_adapter(verifier, folder, facts, tolerance)
         if not (folder / "config.json").is_file():
-            return EngineVerdict(self.kind, facts.precision, reason=f"{folder} contains nothing that can be checked")
+            return None
         return self._verify_merged(verifier, folder, facts)
 
     def _verify_adapter(self, verifier: ExportVerifier, folder: Path, facts: Any, tolerance: Any) -> EngineVerdict:
@@ -194,7 +194,7 @@ class MlxFormat(ExportFormat):
         verdict = verifier.verify_engine(MODEL_ENGINE, facts.precision, lambda: MlxEngine(folder), tolerance, open_base)
         if bits is None or not verdict.passed:
             return verdict
-        return verifier.add_kept_gain_of_scorers(
+        return verifier.add_kept_gain(
             verdict, facts.min_kept or 0.0, lambda _: MlxEngine(folder), lambda _: open_base()
         )
 

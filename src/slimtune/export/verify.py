@@ -1,12 +1,14 @@
-"""Check everything of a run or an export that can be asked here: `slimtune verify`.
+"""Check an adapter's file, and everything that serves it and can be asked here: `slimtune check`, `slimtune verify`.
 
-    a run or adapter folder   what each export format says (`list_run_checks`), exported into a temporary folder
-    an export                 what is in it, as its format says (`verify_folder`)
-    either                    a vLLM server, if its address is given
+    the adapter's file        against its base (`adapter_check/`)
+    a server, GGUF or folder  if it is given (`served_place.py`)
+    verify: a run             what each export format says (`list_run_checks`), exported into a temporary folder
+    verify: an export         what is in it, as its format says (`verify_folder`)
 
 What cannot be checked is reported with the reason, and never counts as passed.
 """
 
+import importlib.util
 import shlex
 import tempfile
 import time
@@ -15,22 +17,22 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..core.data.chat_template import TokenizedRow
 from ..core.foundation.dtype_names import dtype_name, llama_cpp_dtype_name
 from ..core.foundation.formatting import format_duration
 from ..core.models.loader import load_base
 from ..core.training.trained_model import TrainedModel, load_run
-from ..errors import ModelError, RunError, SlimtuneError, UsageError, format_install_command
+from ..errors import AdapterError, ModelError, SlimtuneError, UsageError
 from ..generation.inference_engines import (
     InferenceEngine,
     InProcessLlamaCppEngine,
     TransformersInferenceEngine,
-    VllmClient,
 )
 from ..generation.run_requirements import require_causal_lm_run
 from . import merge as merging
+from .adapter_check.check_file import BASE_WEIGHTS_UNPROVEN, FileCheck, check_file, load_as_trained
 from .adapter_file_check import require_trained_adapter_in_gguf, require_trained_adapter_in_model
 from .expected_logps import (
     ADAPTER_TOLERANCES,
@@ -43,72 +45,127 @@ from .expected_logps import (
     make_fixed_and_held_out_reference_texts,
 )
 from .export_format import EXPORT_FORMATS
-from .export_results import EngineVerdict, KeptGain, VerifyResult
+from .export_results import AdapterReport, EngineVerdict, KeptGain
 from .kept_gain import OpenScorer, list_held_out_rows, measure_kept_gain
-from .llama_cpp_scorer import LlamaCppScorer
 from .llama_cpp_tools import LlamaCppToolFailedError, is_llama_cpp_library_installed
 from .manifest import EXPORT_MANIFEST, ExportManifest, read_export_manifest
 from .ollama import require_base_path_unless_registry_name
 from .served_base import ServedBase, read_gguf_majority_precision, resolve_matching_ollama_base
+from .served_place import ServedPlace, compute_loudest_reference, verify_place
+
+if TYPE_CHECKING:
+    from .stages import StageFiles
+
+MISREAD = ("not-applied", "another-scale", "partly")
+"""Verdicts on an engine that may read a file for it rightly, although this one is right."""
+
+
+def check_adapter(
+    path: Path, base: str | None = None, place: ServedPlace | None = None, log: Callable[[str], None] = lambda _: None
+) -> AdapterReport:
+    """Check an adapter's file, and what serves it, if a place is given.
+
+    Args:
+        path, base: as for `check_file`, which also says what is raised.
+        place: where it is served.
+        log: gets progress messages.
+    """
+    checked = check_file(path, base, log)
+    if place is None:
+        return _make_report(path, base, checked, [])
+    if checked.result.base is None:
+        unknown = EngineVerdict(str(place), place.precision, reason="the base is not at hand: nothing was computed")
+        return _make_report(path, base, checked, [unknown])
+    with tempfile.TemporaryDirectory(prefix="slimtune-check-") as folder:
+        try:
+            loaded = load_as_trained(checked, Path(folder), log)
+        except AdapterError as error:  # the file itself cannot be computed with: what the file's check says
+            unknown = EngineVerdict(str(place), place.precision, reason=error.message)
+            return _make_report(path, base, checked, [unknown])
+        verifier = ExportVerifier(loaded, path, Path(folder), log=log, reference=compute_loudest_reference(loaded))
+        return _make_report(path, base, checked, [verify_place(verifier, place)])
 
 
 def verify(
     run_or_export: Path,
     *,
     rows_file: Path | None = None,
-    vllm: str | None = None,
-    vllm_model: str | None = None,
+    place: ServedPlace | None = None,
+    stages: "StageFiles | None" = None,
     threads: int | None = None,
     log: Callable[[str], None] = lambda _: None,
-) -> VerifyResult:
+) -> AdapterReport:
     """Compare everything of a run or an export that can be asked here with the trained adapter.
 
     Args:
         run_or_export: a run folder, an adapter folder, or a folder that `slimtune export` or `slimtune merge` wrote.
         rows_file: a file of rows to compare on, after fixed questions, in the format of the run's; None: the run's
             validation (else test) rows.
-        vllm, vllm_model: URL of a vLLM server, and the model's name there (by default the export's or the folder's).
+        place: where it is served, asked first; the name at a server is by default the export's.
+        stages: compare each stage of a run with the one before instead, up to the first that differs.
         threads: of llama.cpp; None: half of the cores.
         log: gets progress messages.
     """
-    run_or_export = Path(run_or_export)
-    manifest = read_export_manifest(run_or_export)
-    run = manifest.run if manifest is not None else run_or_export
-    if manifest is not None and not run.exists():
-        raise UsageError(
-            f"{run_or_export} was made from {run}, which does not exist any more", "the run to compare it with"
-        )
+    path, run, manifest = Path(run_or_export), Path(run_or_export), read_export_manifest(Path(run_or_export))
+    if manifest is not None and not (run := manifest.run).exists():
+        raise UsageError(f"{path} was made from {run}, which does not exist any more", "the run to compare it with")
     require_causal_lm_run(run)
+    facts = manifest.read_facts() if manifest is not None and manifest.load_format() is not None else None
     with tempfile.TemporaryDirectory(prefix="slimtune-verify-") as folder:
         verifier = ExportVerifier(merging.load_run_for_export(run), run, Path(folder), rows_file, threads, log)
-        checks = verifier.verify_run() if manifest is None else [verifier.verify_export(run_or_export, manifest)]
-        if vllm:
-            facts = manifest.read_facts() if manifest is not None and manifest.load_format() is not None else None
-            dtype, base = getattr(facts, "dtype", None), verifier.loaded.base
-            if dtype and (base.quantization or dtype != dtype_name(base.dtype)):
-                # Compare on the base as it is served: its other rounding is not a fault of the adapter.
-                verifier = ExportVerifier(
-                    merging.load_run_for_export(run, dtype), run, Path(folder), rows_file, threads, log
-                )
-            name = vllm_model or getattr(facts, "name", None) or run.resolve().name
-            precision = llama_cpp_dtype_name(verifier.loaded.base.dtype)
-            tolerance = find_nearest_lora_error_tolerance(facts)
-            checks.append(verifier.verify_engine("vLLM", precision, lambda: VllmClient(vllm, name), tolerance))
-    checked = [c for c in checks if c.passed is not None]
-    passed = bool(checked) and all(c.passed for c in checked) and not any(c.failed for c in checks)
-    passed = passed and not (vllm and checks[-1].passed is None)
-    return VerifyResult(str(run_or_export), str(run), passed, checks)
+        if stages is not None:
+            from .stages import verify_stages
+
+            checks, first = verify_stages(verifier, stages)
+            return replace(_make_report(path, None, check_file(run, log=log), checks), first_difference=first)
+        checks = [] if place is None else [_verify_place_of_export(verifier, place, facts)]
+        checks += verifier.verify_run() if manifest is None else [verifier.verify_export(path, manifest)]
+    return _make_report(path, None, check_file(run, log=log), checks, is_first_required=place is not None)
+
+
+def _verify_place_of_export(verifier: "ExportVerifier", place: ServedPlace, facts: Any) -> EngineVerdict:
+    """Compare what serves an export, whose manifest has `facts`, or a run (None), on the base as it is served."""
+    dtype, base = getattr(facts, "dtype", None), verifier.loaded.base
+    if dtype and (base.quantization or dtype != dtype_name(base.dtype)):  # its other rounding is no fault
+        loaded = merging.load_run_for_export(verifier.run, dtype)
+        verifier = ExportVerifier(
+            loaded, verifier.run, verifier.temp_folder, verifier.rows_file, verifier.threads, verifier.log
+        )
+    precision = llama_cpp_dtype_name(verifier.loaded.base.dtype)
+    place = replace(place, name=place.name or getattr(facts, "name", None), precision=precision)
+    return verify_place(verifier, place, find_nearest_lora_error_tolerance(facts))
+
+
+def _make_report(
+    path: Path, base: str | None, checked: FileCheck, checks: list[EngineVerdict], *, is_first_required: bool = False
+) -> AdapterReport:
+    """Return the report on a file and engines; the first engine may not stay unknown, if it is required."""
+    file = checked.result
+    if checks:  # they compute with the base's weights
+        file = replace(file, not_proven=[text for text in file.not_proven if text != BASE_WEIGHTS_UNPROVEN])
+    asked = [check.passed for check in checks if check.passed is not None]
+    passed = not file.faults and all(asked) and (bool(asked) or not checks)
+    passed = (
+        passed and not any(check.failed for check in checks) and (not is_first_required or checks[0].passed is True)
+    )
+    mends = [finding.mend for finding in file.findings if finding.mend is not None or finding.severity == "fault"]
+    can_be_mended = file.base is not None and bool(mends) and None not in mends
+    is_misread = not file.faults and any(check.cause in MISREAD for check in checks)
+    names = shlex.join([str(path), *(["--base", base] if base else [])])
+    repair = f"slimtune repair {names} --for ENGINE --out DIR" if can_be_mended or is_misread else None
+    return AdapterReport(str(path), passed, file, checks, repair)
 
 
 @dataclass(frozen=True)
 class ExportEngineCheck:
     """A comparison of a run's export with the trained adapter."""
 
-    engine: str  # what is compared
+    name: str  # what is compared
     precision: str  # of its weights
     open_engine: Callable[[], InferenceEngine]
     open_base: Callable[[Any], InferenceEngine] | None = None  # the untouched base in the same engine
     tolerance: EngineTolerance | None = None  # None: that of the precision
+    are_chats_compared: bool = False  # whether the engine renders chats by what it read from the export
 
 
 @dataclass
@@ -121,12 +178,14 @@ class ExportVerifier:
     rows_file: Path | None = None
     threads: int | None = None
     log: Callable[[str], None] = lambda _: None
+    reference: AdapterReference = None  # type: ignore[assignment]  # by default on fixed questions and held-out rows
 
     def __post_init__(self) -> None:
         model: Any = self.loaded.model
-        tokenizer = self.loaded.base.tokenizer
-        texts = make_fixed_and_held_out_reference_texts(tokenizer, self.loaded.recipe, model.config, self.rows_file)
-        self.model, self.reference = model, AdapterReference(model, tokenizer, texts)
+        self.model, tokenizer = model, self.loaded.base.tokenizer
+        if self.reference is None:
+            texts = make_fixed_and_held_out_reference_texts(tokenizer, self.loaded.recipe, model.config, self.rows_file)
+            self.reference = AdapterReference(model, tokenizer, texts)
 
     def verify_run(self) -> list[EngineVerdict]:
         """Export to every format that is compared for a run, and check each."""
@@ -134,9 +193,7 @@ class ExportVerifier:
         checks = [check for each in formats for check in each.list_run_checks(self)]
         verdicts, started = [], time.monotonic()
         for number, check in enumerate(checks, 1):
-            verdicts.append(
-                self.verify_engine(check.engine, check.precision, check.open_engine, check.tolerance, check.open_base)
-            )
+            verdicts.append(self.verify_engine(**vars(check)))
             if number < len(checks):
                 after = format_duration(time.monotonic() - started)
                 self.log(f"{number} of {len(checks)} exports checked after {after}")
@@ -145,10 +202,11 @@ class ExportVerifier:
     def verify_export(self, folder: Path, manifest: ExportManifest) -> EngineVerdict:
         """Check what an export folder contains."""
         kind = manifest.load_format()
-        if kind is None:
-            reason = f"{folder} contains nothing that can be checked"
-            return EngineVerdict(manifest.kind, str(manifest.values.get("precision", "f32")), reason=reason)
-        return kind().verify_folder(self, folder, manifest.read_facts())
+        verdict = kind().verify_folder(self, folder, manifest.read_facts()) if kind is not None else None
+        if verdict is not None:
+            return verdict
+        reason = f"{folder} contains nothing that can be checked"
+        return EngineVerdict(manifest.kind, str(manifest.values.get("precision", "f32")), reason=reason)
 
     def verify_adapter_gguf(
         self, name: str, adapter: Path, precision: str, tolerance: EngineTolerance | None, served_base: str | None
@@ -194,6 +252,8 @@ class ExportVerifier:
         open_engine: Callable[[], InferenceEngine],
         tolerance: EngineTolerance | None = None,
         open_base: Callable[[Any], InferenceEngine] | None = None,
+        *,
+        are_chats_compared: bool = False,
     ) -> EngineVerdict:
         """Open an engine and compare it; one that cannot be opened gives a verdict, too."""
         self.log(f"checking {name}")
@@ -204,7 +264,9 @@ class ExportVerifier:
         try:
             with closing(open_engine()) as engine:
                 engine.name = name
-                return judge_engine_against_adapter(self.reference, engine, precision, tolerance, open_base)
+                return judge_engine_against_adapter(
+                    self.reference, engine, precision, tolerance, open_base, are_chats_compared=are_chats_compared
+                )
         except SlimtuneError as error:
             reason = " ".join(f"{error.message}{f' ({error.hint})' if error.hint else ''}".split())
             if isinstance(error, LlamaCppToolFailedError):
@@ -228,25 +290,10 @@ class ExportVerifier:
         decides = can_decide and not isinstance(self.held_out_rows, str)
         return KEPT_GAIN_TOLERANCE if decides else None
 
-    def add_kept_gain(self, verdict: EngineVerdict, model: Path, min_kept: float) -> EngineVerdict:
-        """Return the verdict of a whole model with the share of the held-out gain that is left; too little fails it."""
-        if not is_llama_cpp_library_installed():
-            reason = f"not measured: {format_install_command('export-check')} brings what scores rows in llama.cpp"
-            return replace(verdict, kept_gain=KeptGain(reason=reason))
-        if isinstance(rows := self.held_out_rows, str):
-            return replace(verdict, kept_gain=KeptGain(reason=f"not measured: {rows}"))
-        base = self.write_base_in(verdict.precision)
-        return self.add_kept_gain_of_scorers(
-            verdict,
-            min_kept,
-            lambda longest: LlamaCppScorer(model, max_tokens=longest, threads=self.threads),
-            lambda longest: LlamaCppScorer(base, max_tokens=longest, threads=self.threads),
-        )
-
-    def add_kept_gain_of_scorers(
+    def add_kept_gain(
         self, verdict: EngineVerdict, min_kept: float, open_shipped: OpenScorer, open_rounded_base: OpenScorer
     ) -> EngineVerdict:
-        """Return the verdict with the share of the held-out gain, measured by scorers of two models."""
+        """Return a whole model's verdict with the share of the held-out gain that is left; too little fails it."""
         if isinstance(rows := self.held_out_rows, str):
             return replace(verdict, kept_gain=KeptGain(reason=f"not measured: {rows}"))
         kept = measure_kept_gain(self.loaded, rows, open_shipped, open_rounded_base)
@@ -263,10 +310,6 @@ class ExportVerifier:
 
     def open_merged(self, folder: Path) -> InferenceEngine:
         base = load_base(str(folder), dtype=self.model.dtype, device="cpu")
-        if base.tokenizer.chat_template != self.loaded.base.tokenizer.chat_template:
-            raise RunError(
-                f"{folder} has another chat template than the run was trained with", code="template-mismatch"
-            )
         return TransformersInferenceEngine("merged folder", base.model, base.tokenizer)
 
     def open_adapter(self, folder: Path, *, is_converted: bool = False) -> InferenceEngine:
@@ -280,6 +323,22 @@ class ExportVerifier:
         if self.model.dtype.itemsize > 2:
             merging.set_unrounded_embedding_scales(model)
         return TransformersInferenceEngine("adapter folder", model, loaded.base.tokenizer)
+
+    def open_in_peft(self, folder: Path) -> InferenceEngine:
+        """Open an adapter as PEFT loads it, on the run's base; without PEFT as slimtune loads it."""
+        if importlib.util.find_spec("peft") is None:
+            return self.open_adapter(folder, is_converted=True)
+        import peft
+
+        base = load_base(self.loaded.base.source.spec, dtype=self.loaded.base.dtype, device="cpu")
+        adapted: Any = base.model
+        try:
+            adapted = peft.PeftModel.from_pretrained(adapted.to(self.model.dtype), str(folder)).eval()
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise AdapterError(f"PEFT {peft.__version__} cannot load the file: {error}", "a file of PEFT's") from error
+        if self.model.dtype.itemsize > 2:
+            merging.set_unrounded_embedding_scales(adapted)
+        return TransformersInferenceEngine("PEFT", adapted, self.loaded.base.tokenizer)
 
     def open_beside_base(self, adapter: Path) -> InferenceEngine:
         base = self.temp_folder / "base.gguf"

@@ -167,7 +167,7 @@ def write_vllm_adapter(
     if served != trained:
         effect = "log-probabilities will differ by this rounding of the base"
         notes.append(f"the run held its base in {trained}, and vLLM will compute in {served}: {effect}")
-    verify = shlex.join(["slimtune", "verify", str(final_path), "--vllm", "http://127.0.0.1:8000"])
+    verify = shlex.join(["slimtune", "verify", str(final_path), "--at", "http://127.0.0.1:8000"])
     notes.append(f"the files were read back here; to check vLLM itself, start it, then {verify}")
     arguments = _write_script(loaded, folder, final_path, name, served, rank)
     facts = VllmExportFacts(

@@ -271,7 +271,7 @@ def _write_folder(path: Path, folder: Path, digest: str) -> None:
     if folder.exists():
         log.warning("the cached base %s is damaged; it is made again", folder)
         shutil.rmtree(folder)
-    model, tokenizer = _load(path)
+    model, tokenizer = load_gguf(path)
     needed = sum(p.numel() * p.element_size() for p in model.parameters()) + (64 << 20)
     with atomic_folder(folder, needed, "set SLIMTUNE_CACHE to a folder on another disk") as temporary:
         with silencing_model_loading():
@@ -298,8 +298,8 @@ def _hash_file(path: str, size: int, mtime_ns: int) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def _load(path: Path) -> tuple[PreTrainedModel, Any]:
-    """Return the file's model in float32 and its tokenizer, both ready to be saved."""
+def load_gguf(path: Path) -> tuple[PreTrainedModel, Any]:
+    """Return a GGUF file's model in float32, dequantized, and its tokenizer; nothing is kept in the cache."""
     gguf_config = getattr(transformers, "GgufConfig", None)  # older transformers always dequantize
     options = {"quantization_config": gguf_config(dequantize=True)} if gguf_config else {}
     reader = open_checked_gguf_reader(path)  # first: it notices an incomplete file before the slow part

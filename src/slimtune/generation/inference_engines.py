@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
+from ..core.foundation.chat_rendering import render_chat_template
 from ..core.foundation.json_results import JsonObject
 from ..errors import ModelError, RunError, SlimtuneError, UsageError, format_install_command, format_names, suggest
 from .json_client import JsonClient
@@ -89,6 +90,10 @@ class TransformersInferenceEngine:
     def tokenize(self, text: str) -> list[int]:
         # The chat template wrote the beginning-of-sequence token.
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def tokenize_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Return the ids of a chat that the model's own template renders, ready for an answer."""
+        return self.tokenize(render_chat_template(self.tokenizer, list(messages), None, add_generation_prompt=True))
 
     def score(self, ids: Sequence[int]) -> TextTokenScores:
         following = torch.tensor(ids[1:])[:, None]

@@ -8,7 +8,7 @@ from contextlib import suppress
 import pytest
 
 from slimtune.errors import AdapterError, SlimtuneError
-from slimtune.export.adapter_check.check_adapter import check_adapter
+from slimtune.export.verify import check_adapter
 
 
 def huge_header(folder):
@@ -85,4 +85,4 @@ def test_wrong_config_is_told(adapter_copy, values):
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
     with suppress(SlimtuneError):
         result = check_adapter(folder, str(base))
-        assert result.findings or result.not_proven
+        assert result.file.findings or result.file.not_proven

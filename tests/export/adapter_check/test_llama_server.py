@@ -7,9 +7,8 @@ import transformers
 from faulty_adapters import edit_config, edit_tensors, save_adapter
 from tiny_gguf import write_tiny_base
 
-from slimtune.export.adapter_check.check_adapter import check_adapter
-from slimtune.export.adapter_check.check_engine import ServedPlace
 from slimtune.export.exporter import export
+from slimtune.export.verify import ServedPlace, check_adapter
 from slimtune.extras.gguf_loading import get_or_make_hf_folder_and_seconds
 
 pytestmark = [
@@ -57,11 +56,11 @@ def test_verdict(files, adapter, scale, cause):
     server = start_server(base, adapter_gguf if adapter else None, scale)
     place = ServedPlace(server.listening_address, precision="f32")
     result = check_adapter(folder, str(base), place)
-    assert (result.engine.cause, result.evidence) == (cause, "log-probabilities"), result.engine
+    assert (result.checks[0].cause, result.checks[0].evidence) == (cause, "log-probabilities"), result.checks[0]
     if cause == "another-scale":
-        assert result.engine.scale == pytest.approx(scale, rel=0.05)
+        assert result.checks[0].scale == pytest.approx(scale, rel=0.05)
 
 
 def test_base_as_one_gguf(files):
     base, folder, _ = files
-    assert check_adapter(folder, str(base), ServedPlace(gguf=base)).engine.cause == "not-applied"
+    assert check_adapter(folder, str(base), ServedPlace(gguf=base)).checks[0].cause == "not-applied"

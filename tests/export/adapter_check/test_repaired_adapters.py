@@ -14,9 +14,9 @@ from test_silent_faults import FAULTS
 from tiny_gguf import write_tiny_base
 
 from slimtune.errors import AdapterError, UsageError
-from slimtune.export.adapter_check.check_adapter import check_adapter
 from slimtune.export.adapter_repair.adapter_mends import RepairAnswers
 from slimtune.export.adapter_repair.repair_adapter import repair_adapter
+from slimtune.export.verify import check_adapter
 from slimtune.extras.gguf_loading import get_or_make_hf_folder_and_seconds
 
 IDS = torch.arange(3, 60)[None]
@@ -73,11 +73,11 @@ def test_fault_is_named_repaired_and_proven(adapter_copy, made_adapters, tiny_to
     tiny_tokenizer(chat_template=CHATML).save_pretrained(base)
     damage(folder)
     before = {f.name: f.read_bytes() for f in folder.iterdir()}
-    assert code in [f.code for f in check_adapter(folder, str(base)).findings]
+    assert code in [f.code for f in check_adapter(folder, str(base)).file.findings]
     answers = RepairAnswers(adapter_name="a", alpha=8)
     result = repair_adapter(folder, "peft", tmp_path / "out", str(base), answers)
     assert code in [m.code for m in result.mended]
-    assert check_adapter(tmp_path / "out", str(base)).right
+    assert check_adapter(tmp_path / "out", str(base)).passed
     wanted = compute_log_probs(base, made_adapters(kind)[1])
     assert (wanted - compute_log_probs(base, tmp_path / "out")).abs().max() < 1e-5
     assert {f.name: f.read_bytes() for f in folder.iterdir()} == before
@@ -131,7 +131,7 @@ def test_split_experts_are_stacked(tmp_path, settings):
     edit_tensors(folder, split_into_modules)
     edit_config(folder, target_parameters=None, target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"])
     repair_adapter(folder, "peft", tmp_path / "out", str(base))
-    assert check_adapter(tmp_path / "out", str(base)).findings == []
+    assert check_adapter(tmp_path / "out", str(base)).file.findings == []
     assert (compute_log_probs(base, good) - compute_log_probs(base, tmp_path / "out")).abs().max() < 1e-5
 
 
@@ -144,7 +144,7 @@ def test_text_adapter_on_a_wrapper_of_images(tmp_path):
     trained = load_file(good / "adapter_model.safetensors")
     edit_tensors(folder, lambda _: {k.replace("language_model.", ""): v for k, v in trained.items()})
     repair_adapter(folder, "peft", tmp_path / "out", str(base))
-    assert check_adapter(tmp_path / "out", str(base)).right
+    assert check_adapter(tmp_path / "out", str(base)).passed
     model = tf.AutoModelForImageTextToText.from_pretrained(base)
     wanted = peft.PeftModel.from_pretrained(model, good).eval()(IDS).logits
     model = tf.AutoModelForImageTextToText.from_pretrained(base)
@@ -183,7 +183,7 @@ def test_start_in_the_base_is_folded(tied, tmp_path):
     wanted = compute_log_probs(base, folder)
     result = repair_adapter(folder, "peft", tmp_path / "out", str(base))
     assert ([m.code for m in result.mended], result.proof.passed) == (["start-in-base"], True), result.proof
-    assert check_adapter(tmp_path / "out", str(base)).findings == []
+    assert check_adapter(tmp_path / "out", str(base)).file.findings == []
     assert (wanted - compute_log_probs(base, tmp_path / "out")).abs().max() < 1e-3
 
 

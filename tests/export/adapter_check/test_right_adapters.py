@@ -7,7 +7,7 @@ import pytest
 from faulty_adapters import make_base, save_adapter, save_base
 
 import slimtune
-from slimtune.export.adapter_check.check_adapter import check_adapter
+from slimtune.export.verify import check_adapter
 
 LORAS = {
     "llama": {},
@@ -32,8 +32,8 @@ def test_no_alarm_at_a_file_of_peft(tmp_path, family):
     model = make_base(family)
     base = save_base(model, tmp_path / "base")
     result = check_adapter(save_adapter(model, tmp_path / "adapter", **LORAS[family]), str(base))
-    assert [f for f in result.findings if f.code != "tied-head"] == []
-    assert result.placed == result.tensors > 0
+    assert [f for f in result.file.findings if f.code != "tied-head"] == []
+    assert result.file.placed == result.file.tensors > 0
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gpt2", "mixtral", "qwen3_moe"])
@@ -48,22 +48,22 @@ def test_no_alarm_at_a_file_of_ours(tmp_path, family):
             parameter.data += 0.1
     adapted.save_pretrained(tmp_path / "adapter")
     result = check_adapter(tmp_path / "adapter", str(base))
-    assert (result.findings, result.placed) == ([], result.tensors)
-    assert len(result.layers) == 2
+    assert (result.file.findings, result.file.placed) == ([], result.file.tensors)
+    assert len(result.file.layers) == 2
 
 
 def test_what_is_not_proven_is_said(adapter_copy):
     _, adapter = adapter_copy()
     result = check_adapter(adapter)  # its base is a model in memory
-    assert (result.right, result.base, result.placed) == (True, None, None)
-    assert result.not_proven
+    assert (result.passed, result.file.base, result.file.placed) == (True, None, None)
+    assert result.file.not_proven
 
 
 def test_command_prints_the_result(slimtune, adapter_copy):
     base, adapter = adapter_copy()
     done = slimtune("check", adapter, "--base", base, "--json")
     assert done.exit_code == 0
-    assert json.loads(done.stdout)["placed"] == 28
+    assert json.loads(done.stdout)["file"]["placed"] == 28
 
 
 def test_command_fails_at_a_fault(slimtune, adapter_copy):
@@ -71,7 +71,7 @@ def test_command_fails_at_a_fault(slimtune, adapter_copy):
     (adapter / "adapter_config.json").unlink()
     done = slimtune("check", adapter, "--base", base, "--json")
     assert done.exit_code == 1
-    assert [f["code"] for f in json.loads(done.stdout)["findings"]] == ["config-unreadable"]
+    assert [f["code"] for f in json.loads(done.stdout)["file"]["findings"]] == ["config-unreadable"]
 
 
 def test_missing_adapter_is_wrong_use(slimtune, tmp_path):

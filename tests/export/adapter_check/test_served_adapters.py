@@ -12,9 +12,8 @@ from faulty_adapters import edit_config, edit_tensors, rename, save_adapter
 
 import slimtune
 from slimtune.errors import ModelError, RunError, UsageError
-from slimtune.export.adapter_check.check_adapter import check_adapter
-from slimtune.export.adapter_check.check_engine import ServedPlace
 from slimtune.export.expected_logps import AdapterReference, ReferenceText, judge_engine_against_adapter
+from slimtune.export.verify import ServedPlace, check_adapter
 from slimtune.generation.inference_engines import TransformersInferenceEngine
 
 
@@ -60,28 +59,32 @@ EVIDENCE = {
 @pytest.mark.parametrize("dialect", ["vllm", "echo", "answers", "ollama"])
 def test_applied(pair, dialect):
     result = check(pair, {"tuned": pair[3]}, dialect)
-    assert (result.engine.cause, result.engine.passed, result.right) == ("applied", True, True), result.engine
-    assert result.evidence == EVIDENCE[dialect]
+    assert (result.checks[0].cause, result.checks[0].passed, result.passed) == ("applied", True, True), result.checks[0]
+    assert result.checks[0].evidence == EVIDENCE[dialect]
 
 
 @pytest.mark.parametrize("dialect", EVIDENCE)
 def test_not_applied(pair, dialect):
     """vllm-project/vllm#34186, generative-computing/mellea#1651: 200, and the base's words."""
     result = check(pair, {"tuned": pair[4]}, dialect)
-    assert (result.engine.cause, result.right, result.evidence) == ("not-applied", False, EVIDENCE[dialect])
+    assert (result.checks[0].cause, result.passed, result.checks[0].evidence) == (
+        "not-applied",
+        False,
+        EVIDENCE[dialect],
+    )
 
 
 def test_server_that_gives_the_base_for_every_name(pair):
     models = {"base": pair[4], "tuned": pair[3]}
-    assert check(pair, models, "vllm", lies=True, parents={"tuned": "base"}).engine.cause == "not-applied"
+    assert check(pair, models, "vllm", lies=True, parents={"tuned": "base"}).checks[0].cause == "not-applied"
 
 
 @pytest.mark.parametrize(("dialect", "factor"), [("vllm", 0.5), ("vllm", 2.0), ("echo", 0.25), ("ollama", 0.5)])
 def test_another_scale(pair, dialect, factor):
     """vllm-project/vllm#10798: rsLoRA's scale; NVIDIA/TensorRT-LLM#1477: alpha that is not read."""
     result = check(pair, {"tuned": change(pair[3], factor)}, dialect)
-    assert result.engine.cause == "another-scale", result.engine
-    assert result.engine.scale == pytest.approx(factor, rel=0.02)
+    assert result.checks[0].cause == "another-scale", result.checks[0]
+    assert result.checks[0].scale == pytest.approx(factor, rel=0.02)
     assert result.repair.startswith("slimtune repair ")
 
 
@@ -89,12 +92,12 @@ def test_another_scale(pair, dialect, factor):
 def test_partly(pair, part, missing):
     """unslothai/unsloth#3405, vllm-project/vllm#41754: some modules are wired nowhere."""
     result = check(pair, {"tuned": change(pair[3], 0, part)}, "vllm")
-    assert (result.engine.cause, result.engine.missing) == ("partly", missing), result.engine
+    assert (result.checks[0].cause, result.checks[0].missing) == ("partly", missing), result.checks[0]
 
 
 def test_another_base(pair, tiny_llama):
     other = tiny_llama(seed=5, initializer_range=0.2, num_hidden_layers=4)
-    assert check(pair, {"tuned": other}, "vllm").engine.cause == "another-base"
+    assert check(pair, {"tuned": other}, "vllm").checks[0].cause == "another-base"
 
 
 def test_another_base_that_the_server_is_asked_for(pair, tiny_llama):
@@ -102,39 +105,39 @@ def test_another_base_that_the_server_is_asked_for(pair, tiny_llama):
     torch.nn.init.normal_(other.model.layers[0].mlp.up_proj.weight, std=0.3)
     tuned = peft.PeftModel.from_pretrained(copy.deepcopy(other), pair[1]).eval()
     result = check(pair, {"base": other, "tuned": tuned}, "vllm", parents={"tuned": "base"})
-    assert result.engine.cause == "another-base"
+    assert result.checks[0].cause == "another-base"
 
 
 def test_another_template(pair):
     """LlamaFactory#6320, ollama/ollama#8363: the server renders a chat otherwise."""
     result = check(pair, {"tuned": pair[3]}, "vllm", template="### {}\n")
-    assert (result.engine.cause, result.right) == ("another-template", False)
+    assert (result.checks[0].cause, result.passed) == ("another-template", False)
 
 
 def test_second_beginning_token(pair):
     """A server that adds a beginning-of-sequence token to the template's."""
-    assert check(pair, {"tuned": pair[3]}, "vllm", bos=[1]).engine.cause == "another-template"
+    assert check(pair, {"tuned": pair[3]}, "vllm", bos=[1]).checks[0].cause == "another-template"
 
 
 def test_rounding_beyond_the_precision(pair):
-    assert check(pair, {"tuned": pair[3]}, "vllm", noise=0.1).engine.cause == "rounding"
+    assert check(pair, {"tuned": pair[3]}, "vllm", noise=0.1).checks[0].cause == "rounding"
 
 
 def test_rounding_of_the_precision(pair):
-    assert check(pair, {"tuned": pair[3]}, "vllm", noise=0.003).engine.cause == "applied"
+    assert check(pair, {"tuned": pair[3]}, "vllm", noise=0.003).checks[0].cause == "applied"
 
 
 def test_equal_words_alone_prove_nothing(pair):
     result = check(pair, {"tuned": pair[3]}, "greedy")
-    assert (result.engine.cause, result.engine.passed, result.right) == ("not-proven", None, False)
+    assert (result.checks[0].cause, result.checks[0].passed, result.passed) == ("not-proven", None, False)
 
 
 def test_file_with_other_names_is_computed_as_trained(pair, tmp_path):
     folder = copy_adapter(pair[1], tmp_path / "renamed")
     rename(folder, "base_model.model.", "_orig_mod.base_model.model.")
     result = check((pair[0], folder, *pair[2:]), {"tuned": pair[4]}, "vllm")
-    assert [f.code for f in result.findings] == ["key-prefix"]
-    assert result.engine.cause == "not-applied"
+    assert [f.code for f in result.file.findings] == ["key-prefix"]
+    assert result.checks[0].cause == "not-applied"
 
 
 def test_unknown_name_lists_what_there_is(pair):
@@ -149,7 +152,7 @@ def test_name_is_needed_where_several_are_served(pair):
 
 def test_the_only_adapter_needs_no_name(pair):
     models = {"base": pair[4], "tuned": pair[3]}
-    assert check(pair, models, "vllm", name=None, parents={"tuned": "base"}).engine.cause == "applied"
+    assert check(pair, models, "vllm", name=None, parents={"tuned": "base"}).checks[0].cause == "applied"
 
 
 @pytest.mark.parametrize(
@@ -162,7 +165,7 @@ def test_server_that_refuses(pair, settings, error):
 
 def test_key_is_read_from_the_environment(pair, monkeypatch):
     monkeypatch.setenv("SLIMTUNE_SERVER_KEY", "k")
-    assert check(pair, {"tuned": pair[3]}, "echo", key="k").engine.cause == "applied"
+    assert check(pair, {"tuned": pair[3]}, "echo", key="k").checks[0].cause == "applied"
 
 
 def test_server_that_hangs(pair):
@@ -181,9 +184,9 @@ def test_merged_folder(pair, tmp_path):
     merged.save_pretrained(tmp_path / "merged")
     pair[2].save_pretrained(tmp_path / "merged")
     place = ServedPlace(merged=tmp_path / "merged", precision="f32")
-    assert check_adapter(pair[1], str(pair[0]), place).engine.cause == "applied"
+    assert check_adapter(pair[1], str(pair[0]), place).checks[0].cause == "applied"
     pair[4].save_pretrained(tmp_path / "merged")
-    assert check_adapter(pair[1], str(pair[0]), place).engine.cause == "not-applied"
+    assert check_adapter(pair[1], str(pair[0]), place).checks[0].cause == "not-applied"
 
 
 def test_without_the_base_nothing_is_proven(pair):
@@ -191,7 +194,7 @@ def test_without_the_base_nothing_is_proven(pair):
     edit_config(adapter, base_model_name_or_path=None)
     with serving({"tuned": model}, tokenizer, "vllm") as url:
         result = check_adapter(adapter, None, ServedPlace(url, name="tuned"))
-    assert (result.right, result.engine.cause) == (False, None)
+    assert (result.passed, result.checks[0].cause) == (False, None)
 
 
 def test_wrong_engine_fails_also_where_no_cause_can_be_computed(tiny_llama, tiny_tokenizer, monkeypatch):

@@ -7,7 +7,7 @@ import torch
 from chatml import CHATML
 from faulty_adapters import edit_config, edit_tensors, make_base, rename, save_adapter, save_base
 
-from slimtune.export.adapter_check.check_adapter import check_adapter
+from slimtune.export.verify import check_adapter
 
 
 def zero_b(tensors, part=""):
@@ -103,8 +103,8 @@ def test_fault_is_named(adapter_copy, tiny_tokenizer, name):
     tiny_tokenizer(chat_template=CHATML).save_pretrained(base)
     damage(folder)
     result = check_adapter(folder, str(base))
-    assert code in [f.code for f in result.findings]
-    assert result.right == (not any(f.severity == "fault" for f in result.findings))
+    assert code in [f.code for f in result.file.findings]
+    assert result.passed == (not any(f.severity == "fault" for f in result.file.findings))
 
 
 def test_text_adapter_on_a_wrapper_of_images(tmp_path):
@@ -113,8 +113,8 @@ def test_text_adapter_on_a_wrapper_of_images(tmp_path):
     text = make_base("gemma3_text")
     adapter = save_adapter(text, tmp_path / "adapter", target_modules=["q_proj", "up_proj"])
     result = check_adapter(adapter, str(save_base(wrapper, tmp_path / "base")))
-    fault = next(f for f in result.findings if f.severity == "fault")
-    assert (fault.code, fault.count, result.placed) == ("key-prefix", 8, 0)
+    fault = next(f for f in result.file.findings if f.severity == "fault")
+    assert (fault.code, fault.count, result.file.placed) == ("key-prefix", 8, 0)
 
 
 def test_tied_weights_with_two_values(tmp_path):
@@ -125,7 +125,7 @@ def test_tied_weights_with_two_values(tmp_path):
         model, tmp_path / "adapter", target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens"]
     )
     edit_tensors(adapter, lambda t: {k: v + 1 if "lm_head" in k else v for k, v in t.items()})
-    assert [f.code for f in check_adapter(adapter, str(base)).findings] == ["tied-weights-differ"]
+    assert [f.code for f in check_adapter(adapter, str(base)).file.findings] == ["tied-weights-differ"]
 
 
 def test_adapter_of_the_head_alone_where_the_base_ties_it(tmp_path):
@@ -133,16 +133,18 @@ def test_adapter_of_the_head_alone_where_the_base_ties_it(tmp_path):
     model = make_base("llama", tie_word_embeddings=True)
     base = save_base(model, tmp_path / "base")
     adapter = save_adapter(model, tmp_path / "adapter", target_modules=["lm_head"])
-    assert [f.code for f in check_adapter(adapter, str(base)).findings] == ["tied-head"]
+    assert [f.code for f in check_adapter(adapter, str(base)).file.findings] == ["tied-head"]
 
 
 def test_adapter_of_a_larger_base(adapter_copy, tmp_path):
     _, adapter = adapter_copy()
     base = save_base(make_base("llama", hidden_size=32, head_dim=16), tmp_path / "base")
-    assert "another-shape" in [f.code for f in check_adapter(adapter, str(base)).findings]
+    assert "another-shape" in [f.code for f in check_adapter(adapter, str(base)).file.findings]
 
 
 def test_adapter_of_another_family(adapter_copy, tmp_path):
     _, adapter = adapter_copy()
     result = check_adapter(adapter, str(save_base(make_base("gpt2"), tmp_path / "base")))
-    assert {"targets-unmatched", "unknown-modules"} & {f.code for f in result.findings} or result.placed is None
+    assert {"targets-unmatched", "unknown-modules"} & {
+        f.code for f in result.file.findings
+    } or result.file.placed is None

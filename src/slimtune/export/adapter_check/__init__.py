@@ -1,4 +1,4 @@
-"""Whether an adapter is what was trained, and whether an engine applies it: `slimtune check`, for any trainer's file.
+"""Whether an adapter's file, of any trainer, is what was trained: the first half of `slimtune check` and `verify`.
 
-Imports the core, planning and export. Start at `check_adapter.py`; `adapter_findings.py` lists what can be wrong.
+Imports the core, planning and export. Start at `check_file.py`; `adapter_findings.py` lists what can be wrong.
 """

@@ -1,4 +1,4 @@
-"""What can be wrong with an adapter, and the result of checking it."""
+"""What can be wrong with an adapter's file, and the result of checking it."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -6,7 +6,6 @@ from enum import Enum
 from typing import Literal, NamedTuple
 
 from ...core.foundation.formatting import format_bytes, format_count
-from ..export_results import EngineVerdict
 
 Severity = Literal["fault", "warning"]
 SHOWN_KEYS = 2
@@ -192,8 +191,8 @@ class LayerUpdateNorm:
 
 
 @dataclass(frozen=True)
-class AdapterCheckResult:
-    """What `check --json` prints."""
+class AdapterFileCheck:
+    """What is wrong with an adapter's file, and what could not be checked."""
 
     adapter: str
     """The adapter folder."""
@@ -208,7 +207,7 @@ class AdapterCheckResult:
     bytes: int
     """Of the file."""
     right: bool
-    """Whether no fault was found, and the engine, if one was asked, computes the trained adapter."""
+    """Whether no fault was found."""
     findings: list[AdapterFinding]
     """What is wrong, faults first."""
     not_proven: list[str]
@@ -217,15 +216,9 @@ class AdapterCheckResult:
     """How much the adapter changes each layer; empty for other methods than LoRA."""
     seconds: float
     """That the check of the file took."""
-    engine: EngineVerdict | None = None
-    """What the engine computes; null: none was asked."""
-    repair: str | None = None
-    """The command that mends it, for an ENGINE; null: nothing to mend, or a fault that only the trainer can mend."""
-    evidence: str | None = None
-    """What the engine was compared by: log-probabilities, those of its answers, or greedy answers (weaker)."""
 
     def lines(self) -> Iterator[str]:
-        """Yield the report for people."""
+        """Yield what was found, for people."""
         base = f" against {self.base}" if self.base else ""
         placed = "" if self.placed is None else f", {format_count(self.placed)} placed"
         yield f"{self.adapter}{base}"
@@ -240,9 +233,8 @@ class AdapterCheckResult:
                 yield f"  … ({f.count - len(f.keys)} more)"
             yield f"  expected: {f.expected}"
             yield f"  fix: {f.fix}"
-        if self.repair and self.findings:
-            yield ""
-            yield f"to mend it: {self.repair}"
-        if self.not_proven:
-            yield ""
-            yield from (f"not proven: {text}" for text in self.not_proven)
+
+    @property
+    def faults(self) -> list[str]:
+        """The codes of its faults."""
+        return [f.code for f in self.findings if f.severity == "fault"]

@@ -21,7 +21,7 @@ from ...errors import AdapterError, UsageError, format_names, suggest
 from ...extras.lora_conversion import make_lora_config_rank_fields
 from ..adapter_check.adapter_findings import Mend
 from ..adapter_check.base_findings import group_misshapen_keys
-from ..adapter_check.check_adapter import FileCheck
+from ..adapter_check.check_file import FileCheck
 from ..adapter_check.key_placement import (
     group_lora_pairs,
     list_adapter_names_in_keys,

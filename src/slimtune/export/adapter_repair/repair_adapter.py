@@ -8,13 +8,11 @@ A fault that is left is an error: what was not saved cannot be mended.
 """
 
 import dataclasses
-import importlib.util
 import re
 import shlex
 import shutil
 import tempfile
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,18 +30,17 @@ from ...core.models.model_source import resolve_model_source
 from ...core.training.run_dir import RunDir
 from ...core.training.trained_model import TrainedModel
 from ...errors import AdapterError, ModelError, UsageError, format_names, suggest
-from ...generation.inference_engines import TransformersInferenceEngine
 from ..adapter_check.adapter_findings import FINDING_KINDS, Mend
-from ..adapter_check.check_adapter import FileCheck, check_file
-from ..adapter_check.check_engine import compute_loudest_reference
-from ..expected_logps import judge_engine_against_adapter
+from ..adapter_check.check_file import FileCheck, check_file
 from ..export_format import TOKENIZER_FILES, list_export_targets
 from ..export_results import EngineVerdict, MergeResult
 from ..export_support import get_export_support_flags, split_low_rank_and_other_changes
 from ..exporter import export
 from ..manifest import EXPORT_MANIFEST
-from ..merge import load_run_for_export, merge, set_unrounded_embedding_scales
+from ..merge import load_run_for_export, merge
 from ..mlx import collect_mlx_lora_pairs
+from ..served_place import compute_loudest_reference
+from ..verify import ExportVerifier
 from ..vllm import list_unfixable_and_convertible_vllm_refusals, write_plain_lora_files
 from .adapter_mends import MENDS, AdapterContents, RepairAnswers
 from .repair_result import AppliedMend, RepairResult, WrittenForm
@@ -330,7 +327,7 @@ def _write_for_peft(mended: MendedAdapter, out: Path, log: Callable[[str], None]
         if loaded is None:
             proof = EngineVerdict("PEFT", "f32", cause="not-proven", reason=unproven)
         else:
-            proof = _compare_in_peft(loaded, folder, spec)
+            proof = _compare_in_peft(loaded, folder)
         if proof.passed is False:
             raise AdapterError(f"the mended file is not the adapter in {proof.engine}: {proof.reason}", proof.limit)
     return WrittenRepair(proof, [], [])
@@ -348,26 +345,10 @@ def _is_on_disk(spec: str) -> bool:
     return True
 
 
-def _compare_in_peft(loaded: TrainedModel, folder: Path, spec: str) -> EngineVerdict:
+def _compare_in_peft(loaded: TrainedModel, folder: Path) -> EngineVerdict:
     """Compare a written adapter, as PEFT loads it, with the mended one; without PEFT, as slimtune loads it."""
     if loaded.base.quantization is not None:
         reason = f"the base is quantized ({loaded.base.quantization}), and was compared with nothing"
         return EngineVerdict("PEFT", "f32", cause="not-proven", reason=reason)
-    reference, name = compute_loudest_reference(loaded), "adapter folder, read back"
-    if importlib.util.find_spec("peft") is None:
-        model: Any = load_run_for_export(folder).model
-    else:
-        import peft
-
-        name = f"PEFT {peft.__version__}"
-        base: Any = load_base(spec, dtype=loaded.base.dtype, device="cpu").model
-        wanted: Any = loaded.model
-        try:
-            model = peft.PeftModel.from_pretrained(base.to(wanted.dtype), folder).eval()
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            return EngineVerdict(name, "f32", passed=False, reason=f"it cannot load the file: {error}")
-        if wanted.dtype.itemsize > 2:
-            set_unrounded_embedding_scales(model)
-    engine = TransformersInferenceEngine(name, model, loaded.base.tokenizer)
-    with closing(engine):
-        return judge_engine_against_adapter(reference, engine, "f32")
+    verifier = ExportVerifier(loaded, folder, folder, reference=compute_loudest_reference(loaded))
+    return verifier.verify_engine("PEFT", "f32", lambda: verifier.open_in_peft(folder))

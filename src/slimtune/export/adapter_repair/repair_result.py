@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ...core.foundation.formatting import format_bytes
-from ..adapter_check.adapter_findings import AdapterCheckResult
+from ..adapter_check.adapter_findings import AdapterFileCheck
 from ..export_results import EngineVerdict
 
 WrittenForm = Literal["adapter", "merged"]
@@ -43,7 +43,7 @@ class RepairResult:
     """What was mended, in this order."""
     files: dict[str, int]
     """Bytes by name."""
-    check: AdapterCheckResult
+    check: AdapterFileCheck
     """What `slimtune check` says of the mended adapter, from which the folder was written."""
     proof: EngineVerdict
     """The comparison of what was written with the mended adapter, by log-probabilities."""

@@ -1,34 +1,35 @@
-"""Check an adapter's file against its base, without an engine and without the base's weights: `slimtune check`."""
+"""Check an adapter's file against its base, without an engine and without the base's weights."""
 
 import copy
-import shlex
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModel, PreTrainedConfig
 
+from ...core.adapters.adapter_files import WEIGHTS_FILE
 from ...core.adapters.adapter_tensors import PREFIX
-from ...core.adapters.peft_config import PeftConfig
+from ...core.adapters.peft_config import PeftConfig, write_adapter_config
+from ...core.foundation.formatting import format_bytes
 from ...core.models.base_config import load_base_config
 from ...core.models.load_errors import silence_and_translate_load_errors
 from ...core.models.loader import get_auto_class, load_tokenizer
 from ...core.models.model_source import resolve_model_source
 from ...core.training.run_dir import RunDir
+from ...core.training.trained_model import TrainedModel
 from ...errors import AdapterError, ModelError, SlimtuneError, TargetError, format_names
 from ...extras.mlx_adapter import get_or_make_peft_folder, is_mlx_adapter
+from ..merge import load_run_for_export
 from . import base_findings, tensor_findings
-from .adapter_findings import AdapterCheckResult, AdapterFinding, make_finding
-from .check_engine import ServedPlace, check_served_adapter
+from .adapter_findings import AdapterFileCheck, AdapterFinding, make_finding
 from .foreign_adapter import ForeignAdapter, open_foreign_adapter
 from .key_placement import KeyPlacement, group_lora_pairs, place_keys
 
-MISREAD = ("not-applied", "another-scale", "partly")
-"""Verdicts on an engine that may read a file for it rightly, although this one is right."""
+BASE_WEIGHTS_UNPROVEN = "whether the base has the weights of the training: only its config was compared"
 _PATTERN_FIELDS = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "target_parameters")
 
 
@@ -44,35 +45,12 @@ class BaseComparison(NamedTuple):
 class FileCheck(NamedTuple):
     """The check of a file, and what a comparison with an engine, or a repair, needs of it."""
 
-    result: AdapterCheckResult
+    result: AdapterFileCheck
     adapter: ForeignAdapter
     config: PeftConfig | None  # None: it cannot be read
     model: Any  # the base on the meta device; None: no base was at hand
     placement: KeyPlacement | None
     updates: dict[str, tensor_findings.UpdateNorm]  # by module
-
-
-def check_adapter(
-    path: Path,
-    base: str | None = None,
-    place: ServedPlace | None = None,
-    log: Callable[[str], None] = lambda _: None,
-) -> AdapterCheckResult:
-    """Check an adapter's file, and what serves it, if a place is given; arguments and errors as below.
-
-    Args:
-        path, base: as for `check_adapter_file`.
-        place: where it is served.
-        log: gets progress messages.
-    """
-    checked = check_file(path, base, log)
-    if place is None:
-        return checked.result
-    result = check_served_adapter(checked.result, checked.adapter, checked.placement, place, log)
-    is_misread = result.engine is not None and result.engine.cause in MISREAD
-    if is_misread and result.repair is None and not any(f.severity == "fault" for f in result.findings):
-        return replace(result, repair=_format_repair_command(path, base))
-    return result
 
 
 def check_file(path: Path, base: str | None = None, log: Callable[[str], None] = lambda _: None) -> FileCheck:
@@ -118,7 +96,7 @@ def check_file(path: Path, base: str | None = None, log: Callable[[str], None] =
     if config is not None and config.name != "lora":
         not_proven.append(f"whether the training changed it: that is only known of a LoRA, and this is {config.name}")
     findings.sort(key=lambda finding: finding.severity)
-    result = AdapterCheckResult(
+    result = AdapterFileCheck(
         adapter=str(given if path != given else adapter.folder),
         base=spec,
         method=config.name if config is not None else str(adapter.config.get("peft_type") or "unknown").lower(),
@@ -130,21 +108,8 @@ def check_file(path: Path, base: str | None = None, log: Callable[[str], None] =
         not_proven=not_proven,
         layers=tensor_findings.sum_update_norms_by_layer(updates, _compute_scales(config, updates)),
         seconds=time.monotonic() - started,
-        repair=_format_repair_command(path, base) if spec is not None and _can_be_mended(findings) else None,
     )
     return FileCheck(result, adapter, config, model, placement, updates)
-
-
-def _can_be_mended(findings: Sequence[AdapterFinding]) -> bool:
-    """Return whether something can be mended, and no fault would be left."""
-    lost = any(f.severity == "fault" and f.mend is None for f in findings)
-    return not lost and any(f.mend is not None for f in findings)
-
-
-def _format_repair_command(path: Path, base: str | None) -> str:
-    """Return the command that mends an adapter for an engine."""
-    names = shlex.join([str(path), *(["--base", base] if base else [])])
-    return f"slimtune repair {names} --for ENGINE --out DIR"
 
 
 def _read_config(adapter: ForeignAdapter) -> tuple[PeftConfig | None, list[AdapterFinding], list[str]]:
@@ -200,7 +165,7 @@ def _compare_with_base(
             not_proven.append(f"chat template and special tokens: {error.message.splitlines()[0]}")
         else:
             findings += base_findings.find_tokenizer_faults(template, tokens, tokenizer)
-    not_proven.append("whether the base has the weights of the training: only its config was compared")
+    not_proven.append(BASE_WEIGHTS_UNPROVEN)
     return BaseComparison(model, placement, findings, not_proven)
 
 
@@ -248,3 +213,33 @@ def _compute_scales(config: PeftConfig | None, modules: Mapping[str, Any]) -> di
         rank = settings.get_rank(name)
         scales[module] = settings.get_alpha(name) / (rank**0.5 if settings.use_rslora else rank)
     return scales
+
+
+def load_as_trained(checked: FileCheck, folder: Path, log: Callable[[str], None] = lambda _: None) -> TrainedModel:
+    """Load an adapter on its base as it was trained: keys that have other names in the file are put in their place.
+
+    `folder` gets the adapter's files where they have to be written. AdapterError means that it cannot be computed with.
+    """
+    adapter, placement, base = checked.adapter, checked.placement, str(checked.result.base)
+    log(f"loading the base once: about {format_bytes(_estimate_bytes(load_base_config(base).config))} of memory")
+    own = adapter.config.get("base_model_name_or_path") == base
+    if own and (placement is None or not placement.renamed):
+        return load_run_for_export(adapter.folder)
+    renamed = placement.placed if placement is not None else {}
+    keys = {key: renamed.get(key, key) for key in adapter.tensors}
+    save_file(
+        {new: adapter.load_tensor(key) for key, new in keys.items()}, folder / WEIGHTS_FILE, adapter.metadata or None
+    )
+    write_adapter_config(folder, {**adapter.config, "base_model_name_or_path": base})
+    template = adapter.folder / "chat_template.jinja"
+    if template.is_file():
+        (folder / template.name).write_bytes(template.read_bytes())
+    return load_run_for_export(folder)
+
+
+def _estimate_bytes(config: Any) -> int:
+    """Return the bytes of a base's weights in float32, roughly, from its config alone."""
+    text = config.get_text_config()
+    width, layers = getattr(text, "hidden_size", 0) or 0, getattr(text, "num_hidden_layers", 0) or 0
+    inner = getattr(text, "intermediate_size", None) or 4 * width
+    return 4 * (layers * (4 * width * width + 3 * width * inner) + (getattr(text, "vocab_size", 0) or 0) * width)
