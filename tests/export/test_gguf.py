@@ -27,6 +27,7 @@ from slimtune.export.expected_logps import (
     ReferenceText,
     judge_engine_against_adapter,
 )
+from slimtune.extras.nf4_experts import is_expert_parameter, quantize_experts_to_nf4
 from slimtune.generation.inference_engines import InProcessLlamaCppEngine
 
 gguf = pytest.importorskip("gguf")
@@ -100,6 +101,25 @@ def test_llama_cpp_agrees_with_the_adapter(kind, settings, tmp_path, tiny_tokeni
     assert verdict.passed, verdict.reason
     assert verdict.max_difference < 0.01
     assert verdict.effect > 0.1
+
+
+@pytest.mark.slow
+@needs_llama_cpp
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss", "mixtral"])
+def test_llama_cpp_agrees_with_an_adapter_on_experts_in_nf4(kind, tmp_path, tiny_tokenizer):
+    tokenizer, model, dequantized = tiny_tokenizer(), adapted(kind), model_of(kind, VOCABULARY)
+    for name, weight in list(dequantized.named_parameters()):
+        if is_expert_parameter(dequantized, name):
+            packed = torch.nn.Parameter(quantize_experts_to_nf4(weight), requires_grad=False)
+            module, _, leaf = name.rpartition(".")
+            model.get_submodule(module)._parameters[leaf] = packed
+            weight.data = packed.dequantized()
+    base = write(tmp_path / "base.gguf", dequantized, tokenizer)
+    ours.write_adapter_gguf(tmp_path / "a.gguf", model)
+    verdict = compare(model, tokenizer, base, tmp_path / "a.gguf")
+    assert verdict.passed, verdict.reason
+    assert verdict.max_difference < 0.01
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ class _KeepPacked(ConversionOps):
 
     def convert(
         self, input_dict: Any, *args: Any, model: Any = None, full_layer_name: Any = None, **kwargs: Any
-    ) -> dict[str, Any]:
+    ) -> Any:
         tensors = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
         blocks, scales = (next(t for n, t in tensors.items() if n.endswith(end)) for end in ("_blocks", "_scales"))
         module, name = get_module_from_name(model, full_layer_name)
@@ -54,7 +54,7 @@ class PackedMxfp4Quantizer(Mxfp4HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, *args: Any, **kwargs: Any) -> None:
         """Leave the experts' module as it is."""
 
-    def get_load_operations(self) -> dict[str, Any]:
+    def get_load_operations(self) -> dict[str, type[ConversionOps]]:
         return {"dequantize": _KeepPacked}
 
     def postprocess_model(self, model: Any, **kwargs: Any) -> Any:

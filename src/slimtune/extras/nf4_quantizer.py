@@ -21,7 +21,7 @@ class _QuantizeLayerOrExperts(ConversionOps):
     def __init__(self, hf_quantizer: Any) -> None:
         self.hf_quantizer = hf_quantizer
 
-    def convert(self, input_dict: Any, *args: Any, model: Any = None, **kwargs: Any) -> dict[str, Any]:
+    def convert(self, input_dict: Any, *args: Any, model: Any = None, **kwargs: Any) -> Any:
         result: dict[str, Any] = {}
         for name, value in input_dict.items():
             value = value[0] if isinstance(value, list) else value
