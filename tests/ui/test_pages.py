@@ -7,6 +7,7 @@ import re
 import shutil
 
 import pytest
+from waiting import wait_until
 
 from slimtune.core.config.objective_registry import list_objectives
 from slimtune.ui import column_choices, form_fields, workspace
@@ -106,6 +107,53 @@ def test_a_wrong_field_starts_no_command_and_says_so_itself(browser, pages, fini
     assert browser.post("/train", data={"run": "runs/new"}).status_code == 400
 
 
+def test_rows_that_are_chosen_anew_are_checked_in_place_of_those_before(browser, pages, commands):
+    commands(REPORT, seconds=60)
+    browser.post("/rows", data=FORM)
+    first = pages.jobs.get("data")
+    browser.post("/rows", data=FORM)
+    assert pages.jobs.get("data") is first
+    assert browser.post("/rows", data={**FORM, "column.output": "b"}).headers["location"] == "/#job"
+    assert first.ended
+    assert "--column=output=b" in pages.jobs.get("data").args
+
+
+def test_a_running_command_shows_how_far_it_is(browser, pages, commands):
+    commands(REPORT, seconds=60)
+    browser.post("/rows", data=FORM)
+    wait_until(lambda: pages.jobs.get("data").messages)  # its own one
+    pages.jobs.get("data").messages.append("general text: 3 of 13 (2 s so far)")
+    assert '<progress max="13" value="3"' in browser.get("/").text
+    pages.jobs.get("data").messages.append("writes the report")
+    assert "<progress" not in browser.get("/").text
+
+
+def test_one_button_keeps_enough_rows_for_the_evaluation(browser, folder, commands, finish):
+    (folder / "rows.jsonl").write_text('{"text": "a"}\n' * 62)
+    browser.post("/rows", data=FORM)
+    finish("data")
+    button = re.search(r'<button form="settings" name="([^"]*)" value="([^"]*)"', browser.get("/plan").text)
+    body = f"train.epochs=2&data.test_fraction=&{button[1]}={button[2]}"  # as a browser sends the form and the button
+    browser.post("/plan", content=body, headers={"content-type": "application/x-www-form-urlencoded"})
+    finish("plan")
+    assert {"--set=data.test_fraction=0.1", "--epochs=2"} <= {*finish("plan").args}
+    assert 'id="keep-enough"' not in browser.get("/plan").text
+
+
+def test_what_trains_comes_before_the_form_of_another_run(browser, commands, finish):
+    browser.post("/rows", data=FORM)
+    finish("data")
+    commands(seconds=60)
+    browser.post("/train", data={"run": "runs/new"})
+    text = browser.get("/train").text
+    assert text.index('id="run"') < text.index('id="new-run"')
+
+
+def test_a_spreadsheet_is_refused_with_the_way_to_a_csv(browser):
+    assert "CSV" in re.search(r'class="wrong" role="alert">([^<]*)', browser.post(
+        "/upload", files={"file": ("mails.xlsx", b"PK")}).text)[1].partition("choose")[2]  # fmt: skip
+
+
 def test_a_plan_begins_with_its_verdict(browser, commands, finish):
     commands(PLAN)
     browser.post("/rows", data=FORM)
@@ -128,8 +176,7 @@ def test_a_part_asks_for_itself_until_its_command_ends(browser, pages, commands,
     commands(REPORT, seconds=30)
     browser.post("/rows", data=FORM)
     assert 'hx-get="/live/data"' in browser.get("/live/data").text
-    again = browser.post("/rows", data=FORM)  # in a second tab
-    assert again.status_code == 400
+    browser.post("/rows", data=FORM)  # in a second tab
     assert browser.post("/stop/data").headers["location"] == "/#job"
     assert finish("data").state == "stopped"
     text = browser.get("/live/data").text
@@ -211,7 +258,7 @@ def read_columns(text):
     """Return the column that is chosen for each role, and the format."""
     selects = re.findall(r'<select id="(?:column-)?(\w+)"(.*?)</select>', text, re.DOTALL)
     chosen = {name: re.search(r"<option[^>]* selected>([^<]*)<", options) for name, options in selects}
-    return {name: found[1] for name, found in chosen.items() if found}
+    return {name: re.sub(r".*\((.*)\)", r"\1", found[1]) for name, found in chosen.items() if found}
 
 
 def test_columns_are_guessed_from_the_uploaded_file(browser, finish):
@@ -421,6 +468,15 @@ def test_a_report_on_other_rows_says_so(browser, pages, commands, finish):
     assert not pages.job_view("data").is_outdated
     browser.post("/upload", files={"file": ("mended.csv", CSV)})
     assert pages.job_view("data").is_outdated
+
+
+def test_an_error_about_other_rows_is_not_shown(browser, commands, finish):
+    commands({"error": {"message": "there is no base 'smolm2'"}}, code=2)
+    browser.post("/rows", data=FORM)
+    finish("data")
+    assert "smolm2&" in browser.get("/").text
+    browser.post("/upload", files={"file": ("mended.csv", CSV)})
+    assert "smolm2&" not in browser.get("/").text
 
 
 def test_a_plan_of_other_settings_says_so_and_leads_to_no_training(browser, commands, finish):

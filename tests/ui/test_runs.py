@@ -166,6 +166,14 @@ def test_a_stopped_training_is_resumed(browser, run, finish):
     assert finish("train").args == ["train", "--out=runs/first", "--resume"]
 
 
+def test_an_adapter_that_was_weakened_says_so(browser, run):
+    file = run.path / "result.json"
+    forgot = {"budget": 0.1, "tokens": 9, "before": 0.377, "strength": 0.589, "change": 0.0987}
+    for forgetting, is_said in ((forgot, True), ({**forgot, "strength": 1}, False), (None, False)):
+        write_json(file, {**json.loads(file.read_text()), "forgetting": forgetting})
+        assert ("59 %" in browser.get("/train?run=runs/first").text) is is_said
+
+
 def test_a_log_is_read_from_its_end_and_never_through_a_link(run, folder):
     run.log_file.write_text("".join(f"line {i}\n" for i in range(100_000)))
     lines = read_last_log_lines(run)

@@ -71,7 +71,7 @@ def _read(path: Path) -> ColumnPreview:
         elif len(records) < DETECTION_ROWS:
             records.append(found[1])
     if not records:
-        return ColumnPreview(rows=rows, error=error or "it has no rows")
+        return ColumnPreview(rows=rows, error=error or f"{path.name} has no rows: choose another file")
     columns = list(dict.fromkeys(str(name) for record in records for name in record))
     formats = load_row_formats()
     roles = {name: list_hinted_roles(name, f.required) for name, f in formats.items()}

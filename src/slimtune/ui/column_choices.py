@@ -22,21 +22,35 @@ FORMAT, TASK, COLUMN = "data.format", "task.name", "column."
 ROLE_HELP = {
     "messages": "the conversation, as a list of messages",
     "conversations": "the conversation, as a list of turns",
-    "instruction": "what is asked",
-    "input": "more of the question",
     "system": "what the model is told before the question",
-    "output": "the answer that is learned",
-    "prompt": "what is asked",
-    "completion": "the answer",
-    "chosen": "the better answer",
-    "rejected": "the worse answer",
-    "text": "the text",
     "completions": "the answers with their scores, as a list",
     "responses": "the answers, as a list",
     "scores": "their scores, as a list",
     "rankings": "their ranks, as a list",
     "tools": "functions that the model may call, as a list",
 }
+ROLE_LABELS = {
+    "instruction": "Question (instruction)",
+    "output": "Answer (output)",
+    "input": "More of the question (input)",
+    "system": "System message",
+    "prompt": "Question (prompt)",
+    "completion": "Answer (completion)",
+    "chosen": "Better answer (chosen)",
+    "rejected": "Worse answer (rejected)",
+    "label": "Label",
+}
+"""Labels of the drop-downs; of another role its own name."""
+FORMAT_LABELS = {
+    "instruction": "question and answer (instruction)",
+    "prompt-completion": "question and answer (prompt-completion)",
+    "chat": "conversation (chat)",
+    "sharegpt": "conversation (sharegpt)",
+    "text": "plain text (text)",
+    "document": "long text (document)",
+    "preference": "two answers, one is better (preference)",
+}
+"""What the formats are called; another one by its own name."""
 LABEL_HELP = {"unpaired-preference": "whether the answer is good: up, down, yes, no, 1, 0 …"}
 """What a label says, where it is not a class."""
 PREVIEW_SECONDS = 30
@@ -48,8 +62,10 @@ class RoleField:
 
     role: str
     """The role, such as "output"."""
+    label: str
+    """What its drop-down is called."""
     help: str
-    """What it is."""
+    """What it is; empty: the label says it."""
     required: bool
     """Whether rows of the format must have it."""
     column: str
@@ -147,7 +163,7 @@ def _make_role_fields(format: str, preview: ColumnPreview, choices: Mapping[str,
         if chosen is None or (preview.columns and chosen not in ("", *preview.columns)):
             chosen = guess.get(role, "")
         help = LABEL_HELP.get(format, "its class") if role == "label" else ROLE_HELP.get(role, "")
-        fields.append(RoleField(role, help, role in known.required, chosen))
+        fields.append(RoleField(role, ROLE_LABELS.get(role, role.capitalize()), help, role in known.required, chosen))
     return fields
 
 

@@ -6,6 +6,7 @@ the server: it has a session of its own, and everything about it is in its run f
 
 import contextlib
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -27,6 +28,10 @@ MAX_OUTPUT = 1 << 25
 """Bytes of a result; the rest is dropped, and the result is damaged."""
 MAX_LINES, MAX_LINE = 200, 2000
 """Last messages of a command that are kept, and the characters of each."""
+
+_PATIENCE = 3
+"""Seconds in which a command that another one replaces may end by itself."""
+_PROGRESS = re.compile(r"(\d+) of (\d+)\b")
 
 State = Literal["running", "done", "negative", "failed", "stopped", "killed"]
 
@@ -85,6 +90,12 @@ class StartedCommand:
     def command(self) -> str:
         """The command as a shell takes it."""
         return shlex.join(["slimtune", *self.args])
+
+    @property
+    def progress(self) -> tuple[int, int] | None:
+        """How much of what it does now is done, and all of it, as its last message says; None: it does not say."""
+        found = _PROGRESS.search(self.messages[-1]) if self.messages else None
+        return (int(found[1]), int(found[2])) if found and 0 < int(found[2]) >= int(found[1]) else None
 
     @property
     def seconds(self) -> float:
@@ -166,10 +177,19 @@ class LatestCommandJobs:
         """Return the last job of a kind."""
         return self._jobs.get(kind)
 
-    def start(self, kind: str, args: Sequence[str], subject: str = "") -> StartedCommand:
-        """Start a command; raise UsageError while another of its kind runs."""
+    def start(self, kind: str, args: Sequence[str], subject: str = "", in_place: bool = False) -> StartedCommand:
+        """Start a command; while another of its kind runs raise UsageError, or, if `in_place`, end that one.
+
+        `in_place` is for commands that write nothing. One with the same arguments goes on.
+        """
         with self._lock:
             job = self._jobs.get(kind)
+            if in_place and job is not None and job.state == "running":
+                if job.args == list(args):
+                    return job
+                for _ in range(2):  # Ctrl-C, then a kill
+                    job.stop()
+                    job.wait(_PATIENCE)
             if job is not None and job.state == "running":
                 raise UsageError(f"this runs already: {job.command}", "one at a time", "wait until it ends, or stop it")
             job = self._jobs[kind] = StartedCommand(kind, args, self.folder, self.program, subject)

@@ -25,7 +25,7 @@ from ..evaluation.run_results import RunResults, find_held_out_evaluation, load_
 from ..extras.column_preview import ColumnPreview
 from .base_choices import list_base_choices
 from .chat_session import CHAT_WORKER, MAX_TEXT, ChatSession
-from .column_choices import COLUMN, FORMAT, TASK, ColumnFormBuilder, run_preview_process
+from .column_choices import COLUMN, FORMAT, FORMAT_LABELS, TASK, ColumnFormBuilder, run_preview_process
 from .command_arguments import make_args_except_base_and_rows
 from .command_jobs import SLIMTUNE, LatestCommandJobs, StartedCommand
 from .field_help import AUTOMATIC, OBJECTIVE_HELP, describe_field
@@ -173,7 +173,7 @@ class UiPages:
             "markdown": render_markdown,
         }
         self.templates.globals.update(make_report_template_functions(), version=__version__, pages=PAGES)
-        self.templates.globals["fields_with_errors"] = FIELDS_WITH_ERRORS
+        self.templates.globals |= {"fields_with_errors": FIELDS_WITH_ERRORS, "format_labels": FORMAT_LABELS}
 
     def render(self, template: str, status: int = 200, **values: Any) -> HTMLResponse:
         """Return a page; `values` are what its template shows."""
@@ -224,7 +224,7 @@ class UiPages:
             raise UsageError(
                 f"rows of the format {chosen} are not for this objective", hint="look at the columns again"
             )
-        self.jobs.start("data", self.make_rows_args())
+        self.jobs.start("data", self.make_rows_args(), in_place=True)
         return "/#job"
 
     def make_rows_args(self) -> list[str]:
@@ -280,7 +280,7 @@ class UiPages:
     def make_plan(self, form: Form) -> str:
         """Start the plan."""
         self.choose(form, (*PLAN_FIELDS, MORE, CARD))
-        self.jobs.start("plan", self.make_plan_args())
+        self.jobs.start("plan", self.make_plan_args(), in_place=True)
         return "/plan#job"
 
     def make_plan_args(self) -> list[str]:
@@ -329,6 +329,7 @@ class UiPages:
             page="train",
             runs=self.workspace.list_runs(),
             new_run=self.workspace.suggest_new(self.choices.get("new_run") or "runs/first"),
+            settings={label: self.choices[p] for p, label in PLAN_FIELDS.items() if self.choices.get(p)},
             view=self.run_view(run),
             **values,
         )

@@ -122,7 +122,9 @@ class WorkspaceFolder:
         """Write an uploaded file into `uploads`, under another name if there is one of that name; return its path."""
         stem, suffix = os.path.splitext(name.replace("\\", "/").rsplit("/", 1)[-1])
         if suffix.lower() not in ROW_SUFFIXES:
-            raise UsageError(f"{name[:80]!r} has the suffix {suffix!r}", f"one of {', '.join(ROW_SUFFIXES)}")
+            is_sheet = suffix.lower() in (".xlsx", ".xls", ".ods", ".numbers")
+            hint = "in the spreadsheet program choose Save as, or Export, and CSV" if is_sheet else ""
+            raise UsageError(f"{name[:80]!r} has the suffix {suffix!r}", f"one of {', '.join(ROW_SUFFIXES)}", hint)
         stem = re.sub(r"[^\w. -]", "_", stem).strip(". -")[:80] or "rows"
         folder = self.root / "uploads"
         self._require_inside(folder.resolve(), "uploads")

@@ -20,7 +20,7 @@ COMMANDS = {
     "slimtune cost MODEL --gpu NAME": (
         "compares buying, renting and services",
         "how much does it cost to train | price of renting | cheaper to rent or to buy | dollars per run | cost of a "
-        "cloud gpu | how expensive is training",
+        "cloud gpu | how expensive is training | when does renting beat buying | rent an h100 or buy a card",
     ),
 }
 """Commands that answer questions: what each does, and questions that it answers."""

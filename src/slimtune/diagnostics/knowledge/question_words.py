@@ -37,7 +37,7 @@ _NAMES = frozenset(_NAMES_TEXT.split())
 _JARGON_TEXT = (
     "adapter attn bf16 bfloat16 bitsandbyt ckpt checkpoint cuda dpo eo epoch finetun float16 fp16 gguf gpu huggingface "
     "hyperparameter kaggl kto llama llm lora lr mlx moe mps mxfp4 nan nf4 ollama oom overfit peft pretrain qlora "
-    "multiturn quantiz rocm sft sfttrainer sglang tgi token tokenizer torch transformer trl unsloth vllm vram"
+    "multiturn quantiz rocm sft sfttrainer sglang tgi token tokenizer torch transformer trl unsloth vllm vram wandb"
 )
 _JARGON = frozenset(_JARGON_TEXT.split())
 """Stems that only a question about language models has, or two of these: stems that have another meaning elsewhere."""

@@ -1,5 +1,11 @@
 // What the page does by itself: say a new state once to screen readers, and say when the server has gone.
+const opened = {};  // whether a part that is renewed every second was unfolded
+document.addEventListener("click", (event) => {
+  const part = event.target.closest("summary")?.parentElement;
+  if (part?.id) opened[part.id] = !part.open;
+});
 document.addEventListener("htmx:afterSwap", () => {
+  for (const [id, open] of Object.entries(opened)) document.getElementById(id)?.toggleAttribute("open", open);
   const status = document.getElementById("status"), said = document.querySelector("[data-status]");
   if (said && status.textContent !== said.dataset.status) status.textContent = said.dataset.status;
   document.getElementById("offline").hidden = true;
