@@ -12,7 +12,7 @@ class ObjectiveCase:
         rows: the rows of `ROWS` that it learns from.
         peer: the test that compares its loss and gradients with TRL's, PEFT's or transformers' own: `file::function`.
         exports: whether what it trains is a language model, which every export format takes.
-        settings: that it cannot do without.
+        settings: that it cannot do without; "TEACHER" stands for another base with the same tokenizer.
     """
 
     rows: str
@@ -27,6 +27,16 @@ OBJECTIVE_CASES = {
     "classification": ObjectiveCase(
         "texts", "objectives/test_row_heads.py::test_loss_and_gradients_are_those_of_peft", exports=False
     ),
+    "context": ObjectiveCase(
+        "chats",
+        "objectives/test_teachers.py::test_divergence_and_gradient_are_those_of_gkd_and_sdft_in_trl",
+        settings={"context": "Answer in capital letters."},
+    ),
+    "distill": ObjectiveCase(
+        "chats",
+        "objectives/test_teachers.py::test_divergence_and_gradient_are_those_of_gkd_and_sdft_in_trl",
+        settings={"teacher_model_name_or_path": "TEACHER", "lmbda": 0},
+    ),
     "dpo": ObjectiveCase("pairs", "objectives/test_trl.py::test_dpo"),
     "grpo": ObjectiveCase(
         "prompts", "objectives/test_policy_trl.py::test_step_is_that_of_trl", settings={**SAMPLED, "temperature": 0.9}
@@ -35,6 +45,11 @@ OBJECTIVE_CASES = {
     "kto": ObjectiveCase("rated", "objectives/test_kto.py::test_loss_and_gradient_are_those_of_trl"),
     "orpo": ObjectiveCase("pairs", "objectives/test_trl.py::test_simpo_and_orpo"),
     "reward": ObjectiveCase("pairs", "objectives/test_row_heads.py::test_reward_loss_is_that_of_trl", exports=False),
+    "sdft": ObjectiveCase(
+        "chats",
+        "objectives/test_teachers.py::test_divergence_and_gradient_are_those_of_gkd_and_sdft_in_trl",
+        settings={"lmbda": 0, "seq_kd": False},
+    ),
     "simpo": ObjectiveCase("pairs", "objectives/test_trl.py::test_simpo_and_orpo"),
 }
 

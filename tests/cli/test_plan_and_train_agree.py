@@ -17,7 +17,11 @@ from slimtune.core.training import train as train_module
 from slimtune.errors import SlimtuneError
 
 pytestmark = pytest.mark.filterwarnings("always:the recipe's")
-REWARD = " --set 'task.rewards=[length:9]'"
+NEEDED = {
+    **dict.fromkeys(("grpo", "rloo"), " --set 'task.rewards=[length:9]'"),
+    "context": " --set task.context=x",
+    "distill": " --set task.teacher_model_name_or_path=base",
+}
 FLAGS: dict[str, list[str]] = {
     "model.device": ["--device=cpu"],
     "model.dtype": ["--dtype=bf16"],
@@ -32,7 +36,7 @@ FLAGS: dict[str, list[str]] = {
     "data.on_overlong": ["--on-overlong=truncate"],
     "data.apply_chat_template": ["--no-apply-chat-template"],
     "data.chat_template": ["--chat-template=t.jinja"],
-    "task.name": [f"--task={name}{REWARD if name in ('grpo', 'rloo') else ''}" for name in list_objectives()],
+    "task.name": [f"--task={name}{NEEDED.get(name, '')}" for name in list_objectives()],
     "method.name": [f"--method={name}" for name in (*list_methods(), "LoRA")],
     "method.rank": ["--rank=6"],
     "method.alpha": ["--alpha=5"],

@@ -37,13 +37,17 @@ DROPOUT = {"name": "lora", "r": 4, "lora_dropout": 0.1}
 
 
 @pytest.fixture
-def make(tmp_path, tiny_folder):
+def make(tmp_path, tiny_folder, tiny_llama):
     """Make a recipe of a task in a run folder: `make("dpo", "run", rows="lists", packing=False)`."""
 
     def recipe(task, name, *, rows=None, data=None, method=None, quantization=None, dtype="float32", **more):
         rows = rows or OBJECTIVE_CASES[task if isinstance(task, str) else task["name"]].rows
         if isinstance(task, str):
-            task = {"name": task, **OBJECTIVE_CASES[task].settings}
+            given = OBJECTIVE_CASES[task].settings
+            if "TEACHER" in given.values():
+                for part in (tiny_llama(initializer_range=0.1), AutoTokenizer.from_pretrained(tiny_folder)):
+                    part.save_pretrained(tmp_path / "teacher")
+            task = {"name": task, **{k: str(tmp_path / "teacher") if v == "TEACHER" else v for k, v in given.items()}}
         file = tmp_path / f"{rows}.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in ROWS[rows]))
         settings = {

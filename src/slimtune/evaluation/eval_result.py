@@ -121,11 +121,29 @@ class PairPreferences:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ContextMeasures:
+    """The base with the context in its prompt, beside base and tuned model without it."""
+
+    loss: Estimate
+    """Loss of the base with the context, in nats per supervised token."""
+    gain: Estimate
+    """Loss of the base without the context minus with it; above 0, the context helps."""
+    kept: Estimate | None
+    """Share of this gain that the tuned model has without the context; null: there is no gain."""
+    tokens_saved: float
+    """Tokens that a prompt has fewer without the context, on average."""
+    sampled_answers: bool
+    """Whether the answers are those of the base with the context, sampled; false: those of the rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SFTMeasures(LossMeasures):
     """Measures of answers, texts, documents and preference pairs."""
 
     preference: PairPreferences | None = None
     """Preferences of pairs; null: the rows are no pairs."""
+    context: ContextMeasures | None = field(default=None, metadata=OMIT_NONE)
+    """What the context does, of a run of the task `context`; left out for other runs."""
 
 
 @dataclass(frozen=True, kw_only=True)

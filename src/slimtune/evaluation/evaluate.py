@@ -40,12 +40,15 @@ from ..extras.training_fingerprint import require_rows_unchanged_since_training
 from ..generation.generation_models import GenerationModel, make_base_and_tuned_models
 from ..generation.text_generator import TextGenerator
 from ..objectives.classification import Classification
+from ..objectives.context import Context
 from ..objectives.kto import KTO
 from ..objectives.pair_objective import PairObjective
 from ..objectives.policy_objective import PolicyObjective
 from ..objectives.reward import Reward
 from ..objectives.sft import SFT
+from ..objectives.teacher_objective import TeacherObjective
 from .classification_comparison import ClassifierEvaluator, RewardModelEvaluator
+from .context_comparison import ContextEvaluator
 from .eval_result import EvalResult, EvalVerdict, PolicyEvalResult, TextEvalResult
 from .forgetting import measure_forgetting
 from .general_text import build_general_text_examples, read_general_text_pieces
@@ -73,6 +76,8 @@ COMPARISONS: dict[type[Objective], type[ModelComparison[Any]]] = {
     Classification: ClassifierEvaluator,
     Reward: RewardModelEvaluator,
     PolicyObjective: SampledAnswerComparison,
+    Context: ContextEvaluator,
+    TeacherObjective: SupervisedLossEvaluator,
 }
 """The comparison of each objective and of its subclasses."""
 FEW_EVAL_ROWS = 20
@@ -338,10 +343,11 @@ def _load_unseen_rows(
         learned = set(datasets.train.documents.hashes())
         trained_rows = [i for i, key in enumerate(examples.documents.hashes()) if key in learned]
     else:
-        examples, report = load_eval_dataset_and_stats(
-            file, sections.data, sections.task.build_objective(), tokenizer, trained.classes
-        )
+        objective = sections.task.build_objective()
+        examples, report = load_eval_dataset_and_stats(file, sections.data, objective, tokenizer, trained.classes)
         if trained.recipe is not None:
+            if isinstance(objective, TeacherObjective):
+                examples = objective.add_teacher_rows(examples, file, trained.recipe, tokenizer)
             trained_rows = _find_rows_trained_on(
                 EvalRecipeSections.from_recipe(trained.recipe), sections, file, examples
             )

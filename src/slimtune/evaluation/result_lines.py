@@ -9,6 +9,7 @@ from .eval_result import (
     BaseAndTunedAnswerMeasure,
     ClassificationEvalResult,
     ClassificationMeasures,
+    ContextMeasures,
     EvalResult,
     EvalVerdict,
     ForgettingMeasures,
@@ -78,6 +79,8 @@ def _list_text_lines(result: TextEvalResult) -> Iterator[ResultLine]:
     )
     if isinstance(result, TextOrPairEvalResult) and result.measures.preference is not None:
         yield from _list_pair_lines(result.measures.preference)
+    if isinstance(result, TextOrPairEvalResult) and result.measures.context is not None:
+        yield from _list_context_lines(result.measures.context)
     if isinstance(result, KTOEvalResult):
         yield from _list_unpaired_lines(result.measures.unpaired_preference)
     if measures.prompt_dependence is not None:
@@ -97,6 +100,17 @@ def _list_text_lines(result: TextEvalResult) -> Iterator[ResultLine]:
         yield from ("", describe_win_rate(result.win_rate))
     if result.tasks:
         yield from ("", _make_task_table(result.tasks))
+
+
+def _list_context_lines(context: ContextMeasures) -> Iterator[ResultLine]:
+    whose = "the base's own answers with the context" if context.sampled_answers else "the rows' answers"
+    yield f"with the context the base has a loss of {_format_estimate(context.loss, 4)} on {whose}"
+    if context.kept is None:
+        yield f"the context does not help: it changes the base's loss by {-context.gain.value:+.4f} nats per token"
+        return
+    kept = f"{100 * context.kept.value:.1f} % ({100 * context.kept.low:.1f} to {100 * context.kept.high:.1f})"
+    yield f"without it the tuned model keeps {kept} of its gain of {_format_estimate(context.gain, 4)} nats per token"
+    yield f"a prompt has {context.tokens_saved:.0f} tokens fewer without the context"
 
 
 def _list_policy_lines(result: PolicyEvalResult) -> Iterator[ResultLine]:

@@ -36,6 +36,7 @@ from ..core.training.train_result import TrainResult
 from ..core.training.training_loop import StepGradientStats, TrainingLoop
 from ..errors import SlimtuneError, UsageError, is_out_of_memory
 from ..objectives.policy_objective import PolicyObjective
+from ..objectives.teacher_objective import TeacherObjective
 from .packed_run_adapters import copy_sharing_parameters, packing_runs_unsupported_reason_or_empty
 from .packed_run_losses import forward_backward_packed_runs
 
@@ -176,7 +177,7 @@ def _find_reason_against_packing(loops: Sequence[TrainingLoop]) -> str:
             return "the base cannot run packed rows with a layout"
         if loop.state.loss_scale is not None:
             return "in float16 each run chooses its own loss scale"
-        if loop.objective.task_type != "CAUSAL_LM" or isinstance(loop.objective, PolicyObjective):
+        if loop.objective.task_type != "CAUSAL_LM" or isinstance(loop.objective, PolicyObjective | TeacherObjective):
             return "the objective of a run needs more than the loss of tokens"
         for name in ("compile", "mlp_tile_size", "gradient_checkpointing"):
             if getattr(loop.settings, name):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from ..core.config.schema import DataSettings
+    from ..core.config import Recipe
     from ..core.data.class_labels import ClassLabels
     from ..core.training.datasets import RunDatasets
 
@@ -46,7 +46,7 @@ class Classification(Objective):
         ge=0,
     )
 
-    def prepare_datasets(self, datasets: RunDatasets, data: DataSettings) -> RunDatasets:
+    def prepare_datasets(self, datasets: RunDatasets, recipe: Recipe, tokenizer: Any) -> RunDatasets:
         """Return the rows with the ids and weights of their classes.
 
         Raises:
@@ -55,7 +55,7 @@ class Classification(Objective):
         from ..core.data.rows import Row
         from ..core.training.objective import open_rows_for_objective
 
-        rows = datasets.train
+        data, rows = recipe.data, datasets.train
         classes = _find_classes(rows)
         given = self.class_weights if isinstance(self.class_weights, dict) else {}
         if unknown := [name for name in given if name not in classes.names]:

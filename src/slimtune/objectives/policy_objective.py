@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from ..core.config.schema import DataSettings
+    from ..core.config import Recipe
     from ..core.data.class_labels import ClassLabels
     from ..core.data.tokenized_dataset import TokenizedDataset
     from ..core.training.datasets import RunDatasets
@@ -101,8 +101,8 @@ class PolicyObjective(Objective):
 
     # --- rows ---------------------------------------------------------------------------------------------------------
 
-    def prepare_datasets(self, datasets: RunDatasets, data: DataSettings) -> RunDatasets:
-        found = super().prepare_datasets(datasets, data)
+    def prepare_datasets(self, datasets: RunDatasets, recipe: Recipe, tokenizer: Any) -> RunDatasets:
+        data, found = recipe.data, super().prepare_datasets(datasets, recipe, tokenizer)
         for rows in (found.train, found.validation, found.test):
             lengths = zip(rows.lines, rows.lengths.tolist(), strict=True)
             if long := [line for line, n in lengths if n > data.max_seq_len]:

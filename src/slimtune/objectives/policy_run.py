@@ -130,7 +130,9 @@ class PolicyRun:
 
     def _sample_new_step(self, prompts: Sequence[Example], step: int) -> list[Example]:
         objective, count = self.objective, self.objective.num_generations
-        scored = self._sample_and_score(prompts, count, float(objective.temperature), _mix(self.prepared, step))
+        scored = self._sample_and_score(
+            prompts, count, float(objective.temperature), mix_seed(self.prepared.settings.seed, step)
+        )
         answers = [answer for prompt in scored for answer in prompt.answers]
         rewards = torch.tensor([one.rewards for one in scored], dtype=torch.float64)  # [P, K, rewards]
         sums = self.workers.sum_weighted(rewards)
@@ -344,9 +346,9 @@ def score_token_logps(prepared: PreparedRun, examples: Sequence[Example]) -> lis
     return score_across_processes(score, where, prepared.model, examples, prepared.sharder, prepared.recovery)
 
 
-def _mix(prepared: PreparedRun, step: int) -> int:
+def mix_seed(seed: int, step: object) -> int:
     """Return the seed of a step's answers: a number below 2 ** 62 that the run's seed and the step decide."""
-    digest = hashlib.blake2b(f"{prepared.settings.seed} {step}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{seed} {step}".encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 2
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from ..core.config.schema import DataSettings
+    from ..core.config import Recipe
     from ..core.training.datasets import RunDatasets
 
 
@@ -39,7 +39,7 @@ class Reward(Objective):
         ge=0,
     )
 
-    def prepare_datasets(self, datasets: RunDatasets, data: DataSettings) -> RunDatasets:
+    def prepare_datasets(self, datasets: RunDatasets, recipe: Recipe, tokenizer: Any) -> RunDatasets:
         """Return the rows as they are, for a head with one output."""
         from ..core.data.class_labels import ClassLabels
 

@@ -17,6 +17,7 @@ from ..core.kernels.dropout import preserve_rng_state
 from ..core.training.loss import forward_backward, move_batch_to_device
 from ..core.training.prepared_run import MemoryEstimate, PreparedRun, get_planned_reserved_bytes_range
 from ..objectives.policy_objective import PolicyObjective
+from ..objectives.teacher_objective import TeacherObjective
 from .packed_lengths import count_tokens_with_shared_prompt
 
 
@@ -29,7 +30,7 @@ def probe_memory_and_write_plan(prepared: PreparedRun, plan: MemoryEstimate, res
     """
     collator, device, limit = prepared.collator, prepared.device, prepared.collator.max_tokens
     rows = pick_longest_rows_for_micro_batch(prepared.data.train, collator, prepared.settings.rows_per_step)
-    if isinstance(prepared.objective, PolicyObjective):
+    if isinstance(prepared.objective, PolicyObjective | TeacherObjective):
         rows = prepared.objective.make_longest_examples(rows)
     tokens, used = prepared.recovery.run_in_micro_batches(
         "the longest micro-batch, run before the first step",

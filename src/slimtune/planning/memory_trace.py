@@ -20,15 +20,18 @@ from ..core.adapters.adapter_module import MergeUnsupported
 from ..core.attention.attention_functions import using_packed_attention
 from ..core.data.collator import IGNORE_INDEX, Example
 from ..core.data.example_lengths import ExampleLength
+from ..core.data.tokenized_dataset import list_tokens_and_labels_by_row
 from ..core.foundation.device import collect_simulated_attention_flops, simulating_device_for_kernel_choice
 from ..core.models.lm_head import get_classifier_head, get_lm_head_with_scale_and_cap
 from ..core.training.loss import compute_token_nll_or_row_logits, forward_backward, make_collator
 from ..core.training.optimizer import build_optimizer
 from ..errors import UsageError
+from ..objectives.teacher_objective import TeacherObjective
+from ..objectives.teacher_rows import TeacherCollator, make_teacher_example
 from .fake_tensors import fake_tensor_mode, list_module_tensors, replace_meta_with_fake_cpu_tensors
 from .memory_tracker import MemoryTracker, iterate_nested_tensors
 from .meta_model import build_adapted_meta_model
-from .plan_request import MicroBatchWorkload
+from .plan_request import MicroBatchWorkload, TeacherWorkload
 from .plan_result import PARTS
 from .traced_scans import tracing_scans_as_one_operator
 
@@ -110,7 +113,12 @@ def trace_training_step(job: MicroBatchWorkload, model: Any = None, *, stop_afte
     with fake_tensor_mode() as operators, simulating_device_for_kernel_choice(job.device):
         replace_meta_with_fake_cpu_tensors(model)
         model.train()
-        pack = make_collator(model, 0, packing=job.packing)(make_dummy_examples(job.lengths, job.supervised))
+        collator, objective = make_collator(model, 0, packing=job.packing), None
+        examples = make_dummy_examples(job.lengths, job.supervised)
+        if job.teacher is not None:
+            collator, objective = TeacherCollator(collator), TeacherObjective(beta=job.teacher.beta)
+            examples = add_dummy_teacher_rows(examples, job.teacher)
+        pack = collator(examples)
         other_packs = [
             torch.empty_like(t) for _ in range(job.micro_batches_per_step - 1) for t in iterate_nested_tensors(pack)
         ]
@@ -146,7 +154,7 @@ def trace_training_step(job: MicroBatchWorkload, model: Any = None, *, stop_afte
             tracker.counts_by_operator_cost.clear()
             tracker.attention_flops_by_dtype.clear()
             with _mark_phases(model, tracker):
-                forward_backward(model, [pack])
+                forward_backward(model, [pack], objective=objective)
             work, attention = tracker.counts_by_operator_cost.copy(), tracker.attention_flops_by_dtype.copy()
             state = _assign_state(tracker, model, optimizer)  # again: DoRA keeps norms that its first forward computes
             if not stop_after_backward:
@@ -179,6 +187,16 @@ def make_dummy_examples(example_lengths: Sequence[ExampleLength], supervised_fra
     return examples
 
 
+def add_dummy_teacher_rows(examples: Sequence[Example], teacher: TeacherWorkload) -> list[Example]:
+    """Return the rows of examples, each an example of its own, with what a teacher reads in their place."""
+    context, found = [0] * teacher.prefix_tokens, []
+    for number, (ids, labels) in enumerate(row for e in examples for row in list_tokens_and_labels_by_row(e)):
+        start = next(t for t, label in enumerate(labels) if label != IGNORE_INDEX)
+        more = [*context, *[-number - 1] * teacher.row_tokens]
+        found.append(make_teacher_example(ids[:start], more + ids[:start], ids[start:], number))
+    return found
+
+
 def trace_merge_peak(job: MicroBatchWorkload, dtype: torch.dtype) -> int | None:
     """Return the peak bytes while the adapter is merged into weights of `dtype`; None if it cannot be merged."""
     model = build_adapted_meta_model(job.base_config, job.method, dtype)
@@ -208,6 +226,8 @@ def _mark_phases(model: Any, tracker: MemoryTracker) -> Iterator[None]:
             states.register_hook(lambda _: tracker.start_phase(phase))
 
     def on_head(_: Any, args: tuple) -> None:
+        if not torch.is_grad_enabled():  # a teacher's pass
+            return
         tracker.start_phase("loss")
         start_on_gradient(args, BACKWARD[0])
 

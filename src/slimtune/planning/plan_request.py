@@ -23,6 +23,7 @@ from ..core.models.dtype import pick_dtype
 from ..core.models.quantization import get_stored_quantization
 from ..core.training.loss import TOKENS_ON_CPU, TOKENS_ON_GPU
 from ..errors import UsageError
+from ..objectives.teacher_objective import TeacherObjective
 from .fake_quantization import fake_quantize_model, resolve_quantization_kind
 from .gpu_specs import GpuSpec, require_trainable_gpu
 from .meta_model import build_adapted_meta_model
@@ -35,6 +36,15 @@ _FIRST_LAYERS_FIELDS = ("first_k_dense_replace", "num_dense_layers", "moe_layer_
 """Fields of configs with the number of a mixture's first layers that have no experts."""
 MAX_SEQ_LEN = 1 << 22
 """Longest row that a plan considers."""
+
+
+@dataclass(frozen=True)
+class TeacherWorkload:
+    """What a teacher reads beside the rows of a micro-batch, and the divergence from it."""
+
+    prefix_tokens: int  # before all rows, as a context
+    row_tokens: int  # more in each row
+    beta: float  # of the divergence: 0 forward KL, 1 reverse KL
 
 
 @dataclass(frozen=True)
@@ -54,6 +64,7 @@ class MicroBatchWorkload:
     quantization: str | None = None  # one of fake_quantization.KINDS for the base's linear layers
     packing: bool = True  # rows in one sequence; else padded
     supervised: float = 1.0  # share of the tokens, apart from prompts in `lengths`, that have a loss
+    teacher: TeacherWorkload | None = None  # the rows as a teacher reads them, if there is one
     layer_kinds: tuple[int, ...] = ()  # a number for each layer, the same for layers that are alike; (): all are
 
     @property
@@ -134,6 +145,8 @@ class PlanRequest:
     processes: int = 1  # that train together, each on a GPU of its own
     fsdp: bool = False  # shard the base over the processes; else each holds all of it
     sampling_bytes: int = 0  # keys and values of the answers that are sampled before a step
+    teacher: TeacherWorkload | None = None
+    teacher_bytes: int = 0  # weights of a teacher that is another base
     notes: tuple[str, ...] = ()  # what the plan must say about the request
 
     def __post_init__(self) -> None:
@@ -159,12 +172,31 @@ class PlanRequest:
             optimizer=self.optimizer,
             quantization=self.quantization,
             packing=self.packing,
+            teacher=self.teacher,
         )
 
 
 def pick_length_quantiles(ascending_lengths: Sequence[ExampleLength], count: int) -> tuple[ExampleLength, ...]:
     """Return `count` of ordered lengths, evenly spread, the longest first."""
     return tuple(ascending_lengths[int((i + 0.5) * len(ascending_lengths) / count)] for i in reversed(range(count)))
+
+
+def make_teacher_workload(objective: Any, composition: DatasetRowComposition) -> TeacherWorkload | None:
+    """Return what an objective's teacher reads; None if it has none."""
+    if not isinstance(objective, TeacherObjective):
+        return None
+    return TeacherWorkload(composition.teacher_prefix_tokens, composition.teacher_row_tokens, float(objective.beta))
+
+
+def count_teacher_bytes(recipe: Recipe, gpu: GpuSpec) -> int:
+    """Return the bytes of the weights of a teacher that is another base; 0 if there is none."""
+    name = recipe.task.settings.get("teacher_model_name_or_path")
+    if not name:
+        return 0
+    info = load_base_config(name, trust_remote_code=recipe.model.trust_remote_code)
+    dtype = pick_dtype(recipe.model.dtype, has_bf16=None if gpu.kind == "cpu" else gpu.bf16)
+    model = build_adapted_meta_model(info.config, None, dtype)
+    return sum(p.numel() for p in model.parameters()) * dtype.itemsize
 
 
 def build_plan_request(
@@ -228,6 +260,7 @@ def build_plan_request(
             example_lengths,
             seq_len,
             pick_dtype(model.dtype, has_bf16=None if gpu.kind == "cpu" else gpu.bf16),
+            row_composition,
         ),
         dtype=model.dtype,
         quantization=resolve_quantization_kind(info.config, model.quantization),
@@ -238,6 +271,8 @@ def build_plan_request(
         else (),
         batch_size=train.batch_size,
         rows_per_example=objective.rows_per_example,
+        teacher=make_teacher_workload(objective, row_composition),
+        teacher_bytes=count_teacher_bytes(recipe, gpu),
         content=row_composition,
         max_tokens=max_tokens,
         processes=processes,

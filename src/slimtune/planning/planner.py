@@ -117,14 +117,15 @@ def _estimate_resources(request: PlanRequest, advise: bool) -> ResourceEstimate:
     peak, reserved = estimate_peak_allocated_and_reserved(job, trace)
     reserved = Interval(reserved.low, reserved.high + spread)
     sampling = max(0, trace.state_bytes + request.sampling_bytes - peak) if request.sampling_bytes else 0
-    peak, reserved = peak + sampling, Interval(reserved.low + sampling, reserved.high + sampling)
+    more = sampling + request.teacher_bytes
+    peak, reserved = peak + more, Interval(reserved.low + more, reserved.high + more)
     runtime, usable = RUNTIME[job.device], gpu.usable
     need = reserved + runtime
     verdict = judge_memory_fit(need, usable)
     parts = {part: trace.parts.get(part, 0) for part in PARTS} | {"runtime": int(runtime.high)}
 
     def fits(lengths: Sequence[ExampleLength]) -> bool:
-        now = memory_model.peak(lengths) + LIBRARY_BYTES.get(job.device, 0)
+        now = memory_model.peak(lengths) + LIBRARY_BYTES.get(job.device, 0) + request.teacher_bytes
         high = now + (reserved.high - peak) + FRAGMENTATION[job.device] * max(0, now - peak)
         return judge_memory_fit(Interval(now, high) + runtime, usable) == "fits"
 
@@ -218,6 +219,7 @@ def split_batch_to_fit_if_possible(
         if request.max_tokens is not None and sum(map(count_tokens_with_shared_prompt, some)) > request.max_tokens:
             return False
         peak = round(SPLIT_MARGIN * (memory_model.peak(some) + LIBRARY_BYTES.get(job.device, 0)))
+        peak += request.teacher_bytes
         need = estimate_total_reserved_memory(job.device, peak, memory_model.state) + RUNTIME[job.device]
         return not request.split_batch or judge_memory_fit(need, request.gpu.usable) == "fits"
 
@@ -230,7 +232,7 @@ def put_typical_micro_batches_in_job(request: PlanRequest, job: MicroBatchWorklo
     """Return the job with examples in a micro-batch that stand for all of the data, if their lengths are known."""
     if not request.quantiles:
         return job
-    prefix, supervised = request.content
+    prefix, supervised = request.content[:2]
     mean = sum(map(count_tokens_with_shared_prompt, request.quantiles)) / len(request.quantiles)
     tokens = min(job.micro_batch_tokens, request.max_tokens or MAX_SEQ_LEN)
     count = max(1, min(len(request.lengths), int((tokens - prefix) / max(1, mean - prefix))))

@@ -22,12 +22,15 @@ FIELD_HELP = {
 OBJECTIVE_HELP = {
     "sft": "Answer as in the rows",
     "classification": "Sort texts into classes",
+    "context": "Answer as with a long text in the prompt, without it",
+    "distill": "Answer as a larger base does",
     "dpo": "Prefer the better of two answers",
     "grpo": "Find better answers to prompts by trying, where a program can score them",
     "kto": "Prefer answers with a thumb up to those with a thumb down",
     "orpo": "Answer as in the better of two answers, and prefer it",
     "reward": "Score answers, from pairs of a better and a worse one",
     "rloo": "As grpo, each answer against the mean of the others",
+    "sdft": "Answer as in the rows, and forget less: learns from its own answers",
     "simpo": "Prefer the better of two answers, by its mean per token",
 }
 """What each objective teaches, in plain words; of one that is not here its own summary is shown."""

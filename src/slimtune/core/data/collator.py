@@ -36,7 +36,7 @@ from .tokenized_dataset import list_tokens_and_labels_by_row
 
 __all__ = ["IGNORE_INDEX", "Collator", "Example"]
 
-ROW_KEYS = ("input_ids", "labels", "line", "row_lengths", "row_scores")
+ROW_KEYS = ("input_ids", "labels", "line", "row_lengths", "row_scores", "teacher_input_ids", "teacher_labels")
 """Keys of an example that describe its rows; the numbers of all others become tensors of the batch."""
 
 

@@ -23,6 +23,9 @@ class DatasetRowComposition(NamedTuple):
 
     shared_prefix_tokens: int = 0  # that all examples of one row begin with, as a system prompt; 0: too few to share
     supervised_share: float = 1.0  # share of all tokens that have a loss
+    teacher_prefix_tokens: int = 0  # that a teacher reads before all rows, and the student does not
+    teacher_row_tokens: int = 0  # that it reads more in each row
+    samples_answers: bool = False  # whether answers are sampled
 
 
 ALL_SUPERVISED = DatasetRowComposition()

@@ -50,7 +50,7 @@ def compute_target_nll(
     """Return the negative log-likelihoods `(n)` for any head; it runs again in the backward pass, so it may train."""
 
     def chunk_loss(states: Tensor, wanted: Tensor) -> Tensor:
-        logits = _scale_and_cap(head(states).to(_wide_dtype(states)), scale, cap)
+        logits = scale_and_cap_logits(head(states).to(_wide_dtype(states)), scale, cap)
         return F.cross_entropy(logits, wanted, reduction="none")
 
     rows = count_rows_per_logit_chunk(logits_per_row, h.device)
@@ -68,7 +68,7 @@ def compute_target_nlls_and_hits(
     rows = count_rows_per_logit_chunk(logits_per_row, h.device)
     losses, correct = [h.new_zeros(0, dtype=_wide_dtype(h))], [targets.new_zeros(0, dtype=torch.bool)]
     for states, wanted in zip(h.split(rows), targets.split(rows), strict=True):
-        logits = _scale_and_cap(head(states).to(_wide_dtype(states)), scale, cap)
+        logits = scale_and_cap_logits(head(states).to(_wide_dtype(states)), scale, cap)
         losses.append(F.cross_entropy(logits, wanted, reduction="none"))
         correct.append(logits.argmax(-1) == wanted)
     return torch.cat(losses), torch.cat(correct)
@@ -96,7 +96,7 @@ class _CrossEntropy(torch.autograd.Function):
         losses = []
         for start in range(0, h.shape[0], chunk):
             rows, wanted = h[start : start + chunk], targets[start : start + chunk, None]
-            logits = _scale_and_cap(F.linear(rows, weight, bias).to(_wide_dtype(h)), scale, cap)
+            logits = scale_and_cap_logits(F.linear(rows, weight, bias).to(_wide_dtype(h)), scale, cap)
             cap_slope = None if cap is None or grad is None else 1 - (logits / cap).square()
             # The largest probability is at least 1 / vocabulary, so its logarithm is safe and softmax is enough.
             largest, index = logits.max(-1, keepdim=True)
@@ -124,7 +124,8 @@ def _wide_dtype(h: Tensor) -> torch.dtype:
     return torch.promote_types(h.dtype, torch.float32)
 
 
-def _scale_and_cap(logits: Tensor, scale: float, cap: float | None) -> Tensor:
+def scale_and_cap_logits(logits: Tensor, scale: float, cap: float | None) -> Tensor:
+    """Return logits times a scale, soft-capped; see the head of the module."""
     if scale != 1:
         logits = logits * scale
     return logits if cap is None else torch.tanh(logits / cap) * cap

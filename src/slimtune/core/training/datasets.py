@@ -126,7 +126,7 @@ def tokenize_recipe_datasets(recipe: Recipe, tokenizer: Any) -> RunDatasets:
         validation_stats=None if other is None else other.stats,
         data_reports=reports,
     )
-    return objective.prepare_datasets(datasets, data)
+    return objective.prepare_datasets(datasets, recipe, tokenizer)
 
 
 def load_eval_dataset_and_stats(

@@ -151,9 +151,9 @@ def compute_token_nll_or_row_logits(model: Any, collated_batch: Batch) -> Tensor
 
 def compute_step_loss(model: Any, batch: Batch, num_items: Any = None, objective: Objective | None = None) -> Tensor:
     """Return a batch's share of the step's loss; `num_items` is the step's count (default: the batch's targets)."""
-    values = compute_token_nll_or_row_logits(model, batch)
     items = max(1, len(batch["targets"])) if num_items is None else num_items
-    return (objective or load_default_objective()).loss(values, batch, items)
+    objective = objective or load_default_objective()
+    return objective.loss(objective.compute_values(model, batch), batch, items)
 
 
 def forward_backward(
@@ -206,7 +206,7 @@ def score_examples_by_objective(
     """Return the objective's measures of each example, by its number; arguments: see `score_examples_by_number`."""
 
     def measure(batch: Batch) -> Tensor:
-        return objective.score(compute_token_nll_or_row_logits(model, batch), batch)
+        return objective.score(objective.compute_values(model, batch), batch)
 
     return score_examples_by_number(model, examples, collator, measure, **options)
 

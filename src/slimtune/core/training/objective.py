@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from ..config import Recipe
     from ..config.schema import DataSettings
     from ..data.class_labels import ClassLabels
     from ..data.tokenized_dataset import TokenizedDataset
@@ -75,10 +76,10 @@ class Objective(DeclaredSettings):
 
     # --- rows: called in this order ---------------------------------------------------------------------------------
 
-    def prepare_datasets(self, datasets: RunDatasets, data: DataSettings) -> RunDatasets:
-        """Return a run's rows as they are learned: each part by `prepare_rows`, unless overridden.
+    def prepare_datasets(self, datasets: RunDatasets, recipe: Recipe, tokenizer: Any) -> RunDatasets:
+        """Return a run's rows, once they are split, as they are learned: by `prepare_rows`, unless overridden.
 
-        Called once they are split. A sequence classifier sets `classes`, too.
+        A sequence classifier sets `classes`, too.
         """
         train, validation, test = map(self.prepare_rows, (datasets.train, datasets.validation, datasets.test))
         return replace(datasets, train=train, validation=validation, test=test)
@@ -118,6 +119,12 @@ class Objective(DeclaredSettings):
     def measure_steps(self) -> dict[str, float]:
         """Return further measures, for the log, of the steps since the last call; none, unless overridden."""
         return {}
+
+    def compute_values(self, model: Any, batch: Batch) -> Tensor:
+        """Return what `loss` and `score` get of a micro-batch: what `task_type` says, unless overridden."""
+        from .loss import compute_token_nll_or_row_logits
+
+        return compute_token_nll_or_row_logits(model, batch)
 
     def count_items(self, examples: Sequence[Example]) -> Any:
         """Return what the loss of a whole step is divided by, from all its examples: their number, unless overridden.
