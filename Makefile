@@ -11,6 +11,7 @@
 # make peft-suite   HF PEFT's own tests on slimtune (25 minutes); ARGS="tests/test_mixed.py -k merge" runs some of them
 # make tasks  tests of `slimtune eval --tasks`, in an environment with lm-evaluation-harness
 # make bench-dpo  speed and memory of a DPO step beside TRL's DPOTrainer with PEFT, in turns
+# make bench-grpo  speed and memory of whole GRPO steps beside TRL's GRPOTrainer with PEFT, in turns
 # make gpu-bench   on a CUDA card: gradient checks, speed and memory beside what is installed (docs/devices.md)
 # make docs   the site of docs/ in site/, with the API reference; a broken link fails it (seconds, after an install of 155 MB)
 PYTHON ?= python3
@@ -23,7 +24,7 @@ export LLAMA_CPP ?= $(CURDIR)/.venv/llama.cpp
 unexport PYTHONDONTWRITEBYTECODE
 PEERS := peft trl torch transformers accelerate datasets
 
-.PHONY: demo test slow prove peft-suite tasks bench bench-dpo wall verify verify-vllm gpu-bench docs lint faults fuzz format clean
+.PHONY: demo test slow prove peft-suite tasks bench bench-dpo bench-grpo wall verify verify-vllm gpu-bench docs lint faults fuzz format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -108,6 +109,9 @@ bench: .venv-peers/.done
 
 bench-dpo: .venv-peers/.done
 	$(BIN)/python benchmarks/dpo.py $(ARGS)
+
+bench-grpo: .venv-peers/.done
+	$(BIN)/python benchmarks/grpo.py $(ARGS)
 
 wall: .venv-peers/.done
 	$(BIN)/python benchmarks/wall.py $(ARGS)

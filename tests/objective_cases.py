@@ -41,6 +41,9 @@ OBJECTIVE_CASES = {
     "grpo": ObjectiveCase(
         "prompts", "objectives/test_policy_trl.py::test_step_is_that_of_trl", settings={**SAMPLED, "temperature": 0.9}
     ),
+    "reinforce": ObjectiveCase(
+        "prompts", "objectives/test_policy_trl.py::test_reinforce_is_the_plain_formula", settings=SAMPLED
+    ),
     "rloo": ObjectiveCase("prompts", "objectives/test_policy_trl.py::test_step_is_that_of_trl", settings=SAMPLED),
     "kto": ObjectiveCase("rated", "objectives/test_kto.py::test_loss_and_gradient_are_those_of_trl"),
     "orpo": ObjectiveCase("pairs", "objectives/test_trl.py::test_simpo_and_orpo"),

@@ -18,7 +18,7 @@ from slimtune.errors import SlimtuneError
 
 pytestmark = pytest.mark.filterwarnings("always:the recipe's")
 NEEDED = {
-    **dict.fromkeys(("grpo", "rloo"), " --set 'task.rewards=[length:9]'"),
+    **dict.fromkeys(("grpo", "reinforce", "rloo"), " --set 'task.rewards=[length:9]'"),
     "context": " --set task.context=x",
     "distill": " --set task.teacher_model_name_or_path=base",
 }

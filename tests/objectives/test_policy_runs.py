@@ -21,9 +21,13 @@ from slimtune.core.training.train import train
 from slimtune.errors import DataError, RecipeError, RunError, UsageError
 from slimtune.evaluation.eval_result import read_eval_result
 from slimtune.evaluation.evaluate import EvalSettings, evaluate
+from slimtune.evaluation.sampled_answer_comparison import SampledAnswerComparison
+from slimtune.extras.rewards.reward_workers import RewardWorkers
 from slimtune.generation import policy_sampler
 from slimtune.objectives import policy_run
 from slimtune.objectives.grpo import GRPO
+from slimtune.objectives.reinforce import Reinforce
+from slimtune.objectives.reward_probes import DESCRIPTIONS, REWARD_PROBES, describe_fired_probes, score_probes
 
 REWARD = """
 def variety(prompts, completions, wanted, **columns):
@@ -86,7 +90,7 @@ def test_sampler_is_the_model_that_trains(make, task):
     assert len(metrics(result.run, "reward")) == 8  # and twice of the held-out prompts
 
 
-@pytest.mark.parametrize("task", ["grpo", "rloo"])
+@pytest.mark.parametrize("task", ["grpo", "rloo", "reinforce"])
 def test_killed_run_resumes_to_the_same_bits(make, task, monkeypatch):
     whole, again = (make(name, task={"name": task, "beta": 0.05}) for name in ("whole", "again"))
     result = train(whole)
@@ -276,6 +280,21 @@ def test_run_without_signal_stops(make):
     assert caught.value.code == "no-reward-signal"
 
 
+def test_baseline_of_reinforce_is_the_mean_of_the_steps_before(make, monkeypatch):
+    task = {"name": "reinforce", "num_generations": 1, "baseline_decay": 0.5, "beta": 0.0}
+    seen = []
+    compute = Reinforce.compute_advantages
+    monkeypatch.setattr(
+        Reinforce,
+        "compute_advantages",
+        lambda self, rewards, ratios: (seen.append((rewards, found := compute(self, rewards, ratios))), found)[1],
+    )
+    train(make("run", task=task, max_steps=3))
+    means = [float(rewards.mean()) for rewards, _ in seen]
+    baselines = [float((rewards - advantages).mean()) for rewards, advantages in seen]
+    assert baselines == pytest.approx([means[0], means[0], 0.5 * means[0] + 0.5 * means[1]])
+
+
 def test_rewards_are_weighted(make, tmp_path):
     path = f"{tmp_path}/rewards.py"
     both = {"rewards": [f"{path}:constant", f"{path}:variety"], "reward_weights": [2.0, 0.0]}
@@ -328,6 +347,30 @@ def test_evaluation_compares_rewards_of_base_and_tuned_model(make, task):
     assert m.reward_gain.value == pytest.approx(m.tuned_reward.value - m.base_reward.value)
     assert m.base_best_reward.value >= m.base_reward.value > 0
     assert read_eval_result(json.loads((Path(run) / "eval-validation.json").read_text())) == found
+
+
+def test_reward_that_empty_answers_please_is_told(make):
+    data = {"validation_fraction": 0.5}
+    run = train(make("run", task={"rewards": ["length:3"]}, data=data, max_steps=1)).run
+    assert DESCRIPTIONS["empty"] in Path(run, "train.log").read_text()
+    found = evaluate(run, EvalSettings(split="validation"))
+    probes = {probe.name: probe for probe in found.measures.probes}
+    assert [*probes] == [*REWARD_PROBES]
+    assert (probes["empty"].reward, probes["longest"].reward) == (1, 0)
+    assert probes["empty"].gain.low > 0
+    assert len(SampledAnswerComparison.list_warnings(found.measures)) >= 1
+
+
+def test_probes_of_a_reward_for_right_answers_do_not_fire():
+    answers = [[policy_run.SampledAnswer([], [], text, True) for text in ("It is 7.", "8")] for _ in range(4)]
+    prompts = [{"record": json.dumps({"prompt": "What is 3 + 4?", "answer": 7}), "line": i} for i in range(4)]
+    objective = load_objective_class("grpo")(rewards=["numeric-match:answer"])
+    workers = RewardWorkers(objective.rewards, [], 60.0)
+    probes = score_probes(objective, workers, prompts, answers, "rows")
+    assert {name: float(rewards.mean()) for name, rewards in probes.items()} == {
+        "empty": 0, "longest": 0, "repeated": 0.5, "echo": 0, "format": 0,
+    }  # fmt: skip
+    assert describe_fired_probes(probes, torch.tensor([[1.0, 0.0]] * 4)) == []
 
 
 def test_best_and_worst_answers_are_recorded(make):

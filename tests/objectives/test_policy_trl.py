@@ -120,3 +120,25 @@ def make_examples(answers, advantages, old, reference):
             "reference_logps": reference[i].tolist(),
         })  # fmt: skip
     return examples
+
+
+def test_reinforce_is_the_plain_formula(tiny_llama):
+    model = tiny_llama().double()
+    objective = load_objective_class("reinforce")(rewards=["length:9"], beta=0.0)
+    rewards = torch.tensor([[0.2], [1.0], [0.0]], dtype=torch.float64)
+    advantages = objective.compute_advantages(rewards, torch.zeros(3, 1))
+    assert advantages.flatten().tolist() == pytest.approx([-0.2, 0.6, -0.4])
+    examples, expected = [], 0.0
+    for i, prompt in enumerate(PROMPTS):
+        ids, own = [5 + i, 9, 14][: i + 1], []
+        logps = model(torch.tensor([prompt + ids])).logits.log_softmax(-1)[0]
+        own = [logps[len(prompt) - 1 + at, token] for at, token in enumerate(ids)]
+        expected = expected - advantages[i, 0] * sum(own) / 3
+        example = make_answer_example({"input_ids": prompt, "line": i}, SampledAnswer(ids, [], "", True), i)
+        said = [float(logp) for logp in own] + [0.0] * (3 - len(ids))
+        examples.append(example | {"advantage": float(advantages[i, 0]), "sampled_logps": said})
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    wanted = torch.autograd.grad(expected, parameters)
+    compute_step_loss(model, Collator(0)(examples), objective.count_items(examples), objective).backward()
+    for name, gradient, parameter in zip(names, wanted, parameters, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-9, atol=1e-12, msg=name)

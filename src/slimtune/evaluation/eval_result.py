@@ -241,6 +241,20 @@ class RewardModelMeasures(BaselineComparisonMeasures):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RewardProbe:
+    """What the rewards give to answers without any worth (objectives/reward_probes.py)."""
+
+    name: str
+    """empty, longest, repeated, echo or format."""
+    answers: str
+    """What the answers are, in words."""
+    reward: float
+    """Mean reward of these answers, one in place of each of the base's."""
+    gain: Estimate
+    """It minus the mean reward of the base's answers; above 0, the rewards can be pleased in this way."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PolicyMeasures(EvalMeasures):
     """Rewards of the answers that base and tuned model sample to held-out prompts."""
 
@@ -264,6 +278,8 @@ class PolicyMeasures(EvalMeasures):
     """Mean tokens of the base's answers."""
     tuned_length: float
     """Mean tokens of the tuned model's answers."""
+    probes: Sequence[RewardProbe] = ()
+    """What the rewards give to answers without any worth."""
 
 
 # --- on general text, answers and tasks ------------------------------------------------------------------------------

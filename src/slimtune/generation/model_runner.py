@@ -25,6 +25,36 @@ from ..core.adapters.active_adapters import BASE_ROW
 from ..errors import MixedBatchError, UsageError
 from ..methods.lora.alora import calculate_alora_offsets
 
+CACHE_GROWTH = 64
+"""Tokens that a cache has room for after it was copied."""
+
+
+class RoomyLayer(DynamicLayer):
+    """A layer's keys and values with room for further tokens, so that a step need not copy those of all before it."""
+
+    _room: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append the keys and values of tokens `(rows, heads, tokens, features)`; return those of all tokens."""
+        if not self.is_initialized or key_states.shape[-2] > 1:
+            return super().update(key_states, value_states, *args, **kwargs)
+        assert self.keys is not None
+        assert self.values is not None
+        start = self.keys.shape[-2]
+        if self._room is None or self._room[0].shape[-2] == start or self.keys.data_ptr() != self._room[0].data_ptr():
+            self._room = (_add_room(self.keys), _add_room(self.values))
+        keys, values = self._room
+        keys[:, :, start : start + 1], values[:, :, start : start + 1] = key_states, value_states
+        self.keys, self.values = keys[:, :, : start + 1], values[:, :, : start + 1]
+        return self.keys, self.values
+
+
+def _add_room(tensor: Tensor) -> Tensor:
+    rows, heads, tokens, features = tensor.shape
+    roomy = tensor.new_empty(rows, heads, tokens + CACHE_GROWTH, features)
+    roomy[:, :, :tokens] = tensor
+    return roomy
+
 
 class GenerationRow:
     """One row of a batch: its adapter, its tokens, and how many of them the cache has.
@@ -154,6 +184,8 @@ class MultiAdapterRunner:
         cache = None
         if self._caches:
             cache = DynamicCache() if self._pads else DynamicCache(config=self.model.config)
+            if self._pads:
+                cache.layer_class_to_replicate = RoomyLayer
         else:
             row.ids = ids
         return self._run_all(row, ids, cache, len(generated)), CachedBatch(row, cache)

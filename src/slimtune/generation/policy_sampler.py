@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ..objectives.policy_run import SampledAnswer
+from ..objectives.sampled_answers import SampledAnswer
 from .answer_queue import SamplingParams
 from .generation_models import make_generation_model
 from .training_samples import sample_answers_between_steps

@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Generator, Iterable, Sequence
 from functools import partial
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,6 +40,28 @@ STEPS_ALONE = 16
 """Steps after an error in a pass of several rows until its rows share a batch again."""
 MAX_FAILURES = 3
 """Steps that may fail one after another, elsewhere than in a pass of the model, before the thread gives up."""
+
+
+class DrawnTokens(NamedTuple):
+    """The token that was drawn for each row, -1 for none, and its log p at the temperature if the answer reports it."""
+
+    tokens: list[int]
+    logps: list[float | None]
+
+
+def draw_from(probabilities: Tensor, randoms: Sequence[torch.Generator]) -> Tensor:
+    """Return a token for each row of `probabilities (rows, tokens)`, each with one random number of its generator.
+
+    On a GPU, where sums are added in another order each time, torch.multinomial draws as many numbers as tokens.
+    """
+    if probabilities.device.type != "cpu":
+        drawn = [torch.multinomial(p, 1, generator=random) for p, random in zip(probabilities, randoms, strict=True)]
+        return torch.cat(drawn)
+    sums = probabilities.double().cumsum_(-1)
+    total = sums[:, -1:].contiguous()
+    at = torch.stack([torch.rand(1, generator=random, dtype=torch.float64) for random in randoms]) * total
+    # The first token whose sum is above the number has a probability above 0; rounding may bring it to the total.
+    return torch.minimum(torch.searchsorted(sums, at, right=True), torch.searchsorted(sums, total))[:, 0]
 
 
 class TextGenerator(BaseAnswerQueue):
@@ -306,6 +328,7 @@ class TextGenerator(BaseAnswerQueue):
         An error about one row, its tokenizer's for instance, ends its answer.
         """
         likeliest = logits.argmax(-1).tolist()
+        drawn = self._draw_tokens([self._running[row] for row in batch.rows], logits)
         # The maximum is NaN if any logit is; single logits may be -Inf, which means that the token cannot come.
         is_finite = torch.isfinite(logits.amax(-1)).tolist()
         for i, row in enumerate(batch.rows):
@@ -317,8 +340,9 @@ class TextGenerator(BaseAnswerQueue):
                 if answer.matcher is not None:
                     row.next_token = self._choose_allowed_token(answer, answer.matcher, logits[i : i + 1])
                 else:
-                    row.next_token = likeliest[i] if is_greedy else self._draw_token(answer, logits[i : i + 1])
-                piece = self._make_piece(answer, row.next_token, logits[i])
+                    row.next_token = likeliest[i] if is_greedy else drawn.tokens[i]
+                known = drawn.logps[i] if row.next_token == drawn.tokens[i] else None
+                piece = self._make_piece(answer, row.next_token, logits[i], known)
             except Exception as error:
                 self._log_unless_expected(error)
                 piece = AnswerPiece(error=error)
@@ -334,17 +358,43 @@ class TextGenerator(BaseAnswerQueue):
         is_greedy = answer.params.temperature == 0
         return int(allowed[scores.argmax() if is_greedy else self._draw_token(answer, scores)])
 
+    def _draw_tokens(self, answers: Sequence[GeneratedAnswer], logits: Tensor) -> "DrawnTokens":
+        """Draw a token for each answer that is sampled from all of `logits (rows, vocabulary)`, all rows at once."""
+        plain = [
+            i
+            for i, answer in enumerate(answers)
+            if answer.params.temperature > 0 and answer.params.top_p == 1 and answer.matcher is None
+        ]
+        drawn = DrawnTokens([-1] * len(answers), [None] * len(answers))
+        if plain:
+            scores = logits if len(plain) == len(answers) else logits[plain]
+            temperatures = [answers[i].params.temperature for i in plain]
+            if any(temperature != 1 for temperature in temperatures):
+                scores = scores / logits.new_tensor(temperatures)[:, None]
+            log_probs = scores.log_softmax(-1)
+            tokens = draw_from(log_probs.exp(), [self._get_random(answers[i], logits) for i in plain])
+            logps = log_probs.gather(1, tokens[:, None])[:, 0].tolist()
+            for i, token, logp in zip(plain, tokens.tolist(), logps, strict=True):
+                drawn.tokens[i] = token
+                drawn.logps[i] = logp if answers[i].params.logprobs_at_temperature else None
+        return drawn
+
     def _draw_token(self, answer: GeneratedAnswer, logits: Tensor) -> int:
-        """Draw a token as transformers' `generate` does, with random numbers of the answer's own."""
-        if answer.random is None:
-            answer.random = torch.Generator(logits.device).manual_seed(answer.params.seed)
+        """Draw a token from `logits (1, tokens)`, with random numbers of the answer's own."""
         scores = logits / answer.params.temperature
         if answer.params.top_p < 1:
             scores = TopPLogitsWarper(answer.params.top_p)(scores, scores)
-        return int(torch.multinomial(scores.softmax(-1), 1, generator=answer.random))
+        return int(draw_from(scores.softmax(-1), [self._get_random(answer, logits)]))
 
-    def _make_piece(self, answer: GeneratedAnswer, token: int, logits: Tensor) -> AnswerPiece:
-        """Return what a token adds to an answer."""
+    def _get_random(self, answer: GeneratedAnswer, logits: Tensor) -> torch.Generator:
+        if answer.random is None:
+            answer.random = torch.Generator(logits.device).manual_seed(answer.params.seed)
+        return answer.random
+
+    def _make_piece(
+        self, answer: GeneratedAnswer, token: int, logits: Tensor, logp: float | None = None
+    ) -> AnswerPiece:
+        """Return what a token adds to an answer; `logp` is its log p as the answer reports it, if that is known."""
         params = answer.params
         answer.num_tokens += 1
         self.generated_tokens += 1
@@ -360,7 +410,9 @@ class TextGenerator(BaseAnswerQueue):
         if answer.stream.is_stopped:
             reason = "stop"
         logprobs: tuple[TokenLogprob, ...] = ()
-        if params.top_logprobs is not None:
+        if params.top_logprobs == 0 and logp is not None:
+            logprobs = (TokenLogprob(token, logp, []),)
+        elif params.top_logprobs is not None:
             scores = logits / params.temperature if params.logprobs_at_temperature else logits
             log_probs = scores.log_softmax(-1).clamp_min(-9999.0)  # JSON has no -Inf
             values, ids = log_probs.topk(params.top_logprobs)

@@ -30,9 +30,12 @@ def compute_group_advantages(rewards: Tensor, scale: RewardScale = "group") -> T
 def compute_leave_one_out_advantages(rewards: Tensor, normalize: bool = False) -> Tensor:
     """Return the advantages [P, K] of answers over the mean reward of the others; `normalize` over the whole step."""
     advantages = rewards - (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
-    if normalize:
-        advantages = (advantages - advantages.mean()) / (advantages.std() + SMALLEST_DEVIATION)
-    return advantages
+    return scale_step_advantages(advantages) if normalize else advantages
+
+
+def scale_step_advantages(advantages: Tensor) -> Tensor:
+    """Return the advantages of a step [P, K] with a mean of 0 and a standard deviation of 1."""
+    return (advantages - advantages.mean()) / (advantages.std() + SMALLEST_DEVIATION)
 
 
 def find_groups_without_signal(rewards: Tensor) -> Tensor:

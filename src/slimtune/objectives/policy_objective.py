@@ -174,6 +174,12 @@ class PolicyObjective(Objective):
         """
         raise NotImplementedError
 
+    def find_prompts_without_signal(self, rewards: Tensor, advantages: Tensor) -> Tensor:
+        """Return the prompts that nothing is learned from, bool [P]: all their answers have one reward."""
+        from .group_advantages import find_groups_without_signal
+
+        return find_groups_without_signal(rewards)
+
     def compute_clipped(self, logps: Tensor, old_logps: Tensor, batch: Batch) -> ClippedLosses:
         """Return the losses of the tokens [T], or of the answers [N], of a micro-batch."""
         raise NotImplementedError

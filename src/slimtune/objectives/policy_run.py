@@ -1,7 +1,6 @@
 """A run that learns from its own answers: it samples and scores those of a step, and measures them."""
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -18,9 +17,10 @@ from ..core.training.objective import Batch, Example
 from ..core.training.prepared_run import PreparedRun
 from ..core.training.validation_scores import score_across_processes
 from ..errors import RunError, UsageError
-from ..extras.rewards.reward_workers import AnswersToScore, RewardWorkers
-from .group_advantages import find_groups_without_signal
+from ..extras.rewards.reward_workers import RewardWorkers
 from .policy_losses import estimate_token_kl
+from .reward_probes import describe_fired_probes, score_probes
+from .sampled_answers import SampledAnswer, make_answers_to_score
 from .sampler_check import LARGEST_DIFFERENCES, SamplerCheck
 
 if TYPE_CHECKING:
@@ -30,16 +30,6 @@ MOST_STEPS_WITHOUT_SIGNAL = 10
 """Steps in a row in which no prompt has answers of different rewards, after which a run stops."""
 EVENT = "answers"
 """Value of `event` in the lines of metrics.jsonl with the best and the worst answer of a step."""
-
-
-@dataclass(frozen=True)
-class SampledAnswer:
-    """An answer as it was sampled."""
-
-    token_ids: list[int]  # the one that ends it included
-    logps: list[float]  # of each token, at the temperature of sampling
-    text: str  # without what ends it
-    is_complete: bool  # it ended by itself; False: it was as long as it may be
 
 
 SampleAnswers = Callable[..., list[list[SampledAnswer]]]
@@ -147,7 +137,8 @@ class PolicyRun:
             self.check.require_same_tokens(example["answer"], answer.token_ids, learned)
             example |= objective.temperature_column
         log_ratios, kl = self._compare_with_reference(examples, answers)
-        advantages = objective.compute_advantages(sums, log_ratios.view_as(sums)).flatten().tolist()
+        computed = objective.compute_advantages(sums, log_ratios.view_as(sums))
+        without_signal, advantages = objective.find_prompts_without_signal(sums, computed), computed.flatten().tolist()
         width = max(len(answer.token_ids) for answer in answers)
         totals = sums.flatten().tolist()
         for example, answer, advantage, total in zip(examples, answers, advantages, totals, strict=True):
@@ -161,9 +152,11 @@ class PolicyRun:
             }
             if "reference_logps" in example:
                 example["reference_logps"] = example["reference_logps"] + [0.0] * padding
-        self._measure(sums, rewards, answers, kl)
+        self._measure(sums, rewards, answers, kl, float(without_signal.double().mean()))
         self._record_best_and_worst(step, prompts, scored, sums)
-        self._require_signal(sums, step)
+        if step == 1:
+            self._probe_rewards(prompts, scored, sums)
+        self._require_signal(sums, bool(without_signal.all()), step)
         return examples
 
     def sample_greedy(self, prompts: Sequence[Example]) -> list[Example]:
@@ -234,13 +227,15 @@ class PolicyRun:
 
     # --- measures -----------------------------------------------------------------------------------------------------
 
-    def _measure(self, sums: Tensor, rewards: Tensor, answers: Sequence[SampledAnswer], kl: float) -> None:
+    def _measure(
+        self, sums: Tensor, rewards: Tensor, answers: Sequence[SampledAnswer], kl: float, without_signal: float
+    ) -> None:
         lengths = [len(answer.token_ids) for answer in answers]
         logps = [logp for answer in answers for logp in answer.logps]
         values = {
             "reward": float(sums.mean()),
-            "reward_std": float(sums.std()),
-            "frac_reward_zero_std": float(find_groups_without_signal(sums).double().mean()),
+            "reward_std": float(sums.std()) if sums.numel() > 1 else 0.0,
+            "frac_reward_zero_std": without_signal,
             "completions/mean_length": sum(lengths) / len(lengths),
             "completions/clipped_ratio": sum(not answer.is_complete for answer in answers) / len(answers),
             "entropy": -sum(logps) / len(logps),
@@ -251,13 +246,21 @@ class PolicyRun:
             values |= {f"rewards/{name}/mean": mean for name, mean in means}
         self.measures.add(values)
 
+    def _probe_rewards(self, prompts: Sequence[Example], scored: Sequence[ScoredPrompt], sums: Tensor) -> None:
+        """Warn, once in a run, of answers without any worth that the rewards give more than the model's own."""
+        if distributed.is_main_process():
+            probes = score_probes(self.objective, self.workers, prompts, [p.answers for p in scored], str(self.file))
+            for sentence in describe_fired_probes(probes, sums):
+                self.prepared.logger.say(f"warning: {sentence}")
+
     def say_measures(self, found: dict[str, float]) -> None:
         """Say the measures of the steps since the last line."""
         step, without = self.prepared.state.step, found["frac_reward_zero_std"]
         self.prepared.logger.say(
             f"step {step}: reward {found['reward']:.3f} (deviation {found['reward_std']:.3f}), "
             f"{100 * without:.0f} % of prompts without signal, "
-            f"{found['completions/mean_length']:.0f} tokens an answer, KL {found['kl']:.4f}, "
+            f"{found['completions/mean_length']:.0f} tokens an answer, entropy {found['entropy']:.2f}, "
+            f"KL {found['kl']:.4f}, "
             f"largest difference to the sampler {found['sampling/sampling_logp_difference/max']:.1e} nats"
         )
 
@@ -287,8 +290,7 @@ class PolicyRun:
             }
         self.prepared.logger.record(found)
 
-    def _require_signal(self, sums: Tensor, step: int) -> None:
-        without = bool(find_groups_without_signal(sums).all())
+    def _require_signal(self, sums: Tensor, without: bool, step: int) -> None:
         self.steps_without_signal = self.steps_without_signal + 1 if without else 0
         if self.steps_without_signal < MOST_STEPS_WITHOUT_SIGNAL:
             return
@@ -316,21 +318,6 @@ def make_answer_example(prompt: Example, answer: SampledAnswer, number: int) -> 
         "line": prompt["line"],
         "answer": number,
     }
-
-
-def make_answers_to_score(
-    prompts: Sequence[Example], sampled: Sequence[Sequence[SampledAnswer]], file: str
-) -> AnswersToScore:
-    """Return the answers to prompts as rewards get them, the answers to one prompt one after another."""
-    records = [json.loads(e["record"]) for e, answers in zip(prompts, sampled, strict=True) for _ in answers]
-    names = dict.fromkeys(name for record in records for name in record if name != "prompt")
-    return AnswersToScore(
-        prompts=[record["prompt"] for record in records],
-        completions=[answer.text for answers in sampled for answer in answers],
-        columns={name: [record.get(name) for record in records] for name in names},
-        lines=[e["line"] for e, answers in zip(prompts, sampled, strict=True) for _ in answers],
-        file=file,
-    )
 
 
 def score_token_logps(prepared: PreparedRun, examples: Sequence[Example]) -> list[list[float]]:

@@ -28,6 +28,7 @@ OBJECTIVE_HELP = {
     "grpo": "Find better answers to prompts by trying, where a program can score them",
     "kto": "Prefer answers with a thumb up to those with a thumb down",
     "orpo": "Answer as in the better of two answers, and prefer it",
+    "reinforce": "As grpo, one answer to each prompt against the mean of the steps before",
     "reward": "Score answers, from pairs of a better and a worse one",
     "rloo": "As grpo, each answer against the mean of the others",
     "sdft": "Answer as in the rows, and forget less: learns from its own answers",

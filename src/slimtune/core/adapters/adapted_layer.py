@@ -107,7 +107,7 @@ class AdaptedLayerMixin(PickledByClassFactory, PeftNameLookupMixin):
         if not modules:
             return base(*args, **kwargs)
 
-        def nest(run: Callable[..., Any]) -> Callable[..., Any]:
+        def nest(run: Any) -> Any:
             for i, (name, module) in enumerate(zip(names, modules, strict=True)):
                 tokens = self.find_changed_tokens(name, module, args)
                 run = partial(module.forward_with_base, BaseForward(self, run, modules[:i]), **tokens)

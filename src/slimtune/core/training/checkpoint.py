@@ -66,6 +66,7 @@ class TrainingState:
         unlogged_steps: how many these are.
         loss_scale: factor on the gradients of a float16 run; None: there is none.
         steps_at_loss_scale: steps since the scale was changed.
+        objective_state: numbers that the objective keeps from step to step.
         threads: torch's threads on a CPU, of the last checkpoint: the bits of a step depend on them.
     """
 
@@ -86,6 +87,7 @@ class TrainingState:
     unlogged_steps: int = 0
     loss_scale: float | None = None
     steps_at_loss_scale: int = 0
+    objective_state: dict[str, float] = field(default_factory=dict)
     threads: int | None = None
 
     @property

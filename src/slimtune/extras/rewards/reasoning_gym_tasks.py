@@ -20,14 +20,13 @@ from .reward_errors import RewardArgumentError, RewardColumnError
 INSTALL = "pip install 'slimtune[reasoning-gym]'"
 
 
-def load_tasks() -> dict[str, Any]:
-    """Return the dataset and the config class of each task, by its name."""
+def load_tasks() -> Any:
+    """Return a mapping from the name of each task to its dataset and config class."""
     try:
         from reasoning_gym.factory import DATASETS
     except ImportError as error:
         raise RewardArgumentError("the package reasoning-gym is not installed", INSTALL) from error
-    tasks: dict[str, Any] = DATASETS
-    return tasks
+    return DATASETS
 
 
 def require_task(name: str) -> Any:

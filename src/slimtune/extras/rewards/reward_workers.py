@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ...errors import RunError
@@ -30,6 +30,10 @@ class AnswersToScore:
     columns: dict[str, list[Any]]  # the other columns of the rows
     lines: list[int]
     file: str
+
+    def with_completions(self, completions: list[str]) -> "AnswersToScore":
+        """Return the batch with other answers."""
+        return replace(self, completions=completions)
 
     def select(self, number: int) -> "AnswersToScore":
         """Return one answer as a batch."""
