@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, Mxfp4Config
 
 from slimtune.core.models.loader import load_base
 from slimtune.core.models.quantization import dequantize_model
+from slimtune.core.training.nonfinite import find_nonfinite_weights
 from slimtune.core.training.train import train
 from slimtune.errors import UsageError
 from slimtune.export.merge import merge
@@ -61,6 +62,14 @@ def test_a_checkpoint_stays_packed_and_computes_what_transformers_computes(folde
         plain = dequantize_model(base.model, dtype)
         assert not any(isinstance(p, QuantizedExperts) for p in plain.parameters())
         assert torch.equal(plain(tokens()).logits, logits)
+
+
+def test_the_check_for_nan_dequantizes_nothing(folder, monkeypatch):
+    model = load_base(str(folder), dtype="float32").model
+    monkeypatch.setattr(QuantizedExperts, "dequantized", None)
+    assert find_nonfinite_weights(model) == []
+    model.lm_head.weight.data[0] = torch.nan
+    assert find_nonfinite_weights(model) == ["lm_head.weight"]
 
 
 def test_another_quantization_is_refused(folder):

@@ -425,7 +425,7 @@ def describe_gpu_dtype_and_software_limits(request: PlanRequest, job: MicroBatch
         notes.append(note)
     if job.dtype == torch.bfloat16 and rates and "bfloat16" not in rates:
         notes.append(f"{gpu.name} emulates bfloat16: the speed is that of float32, and may be lower.")
-    if request.quantization and not gpu.quantization_is_proven:
+    if request.quantization not in (None, "mxfp4") and not gpu.quantization_is_proven:
         notes.append(f"Whether bitsandbytes quantizes on {gpu.name} is not known to a plan.")
     if job.device == "mps" and request.dtype == "auto" and gpu.auto_bf16 is None:
         notes.append("Before macOS 14 a Mac trains in float32, which takes twice the memory.")
@@ -443,7 +443,7 @@ def describe_how_experts_are_held(model: Any, request: PlanRequest) -> list[str]
     if experts and request.quantization:
         size, held_in = format_bytes(sum(p.nbytes for p in experts)), dtype_name(experts[0].dtype)
         if isinstance(experts[0], QuantizedExperts):
-            notes.append(f"The experts ({size}) are held in 4 bits, too; each product dequantizes some at a time.")
+            notes.append(f"The experts ({size}) are held in 4 bits; each product dequantizes some at a time.")
         else:
             notes.append(f"The experts ({size}) stay in {held_in}: --quantization nf4 of a base in 16 or 32 bits "
                          "holds them in 4 bits.")  # fmt: skip

@@ -19,7 +19,8 @@ def find_nonfinite_weights(model: Any) -> list[str]:
     found = []
     for name, weight in model.named_parameters():
         scales = list_quantization_scales(weight)
-        plain = [weight] if not scales and weight.is_floating_point() and weight.itemsize > 1 else []
+        is_plain = weight.is_floating_point() and weight.itemsize > 1 and not hasattr(weight, "packed")
+        plain = [weight] if is_plain and not scales else []
         if not all(map(is_finite, (*scales, *plain))):
             found.append(name)
     return found
