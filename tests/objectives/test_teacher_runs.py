@@ -85,7 +85,7 @@ def test_teacher_with_another_tokenizer_is_refused_before_the_base_is_loaded(mak
     tokenizer["model"]["vocab"] = {t: i for i, t in enumerate(reversed(tokenizer["model"]["vocab"]))}
     (teacher / "tokenizer.json").write_text(json.dumps(tokenizer))
     task = {"name": "distill", "context": None, "teacher_model_name_or_path": str(teacher)}
-    with pytest.raises(UsageError, match="another tokenizer"):
+    with pytest.raises(UsageError, match="tokenizer"):
         train(make("run", task=task))
 
 
