@@ -361,7 +361,7 @@ def make_loss_and_gain_comparison_charts(run_table_rows: Sequence[RunTableRow]) 
         for (row, results), color in zip(known, ("one", "two"), strict=False)
     ]  # fmt: skip
     estimates, measured_on = [], set()
-    for row, results in known:
+    for at, (row, results) in enumerate(known):
         if row.held_out_evaluation is None:
             continue
         result = row.held_out_evaluation.result
@@ -372,7 +372,7 @@ def make_loss_and_gain_comparison_charts(run_table_rows: Sequence[RunTableRow]) 
         else:
             gain = measures.loss_reduction if isinstance(measures, LossMeasures) else measures.accuracy_gain
         text = f"{row.name}: {signed(gain.value)} ({fixed(gain.low)} to {fixed(gain.high)})"
-        estimates.append(ChartEstimate("", "two", gain.value, gain.ci95, text))
+        estimates.append(ChartEstimate("", "one" if at == 0 else "two", gain.value, gain.ci95, text))
         assert results.recipe is not None
         measured_on.add((result.data, measures.rows, results.recipe.model.name))
     losses = render_line_chart("Training loss", "nats per supervised token", series, tall=True) if series else Markup()
