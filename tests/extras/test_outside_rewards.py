@@ -189,6 +189,10 @@ def test_file_beside_the_recipe_is_found(tmp_path):
     ]
 
 
+def test_command_may_end_with_a_file_of_python():
+    assert find_reward_error(f"command:{sys.executable} judge.py") is None
+
+
 def test_name_of_a_server_has_no_password():
     assert make_short_reward_name("http://user:secret@judge:80/x") == "judge:80"
 

@@ -274,9 +274,10 @@ def test_gradient_of_nan_is_named_and_its_step_skipped(make, monkeypatch):
     assert (result.steps, result.skipped_steps) == (4, 1)
 
 
-def test_run_without_signal_stops(make):
+@pytest.mark.parametrize("task", ["grpo", "reinforce"])
+def test_run_without_signal_stops(task, make):
     with pytest.raises(RunError) as caught:
-        train(make("run", reward="constant", max_steps=40, batch_size=2))
+        train(make("run", reward="constant", task={"name": task}, max_steps=40, batch_size=2))
     assert caught.value.code == "no-reward-signal"
 
 

@@ -45,8 +45,12 @@ class Reinforce(RLOO):
         return scale_step_advantages(advantages) if self.normalize_advantages else advantages
 
     def find_prompts_without_signal(self, rewards: Tensor, advantages: Tensor) -> Tensor:
-        """Return which prompts have answers whose advantages are 0, bool [P]."""
-        return (advantages.abs() < 1e-12).all(1)
+        """Return for each prompt whether all answers of the step have one reward, bool [P].
+
+        Then only the penalty of `beta` would be learned. An answer that is the only one is compared with the baseline.
+        """
+        spread = rewards.amax() - rewards.amin() if rewards.numel() > 1 else advantages.abs().amax()
+        return (spread < 1e-12).expand(len(rewards))
 
     def _update_baseline(self, state: TrainingState, mean: float) -> float:
         """Return the baseline of the step that begins, and keep what the next one needs; a repeated step has the same.

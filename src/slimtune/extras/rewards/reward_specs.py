@@ -64,7 +64,7 @@ def find_reward_error(spec: str) -> RewardSpecError | None:
         if not function.isidentifier():
             return RewardSpecError(f"{function!r} is no name of a function", "file.py:function")
         return None
-    if spec.endswith(".py"):
+    if spec.endswith(".py") and ":" not in spec:
         return RewardSpecError("the function is missing", "file.py:function", f"{spec}:reward")
     if is_http_reward(spec):
         return None if urlsplit(spec).hostname else RewardSpecError(f"{spec} names no server", "http://HOST:PORT/PATH")
