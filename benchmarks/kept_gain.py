@@ -130,9 +130,9 @@ def read_results(file: Path) -> list[dict]:
 
 
 def print_table(results: list[dict]) -> None:
-    """Print a Markdown table for each run: a line for each precision, a column for each way."""
-    for run in dict.fromkeys(r["run"] for r in results):
-        of_run = [r for r in results if r["run"] == run]
+    """Print a Markdown table for each run whose gain is shared: a line for each precision, a column for each way."""
+    for run in dict.fromkeys(r.get("gain_of", r["run"]) for r in results):
+        of_run = [r for r in results if r.get("gain_of", r["run"]) == run]
         first, ways = of_run[0], [way for way in WAYS if any(r["way"] == way for r in of_run)]
         losses = f"loss of the base {first['base_loss']:.3f}, tuned {first['tuned_loss']:.3f}"
         print(f"{Path(run).name} ({first['base']}, {first['objective']}, {first['rows']} held-out rows): {losses}\n")
