@@ -1,6 +1,7 @@
 """Runs with a teacher: its answers are sampled once, killed runs resume bit for bit, bad input is refused early."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,11 +9,15 @@ from row_files import write_jsonl
 from tiny_run import distance, metrics, recipe_of, train_in_two_parts, write_rows
 
 from slimtune.core.config.objective_registry import load_objective_class
+from slimtune.core.data.example_lengths import DatasetRowComposition
 from slimtune.core.data.rows import Row
 from slimtune.core.training.train import train
 from slimtune.errors import DataError, RecipeError, RunError, UsageError
 from slimtune.evaluation.evaluate import EvalSettings, evaluate
 from slimtune.objectives import teacher_run
+from slimtune.planning.gpu_specs import require_gpu_by_name
+from slimtune.planning.memory_trace import trace_training_step
+from slimtune.planning.plan_request import build_plan_request
 
 CONTEXT = "You are a shop. Answer every customer in capital letters, and thank them. " * 2
 
@@ -155,3 +160,15 @@ def test_wrong_input_is_refused_before_the_base_is_loaded(make, task, error, mes
 def test_head_that_trains_is_refused(make):
     with pytest.raises(UsageError, match="head"):
         train(make("run", method={"modules_to_save": ["lm_head"]}))
+
+
+def test_plan_runs_the_pass_of_the_teacher(make):
+    content = DatasetRowComposition(supervised_share=0.5, teacher_prefix_tokens=100)
+    job = build_plan_request(make("run"), require_gpu_by_name("rtx-3090"), [60] * 4, 1, content).job()
+
+    def count_flops(job):
+        counts = trace_training_step(job).counts_by_operator_cost
+        return sum(flops * times for (flops, *_), times in counts.items())
+
+    # The teacher's forward pass has 340 tokens, the student's forward and backward passes 240 each.
+    assert 1.3 < count_flops(job) / count_flops(replace(job, teacher=None)) < 2

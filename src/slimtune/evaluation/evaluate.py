@@ -347,7 +347,8 @@ def _load_unseen_rows(
         examples, report = load_eval_dataset_and_stats(file, sections.data, objective, tokenizer, trained.classes)
         if trained.recipe is not None:
             if isinstance(objective, TeacherObjective):
-                examples = objective.add_teacher_rows(examples, file, trained.recipe, tokenizer)
+                read = replace(trained.recipe, data=sections.data)
+                examples = objective.add_teacher_rows(examples, file, read, tokenizer)
             trained_rows = _find_rows_trained_on(
                 EvalRecipeSections.from_recipe(trained.recipe), sections, file, examples
             )

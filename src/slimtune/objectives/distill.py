@@ -10,7 +10,7 @@ In the share `lmbda` of the steps the answers are the student's own, in the othe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -53,6 +53,12 @@ class Distill(TeacherObjective):
     def find_conflicts(self) -> Iterator[FieldError]:
         if self.seq_kd:
             yield self.error("seq_kd", "false: a teacher that is another base writes no answers here")
+
+    def list_plan_notes(self) -> Sequence[str]:
+        return (
+            "The teacher's weights are planned, and its pass as if the teacher had the shape of the base. Sampling "
+            "before a step takes time that this plan does not count.",
+        )
 
     def make_teacher_row(self, row: Row) -> Row:
         """Return the row as it is."""

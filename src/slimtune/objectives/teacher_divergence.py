@@ -21,8 +21,6 @@ from torch.autograd.function import once_differentiable
 from ..core.kernels.cross_entropy import count_rows_per_logit_chunk, scale_and_cap_logits
 from ..core.models.lm_head import LMHead
 
-Chunk = tuple[Tensor, Tensor]
-
 
 def compute_token_divergences(
     student: Tensor, student_head: LMHead, teacher: Tensor, teacher_head: LMHead, beta: float
@@ -46,20 +44,25 @@ def compute_logits(head: LMHead, states: Tensor) -> Tensor:
     return scale_and_cap_logits(logits.to(torch.promote_types(logits.dtype, torch.float32)), head.scale, head.cap)
 
 
-def compute_divergences_and_slopes(student: Tensor, teacher: Tensor, beta: float) -> Chunk:
+def compute_divergences_and_slopes(student: Tensor, teacher: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """Return the divergence of each row of logits `(n)`, and its derivative by the student's logits `(n, V)`."""
+    # In place as far as it goes: each of these tensors is as large as the logits of a chunk.
     s, t = torch.log_softmax(student, -1), torch.log_softmax(teacher, -1)
+    del student, teacher
     if beta == 0:
         q = t.exp()
-        losses = (q * (t - s)).sum(-1)
-        return losses, s.exp_().sub_(q)
-    p = s.exp()
-    mixture = t if beta == 1 else torch.logaddexp(s + math.log1p(-beta), t + math.log(beta))
-    weight = 1.0 if beta == 1 else 1 - beta
-    difference = s.sub_(mixture)
-    own = (p * difference).sum(-1)
-    losses = own if beta == 1 else weight * own + beta * (t.exp() * (t - mixture)).sum(-1)
-    return losses, difference.sub_(own[:, None]).mul_(p).mul_(weight)
+        return t.sub_(s).mul_(q).sum(-1), s.exp_().sub_(q)
+    p, weight = s.exp(), 1 - beta or 1.0
+    if beta < 1:
+        mixture = torch.logaddexp(s + math.log1p(-beta), t + math.log(beta))
+        q = t.exp()
+        from_teacher = t.sub_(mixture).mul_(q).sum(-1)
+        terms = s.sub_(mixture).mul_(p)
+    else:
+        from_teacher = p.new_zeros(len(p))
+        terms = s.sub_(t).mul_(p)
+    own = terms.sum(-1)
+    return weight * own + beta * from_teacher, terms.sub_(p.mul_(own[:, None])).mul_(weight)
 
 
 class _TokenDivergence(torch.autograd.Function):
