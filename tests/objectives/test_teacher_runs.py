@@ -50,11 +50,13 @@ def make(tmp_path, tiny_llama, tiny_tokenizer):
 
 
 @pytest.mark.parametrize("answers", [True, False], ids=["answers", "prompts"])
-def test_student_comes_nearer_to_its_teacher(make, answers):
+def test_student_comes_nearer_to_its_teacher(make, answers, tmp_path):
     result = train(make("run", answers=answers, max_steps=12, eval_steps=1))
     found = metrics(result.run, "validation_loss")
     assert found[-1] < 0.7 * found[0]
-    context = evaluate(result.run, EvalSettings(split="validation", skip_prompt_test=True)).measures.context
+    file = write_rows(tmp_path / "held_out.jsonl", 8, start=100) if answers else None
+    settings = EvalSettings(split="validation", data=file, skip_prompt_test=True)
+    context = evaluate(result.run, settings).measures.context
     assert context.sampled_answers is not answers
     assert context.tokens_saved == pytest.approx(len(CONTEXT), rel=0.5)  # the tokens of the tiny base are short
 
