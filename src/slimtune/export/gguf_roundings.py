@@ -49,6 +49,10 @@ class GgufRounding:
         levels = self.block_format.levels.tolist()
         self._lowest, self._highest = levels[0], levels[-1]
         self._is_uniform = self._highest - self._lowest == len(levels) - 1
+        if not self._is_uniform:
+            halves = torch.arange(0.25, 256, 0.5, device="cpu") - 128  # the middle of each interval of a half
+            levels_apart = torch.tensor(levels, device="cpu")
+            self._quant_by_half = torch.bucketize(halves, (levels_apart[1:] + levels_apart[:-1]) / 2).float()
         self._grid: BlockGrid | None = None
 
     def round(self, merged: Tensor, base: Tensor) -> Tensor:
@@ -58,7 +62,8 @@ class GgufRounding:
         if self._is_uniform:
             levels.add_(self._lowest)
         elif _has_values(base):
-            levels = self.block_format.levels.to(base.device)[levels.long()]
+            by_quant = self.block_format.levels.to(base.device)
+            levels = by_quant.index_select(0, levels.int().flatten()).view_as(levels)
         rounded = levels.mul_(grid.scale)
         return (rounded if grid.offset is None else rounded.add_(grid.offset)).view_as(merged)
 
@@ -75,8 +80,9 @@ class GgufRounding:
         position = (values if grid.offset is None else values - grid.offset) * grid.inverse_scale
         if self._is_uniform or not _has_values(merged):
             return position.sub_(self._lowest).round_().clamp_(0, self._highest - self._lowest)
-        levels = self.block_format.levels.to(merged.device)
-        return torch.bucketize(position, (levels[1:] + levels[:-1]) / 2).float()
+        # Half way between two levels is a multiple of a half: a table is faster than `bucketize`.
+        half = position.add_(128).mul_(2).clamp_(0, 511).int()
+        return self._quant_by_half.to(merged.device).index_select(0, half.flatten()).view_as(position)
 
     def _get_grid(self, base: Tensor) -> BlockGrid:
         if not _has_values(base):
