@@ -173,7 +173,7 @@ class GgufFormat(ExportFormat):
             if as_trained:
                 notes += [f"{len(rounded)} matrices are in {precision} with the values that training saw"]
             elif precision not in PRECISIONS:
-                notes += [_describe_rounding(rounded, inputs, is_weighted=bool(self.imatrix))]
+                notes += [describe_rounding(rounded, inputs, is_weighted=bool(self.imatrix))]
                 if (trained := getattr(model.active_peft_config, "qat", None)) is not None:
                     notes += [f"the run was trained to be exported in {trained}, and rounding to {precision} is added"]
             commands = [chat, *_list_serve_commands(model, job.run)]
@@ -289,14 +289,14 @@ class GgufFormat(ExportFormat):
         return f"{folder.resolve().name} as GGUF"
 
 
-def _describe_rounding(rounded: list[str], inputs: Any, *, is_weighted: bool) -> str:
+def describe_rounding(rounded: list[str], inputs: Any, engine: str = "llama.cpp", *, is_weighted: bool = False) -> str:
     """Return which way a model was rounded to few bits; `inputs` may say why there are none."""
     if rounded:
         return f"{len(rounded)} matrices were rounded with rows that the run was trained on"
     if is_weighted:
-        return "rounded by llama.cpp, its errors weighted by the inputs that the run's rows give"
+        return f"rounded by {engine}, its errors weighted by the inputs that the run's rows give"
     reason = inputs if isinstance(inputs, str) else "no matrix has enough inputs on the run's rows"
-    return f"rounded by llama.cpp without the run's rows: {reason}"
+    return f"rounded by {engine} without the run's rows: {reason}"
 
 
 def _list_serve_commands(model: Any, run: Path) -> list[str]:

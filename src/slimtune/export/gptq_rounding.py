@@ -64,20 +64,48 @@ def round_to_blocks_with_inputs(weight: Tensor, inputs: Tensor, block_format: Bl
     """
     weight = weight.float()
     blocks = block_format.quantize_as_ggml(weight, inputs.float().square().mean(0))
-    scale, offset = (by_weight.flatten(1).t().contiguous() for by_weight in block_format.expand_scales(blocks))
+    scale, offset = (by_weight.flatten(1) for by_weight in block_format.expand_scales(blocks))
+    quants, is_better = round_quants_with_inputs(
+        weight, inputs, scale, offset, block_format.find_nearest_quants, block_format.levels,
+        block_format.dequantize(blocks).flatten(1),
+    )  # fmt: skip
+    rounded = blocks.clone()
+    block_format.write_quants(rounded, quants.reshape(*blocks.shape[:2], -1))
+    return torch.where(is_better[:, None, None], rounded, blocks)
+
+
+def round_quants_with_inputs(
+    weight: Tensor,
+    inputs: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    find_nearest_quants: Callable[[Tensor, Tensor, Tensor], Tensor],
+    levels: Tensor,
+    nearest: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Choose quants so that the outputs on inputs change little, where `value = scale · level[quant] + offset`.
+
+    Args:
+        weight: `(out, in)`, fp32; scale, offset: of each weight, alike.
+        inputs: `(n, in)`.
+        find_nearest_quants: gets values, scales and offsets of the same shape; returns the nearest quants, int64.
+        levels: by quant.
+        nearest: the weight, rounded to its nearest values `(out, in)`.
+
+    Returns:
+        quants, uint8 `(out, in)`, and for each row whether its outputs change less than by the nearest values.
+    """
+    scale, offset = scale.t().contiguous(), offset.t().contiguous()
     quants = torch.empty(weight.shape[::-1], dtype=torch.uint8)
 
     def round_column(column: Tensor, j: int) -> Tensor:
-        nearest = block_format.find_nearest_quants(column, scale[j], offset[j])
-        quants[j] = nearest
-        return scale[j] * block_format.levels[nearest] + offset[j]
+        found = find_nearest_quants(column, scale[j], offset[j])
+        quants[j] = found
+        return scale[j] * levels[found] + offset[j]
 
     factors = _factorize(inputs, FEW_BIT_DAMPING)
     _, error = round_columns_in_turn(weight, factors, round_column)
-    is_better = error <= factors.measure_output_error(weight - block_format.dequantize(blocks).flatten(1))
-    rounded = blocks.clone()
-    block_format.write_quants(rounded, quants.t().reshape(*blocks.shape[:2], -1))
-    return torch.where(is_better[:, None, None], rounded, blocks)
+    return quants.t(), error <= factors.measure_output_error(weight - nearest)
 
 
 @dataclass(frozen=True)

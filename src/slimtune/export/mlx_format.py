@@ -20,7 +20,7 @@ from .export_format import (
     make_flag_metadata,
 )
 from .export_results import EngineVerdict
-from .gguf_format import DEFAULT_MIN_KEPT, MIN_KEPT, PRECISION
+from .gguf_format import DEFAULT_MIN_KEPT, MIN_KEPT, PRECISION, WITH_ROWS, describe_rounding
 
 if TYPE_CHECKING:
     from ..generation.inference_engines import InferenceEngine
@@ -56,6 +56,8 @@ class MlxExportFacts:
     """Weights that share a scale; of a quantized model."""
     min_kept: float | None = field(default=None, metadata=OMIT_NONE)
     """Least share of the held-out gain that may be left; of a quantized model."""
+    matrices_rounded_with_rows: int | None = field(default=None, metadata=OMIT_NONE)
+    """Matrices rounded so that their outputs on the run's rows change little; absent outside few bits."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class MlxFormat(ExportFormat):
         default=None, metadata=make_flag_metadata("Weights of MLX that share a scale: 32, 64 (the default) or 128.")
     )
     min_kept: float | None = field(default=None, metadata=MIN_KEPT)
+    with_rows: bool | None = field(default=None, metadata=WITH_ROWS)
     convert_to_lora: float | None = field(default=None, metadata=CONVERT_TO_LORA)
 
     def resolve(self) -> MlxFormat:
@@ -92,6 +95,8 @@ class MlxFormat(ExportFormat):
             raise UsageError("--merged and --convert-to-lora together", "one of them: merged, nothing needs a LoRA")
         if precision not in BITS and (self.group_size, self.min_kept) != (None, None):
             raise UsageError("--group-size and --min-kept are for a model in few bits", "--merged --precision 4bit")
+        if self.with_rows is not None and BITS.get(precision or "", 8) == 8:
+            raise UsageError("--with-rows and --without-rows are for fewer than 8 bits", "--merged --precision 4bit")
         if self.group_size is not None and self.group_size not in GROUP_SIZES:
             raise UsageError(f"--group-size {self.group_size}", format_names([*map(str, GROUP_SIZES)]))
         return replace(self, precision=precision)
@@ -137,10 +142,23 @@ class MlxFormat(ExportFormat):
 
         precision = self.precision or mlx.find_16_bit_precision(job.loaded)
         bits = BITS.get(precision)
-        size = self.group_size or (64 if bits else None)
-        notes = mlx.write_merged_mlx_folder(job.loaded, job.run, job.folder, UNROUNDED.get(precision), bits, size)
+        size, dtype = self.group_size or (64 if bits else None), UNROUNDED.get(precision)
+        inputs: Any = "--without-rows"
+        if bits is not None and bits < 8 and self.with_rows is not False:
+            inputs = mlx.record_inputs_by_mlx_name(job.loaded)
+            if self.with_rows and isinstance(inputs, str):
+                raise UsageError(f"--with-rows: {inputs}", hint="leave it out")
+        given = None if isinstance(inputs, str) else inputs
+        notes, rounded = mlx.write_merged_mlx_folder(job.loaded, job.run, job.folder, dtype, bits, size, given)
+        if bits is not None and bits < 8:
+            notes.append(describe_rounding(rounded, inputs, "mlx-lm"))
         least = DEFAULT_MIN_KEPT if self.min_kept is None else self.min_kept
-        facts = MlxExportFacts(precision, group_size=size, min_kept=least if bits else None)
+        facts = MlxExportFacts(
+            precision,
+            group_size=size,
+            min_kept=least if bits else None,
+            matrices_rounded_with_rows=len(rounded) if bits is not None and bits < 8 else None,
+        )
         place = shlex.quote(str(job.final_path))
         commands = [
             f"mlx_lm.generate --model {place} --prompt Hello",
@@ -202,7 +220,8 @@ class MlxFormat(ExportFormat):
         """Return the ways out if too little of the held-out gain is left."""
         export = ["slimtune", "export", str(run), "--out", "DIR", "--to", "mlx"]
         more = ["--precision", "8bit"] if self.precision != "8bit" else []
+        rows = "rounding with the run's rows: --with-rows; " if self.with_rows is False else ""
         return (
-            f"the adapter beside its base: {shlex.join(export)}; "
+            f"{rows}the adapter beside its base: {shlex.join(export)}; "
             f"more bits: {shlex.join([*export, '--merged', *more])}; or take it as it is: --min-kept 0"
         )

@@ -44,6 +44,7 @@ from .expected_logps import (
     judge_engine_against_adapter,
     make_fixed_and_held_out_reference_texts,
 )
+from .expert_layouts import has_split_experts, write_with_stacked_experts
 from .export_format import EXPORT_FORMATS
 from .export_results import AdapterReport, EngineVerdict, KeptGain
 from .kept_gain import OpenScorer, list_held_out_rows, measure_kept_gain
@@ -314,6 +315,8 @@ class ExportVerifier:
 
     def open_adapter(self, folder: Path, *, is_converted: bool = False) -> InferenceEngine:
         base = self.loaded.base
+        if has_split_experts(folder):  # as vLLM reads them; transformers has them stacked
+            folder = write_with_stacked_experts(folder, self.model, self.temp_folder / "stacked")
         how: dict[str, Any] = {"dtype": dtype_name(base.dtype), "device": "cpu", "quantization": base.quantization}
         loaded = load_run(folder, **how, dequantize=True)
         model: Any = loaded.model

@@ -7,10 +7,13 @@ instead:
 
     B' = s · B,  alpha = r in every layer: the scale is 1 for every reader, with and without patterns
 
+Stacked experts are written as vLLM reads them for most mixtures: A and B of each expert's gate, up and down matrix.
+
 Ranks stay as they are: vLLM pads A and B with zeros to --max-lora-rank. What vLLM refuses is refused here first;
 `planning/vllm_rules.json` holds the rules that its classes declare per architecture.
 """
 
+import copy
 import json
 import re
 import shlex
@@ -32,6 +35,7 @@ from ..extras.gguf_loading import get_or_make_hf_folder_and_seconds
 from ..extras.lora_conversion import make_lora_config_rank_fields
 from ..methods.lora.init_configs import is_init_subtracted_from_base
 from ..planning.weight_formats import load_vllm_lora_rules
+from .expert_layouts import split_stacked_experts
 from .export_format import LoraConversion, WrittenExport
 from .export_support import (
     Factors,
@@ -45,6 +49,8 @@ SCRIPT, TEMPLATE = "serve.sh", "chat_template.jinja"
 MAX_VOCABULARY = 258_048
 """Tokens of the largest vocabulary beside whose head vLLM serves a LoRA."""
 DTYPES = ("float32", "bfloat16", "float16")
+SPLIT_EXPERT_ARCHITECTURES = ("Qwen3MoeForCausalLM", "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM")
+"""Mixtures whose class in vLLM takes A and B of each expert's matrix, `experts.3.gate_proj.lora_A.weight`."""
 
 
 def round_up_max_lora_rank(rank: int) -> int:
@@ -68,9 +74,12 @@ def list_unfixable_and_convertible_vllm_refusals(model: Any, adapter_name: str) 
     """Return why vLLM would refuse an adapter: causes that no conversion removes, and those --convert-to-lora does."""
     config, rules = model.peft_config[adapter_name], load_vllm_lora_rules()
     modules = model.adapter_modules(adapter_name)
-    fixed, form = list_settings_no_vllm_lora_expresses(config), list_vllm_plain_lora_incompatibilities(config)
+    plain = copy.copy(config)
+    if _get_architecture(model) in SPLIT_EXPERT_ARCHITECTURES:
+        plain.target_parameters = None
+    fixed, form = list_settings_no_vllm_lora_expresses(config), list_vllm_plain_lora_incompatibilities(plain)
     if not form:
-        rank = max((f[0].shape[0] for m in modules.values() if (f := m.low_rank_factors()) is not None), default=0)
+        rank = max((A.shape[0] for A, _, _ in list_vllm_updates(model, adapter_name).values()), default=0)
         twice = ", twice the config's because its start is subtracted"
         start = twice if is_init_subtracted_from_base(config.init_lora_weights) else ""
         if rank > rules.ranks[-1]:
@@ -92,6 +101,17 @@ def list_unfixable_and_convertible_vllm_refusals(model: Any, adapter_name: str) 
             limit = f"only {format_names(accepted)}" if accepted else "no embedding and no head"
             fixed = [*fixed, f"it changes {format_names(refused)}; on a {architecture} vLLM accepts {limit}"]
     return fixed, form
+
+
+def list_vllm_updates(model: Any, adapter_name: str) -> dict[str, Factors]:
+    """Return an adapter's low-rank updates by vLLM's names of the matrices: those of each expert by themselves."""
+    updates: dict[str, Factors] = {}
+    for name, module in model.adapter_modules(adapter_name).items():
+        if experts := module.expert_factors():
+            updates |= split_stacked_experts(name, experts)
+        elif (factors := module.low_rank_factors()) is not None:
+            updates[name] = factors
+    return updates
 
 
 def _get_architecture(model: Any) -> str:
@@ -152,11 +172,17 @@ def write_vllm_adapter(
         adapter = report.adapter
         _require_served(run, model, adapter, [], list_unfixable_and_convertible_vllm_refusals(model, adapter)[1])
     config = model.peft_config[adapter]
-    layers: dict[str, Factors] = {n: m.low_rank_factors() for n, m in model.adapter_modules(adapter).items()}
+    layers = list_vllm_updates(model, adapter)
+    has_experts = not layers.keys() <= model.adapter_modules(adapter).keys()
     shapes = {(A.shape[0], scale) for A, _, scale in layers.values()}
     # Whether one r, alpha and use_rslora describe all layers to every release.
     uniform = len(shapes) == 1 and next(iter(shapes))[0] == config.r
-    folded = not uniform or bool(config.alpha_pattern) or is_init_subtracted_from_base(config.init_lora_weights)
+    folded = (
+        not uniform
+        or has_experts
+        or bool(config.alpha_pattern)
+        or is_init_subtracted_from_base(config.init_lora_weights)
+    )
     rank = max(A.shape[0] for A, _, _ in layers.values())
     trained = dtype_name(loaded.base.dtype)
     served = dtype or (trained if trained in DTYPES else "float32")  # vLLM has no float64
@@ -192,7 +218,7 @@ def write_plain_lora_files(model: Any, adapter: str, layers: dict[str, Factors],
     config, kinds = model.peft_config[adapter], model.match_report(adapter).kinds
     tensors: dict[str, Tensor] = {}
     for module, (A, B, scale) in layers.items():
-        is_embedding = kinds[module] == "embedding"
+        is_embedding = kinds.get(module) == "embedding"
         a, b = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A.weight", "lora_B.weight")
         if folded:
             A, B = A.float(), (B.double() * scale).float()
@@ -200,6 +226,9 @@ def write_plain_lora_files(model: Any, adapter: str, layers: dict[str, Factors],
         tensors[f"base_model.model.{module}.{b}"] = B.detach().contiguous()
     settings = {k: v for k, v in config.to_dict().items() if k not in config.fields_not_in_peft}
     settings |= {"inference_mode": True, "init_lora_weights": True, "eva_config": None, "rank_pattern": {}}
+    if not layers.keys() <= kinds.keys():  # experts, each a module of its own
+        leaves = {name.rpartition(".")[2] for name in layers}
+        settings |= {"target_parameters": None, "target_modules": sorted(leaves)}
     if folded:
         settings |= make_lora_config_rank_fields({n: A.shape[0] for n, (A, _, _) in layers.items()})
     write_adapter_config(folder, settings)

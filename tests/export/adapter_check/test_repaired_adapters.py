@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers as tf
 from chatml import CHATML
-from faulty_adapters import copy, edit_config, edit_tensors, make_base, rename, save_adapter, save_base
+from faulty_adapters import WEIGHTS, copy, edit_config, edit_tensors, make_base, rename, save_adapter, save_base
 from safetensors.torch import load_file
 from test_silent_faults import FAULTS
 from tiny_gguf import write_tiny_base
@@ -117,6 +117,40 @@ def split_into_modules(tensors):
                     split[f"{place}.{expert}.{name}.lora_A.weight"] = A[expert]
                     split[f"{place}.{expert}.{name}.lora_B.weight"] = rows[:, :, expert]
     return split
+
+
+@pytest.fixture
+def mixture(tmp_path, tiny_tokenizer):
+    """A base with three experts a layer, and its tokenizer."""
+    base = save_base(make_base("qwen3_moe", vocab_size=320), tmp_path / "base")
+    tiny_tokenizer(chat_template=CHATML).save_pretrained(base)
+    return base
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"lora_alpha": 3}], ids=str)
+def test_vllm_gets_the_matrices_of_each_expert(mixture, tmp_path, settings):
+    """vLLM's names for Qwen3MoeForCausalLM: experts.E.gate_proj, up_proj and down_proj, all three of every expert."""
+    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    base, given = mixture, {"target_modules": ["q_proj"], "target_parameters": parameters, **settings}
+    good = save_adapter(make_base("qwen3_moe", vocab_size=320), tmp_path / "good", **given)
+    result = repair_adapter(good, "vllm", tmp_path / "out", str(base))
+    assert (result.form, result.proof.passed) == ("adapter", True), result.proof
+    written, expected = load_file(tmp_path / "out" / WEIGHTS), split_into_modules(load_file(good / WEIGHTS))
+    assert written.keys() == expected.keys()
+    scale = settings.get("lora_alpha", 8) / (2 if "use_rslora" in settings else 4)
+    for key, tensor in written.items():
+        assert torch.allclose(tensor, expected[key] * (scale if "lora_B" in key else 1))
+
+
+def test_vllm_gets_zeros_for_what_an_expert_lacks(mixture, tmp_path):
+    base = mixture
+    for parameter, zero in (("mlp.experts.down_proj", "up_proj"), ("mlp.experts.gate_up_proj", "down_proj")):
+        good = save_adapter(make_base("qwen3_moe", vocab_size=320), tmp_path / zero, target_modules=["q_proj"],
+                            target_parameters=[parameter])  # fmt: skip
+        result = repair_adapter(good, "vllm", tmp_path / f"{zero}-out", str(base))
+        assert result.proof.passed, result.proof
+        written = load_file(tmp_path / f"{zero}-out" / WEIGHTS)
+        assert not written[f"base_model.model.model.layers.0.mlp.experts.1.{zero}.lora_B.weight"].any()
 
 
 @pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"lora_alpha": 3}], ids=str)

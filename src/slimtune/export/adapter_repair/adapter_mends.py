@@ -29,7 +29,7 @@ from ..adapter_check.key_placement import (
     split_adapter_name,
 )
 from ..adapter_check.tensor_findings import list_modules_of_untrained_kinds
-from .expert_layouts import stack_split_experts
+from ..expert_layouts import stack_split_experts
 
 _OTHER_SELECTIONS = ("exclude_modules", "layers_to_transform", "layers_pattern")
 _PATTERNS = ("rank_pattern", "alpha_pattern")

@@ -1,4 +1,4 @@
-"""Convert a LoRA of experts from a module for each expert to one stacked parameter, as the base has them.
+"""Convert a LoRA of experts between a module for each expert, and one stacked parameter, as transformers has them.
 
     split     experts.3.gate_proj, .up_proj: A (r, in), B (mid, r) each;  experts.3.down_proj: A (r, mid), B (out, r)
     stacked   experts.gate_up_proj: A_e = [A_gate; A_up] (2r, in), B_e = [[B_gate, 0], [0, B_up]] (2 mid, 2r)
@@ -12,14 +12,21 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ...core.adapters.adapter_tensors import PREFIX
-from ...errors import AdapterError
-from ..adapter_check.key_placement import group_lora_pairs
+from ..core.adapters.adapter_files import WEIGHTS_FILE, read_adapter_tensors_and_metadata
+from ..core.adapters.adapter_tensors import PREFIX
+from ..core.adapters.peft_config import CONFIG_FILE, PeftConfig, write_adapter_config
+from ..core.foundation.files import read_json_object
+from ..errors import AdapterError
+from .adapter_check.key_placement import group_lora_pairs
+from .export_support import Factors
 
 _SPLIT = re.compile(r"(?P<experts>.+\.experts)\.(?P<index>\d+)\.(?P<projection>\w+)")
 _PROJECTIONS = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate", "w3": "up", "w2": "down"}
@@ -36,6 +43,43 @@ class StackedExperts(NamedTuple):
 class _Update(NamedTuple):
     A: Tensor  # (r, in)
     B: Tensor  # (out, r), with the scale
+
+
+def has_split_experts(folder: Path) -> bool:
+    """Return whether an adapter's file has matrices of single experts."""
+    with safe_open(str(folder / WEIGHTS_FILE), "pt") as file:
+        return any(_SPLIT.fullmatch(module) for module in group_lora_pairs(dict.fromkeys(file.keys())))
+
+
+def write_with_stacked_experts(folder: Path, model: nn.Module, out: Path) -> Path:
+    """Write an adapter whose file has matrices of single experts as PEFT reads it on a base; return the folder."""
+    tensors, metadata = read_adapter_tensors_and_metadata(folder)
+    stacked = stack_split_experts(tensors, PeftConfig.from_pretrained(folder), model)
+    out.mkdir(exist_ok=True)
+    save_file({key: tensor.contiguous() for key, tensor in stacked.tensors.items()}, out / WEIGHTS_FILE, metadata)
+    write_adapter_config(out, {**read_json_object(folder / CONFIG_FILE), **stacked.config_fields})
+    return out
+
+
+def split_stacked_experts(module: str, stacked: Mapping[str, Factors]) -> dict[str, Factors]:
+    """Return the updates of a stacked module by the names of its experts' matrices, `experts.3.gate_proj`.
+
+    A matrix that the adapter does not change gets zeros: vLLM asks for all three of an expert.
+    """
+    split: dict[str, Factors] = {}
+    for name, parts in (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):
+        if name in stacked:
+            A, B, scale = stacked[name]
+        else:
+            (other,) = stacked
+            A, B, scale = stacked[other]
+            inner, outer = (A.shape[2], B.shape[1]) if other == "down_proj" else (A.shape[2], B.shape[1] // 2)
+            width, rows = (outer, 2 * inner) if other == "down_proj" else (outer, inner)
+            A, B = A.new_zeros(*A.shape[:2], width), B.new_zeros(len(B), rows, B.shape[2])
+        for expert, (a, b) in enumerate(zip(A, B, strict=True)):
+            for part, rows_of_part in zip(parts, b.chunk(len(parts)), strict=True):
+                split[f"{module}.{expert}.{part}"] = a, rows_of_part, scale
+    return split
 
 
 def stack_split_experts(tensors: Mapping[str, Tensor], config: Any, model: nn.Module) -> StackedExperts:
