@@ -63,6 +63,7 @@ def name_answer(text: str) -> str:
 
 
 REAL = read_lines("real_errors.jsonl")
+ENGINES = "Is my adapter applied in vLLM, SGLang, llama.cpp, Ollama, LM Studio or MLX?"
 
 
 def test_pages_are_complete():
@@ -272,6 +273,10 @@ def test_real_errors_are_many_and_name_their_threads():
         ("cannot import name 'PolyConfig' from 'slimtune'; slimtune lacks this method", "peft-name-missing"),
         ("LoraConfig.__init__() got an unexpected keyword argument 'eva_config'", "adapter-newer-peft"),
         ("push_to_hub fails", "hub-upload"),
+        ("is my adapter applied in lm studio?", ENGINES),
+        ("is the lora applied in sglang", ENGINES),
+        ("my fused mlx model behaves like the base", ENGINES),
+        ("it is worse in vllm than in the notebook", ENGINES),
     ],
 )
 def test_questions(question, code):

@@ -23,13 +23,15 @@ from ...core.training.run_dir import RunDir
 from ...core.training.trained_model import TrainedModel
 from ...errors import AdapterError, ModelError, SlimtuneError, TargetError, format_names
 from ...extras.mlx_adapter import get_or_make_peft_folder, is_mlx_adapter
-from ..merge import load_run_for_export
+from ..merge import SMALL_MODEL, load_run_for_export
 from . import base_findings, tensor_findings
 from .adapter_findings import AdapterFileCheck, AdapterFinding, make_finding
 from .foreign_adapter import ForeignAdapter, open_foreign_adapter
 from .key_placement import KeyPlacement, group_lora_pairs, place_keys
 
 BASE_WEIGHTS_UNPROVEN = "whether the base has the weights of the training: only its config was compared"
+RUNTIME_BYTES = 350 << 20
+"""Memory of a process with torch and transformers imported."""
 _PATTERN_FIELDS = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "target_parameters")
 
 
@@ -238,8 +240,14 @@ def load_as_trained(checked: FileCheck, folder: Path, log: Callable[[str], None]
 
 
 def _estimate_bytes(config: Any) -> int:
-    """Return the bytes of a base's weights in float32, roughly, from its config alone."""
+    """Return the memory of loading a base and computing with it, roughly, from its config alone.
+
+    A small base is loaded as it is stored, and widened to float32: both are there for a moment.
+    """
     text = config.get_text_config()
     width, layers = getattr(text, "hidden_size", 0) or 0, getattr(text, "num_hidden_layers", 0) or 0
     inner = getattr(text, "intermediate_size", None) or 4 * width
-    return 4 * (layers * (4 * width * width + 3 * width * inner) + (getattr(text, "vocab_size", 0) or 0) * width)
+    parameters = layers * (4 * width * width + 3 * width * inner) + (getattr(text, "vocab_size", 0) or 0) * width
+    stored = getattr(config.dtype, "itemsize", 4)
+    widened = 4 if stored < 4 and parameters < SMALL_MODEL else 0
+    return RUNTIME_BYTES + parameters * (stored + widened)
