@@ -53,6 +53,12 @@ def process(worker, shared_run):
 
 
 @pytest.mark.slow
+def test_an_answer_of_the_greatest_length_says_that_it_was_cut(process):
+    process.send(text="Define hope.", models=["base"], settings={**SETTINGS, "max_new_tokens": 1})
+    assert [event.get("cut") for event in iter(process.read, {"end": True})][-1] is True
+
+
+@pytest.mark.slow
 def test_base_and_tuned_answer_at_the_same_time_and_remember(process, shared_run):
     answers = RunAnswers.open(shared_run)
     process.send(system=None)

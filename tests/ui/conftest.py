@@ -40,6 +40,8 @@ for line in sys.stdin:
     for model in request.get("models", ()):
         send(model=model, piece=f"<i>{model}</i> says ")
         send(model=model, piece=request["text"])
+        if "at length" in request["text"]:
+            send(model=model, cut=True)
         try:
             time.sleep(30 if "slowly" in request["text"] else 0)
         except KeyboardInterrupt:

@@ -5,7 +5,8 @@ unloading it gives its memory back, and the page outlives it when memory runs ou
 the same time, as two rows of a batch.
 
     request  {"text", "models", "settings"}      or {"system"}, which begins a new conversation
-    events   {"ready": description}, {"model", "piece"}, {"model", "problem"}, {"end": true}, {"error": {…}}
+    events   {"ready": description}, {"model", "piece"}, {"model", "cut": true} (it has `max_new_tokens`),
+             {"model", "problem"}, {"end": true}, {"error": {…}}
 """
 
 import json
@@ -78,6 +79,8 @@ def _answer(
         for answer, piece in generator.stream([*answers]):
             if piece.text:
                 send(model=answers[answer], piece=piece.text)
+            if piece.finish_reason == "length":
+                send(model=answers[answer], cut=True)
     except KeyboardInterrupt:
         send(model=next(iter(conversations)), problem="stopped")
     except SlimtuneError as e:

@@ -77,6 +77,8 @@ class ChatSession:
             case {"model": model, "piece": piece} if self.turns:
                 turn = self.turns[-1]
                 turn[model] = (turn.get(model, "") + piece)[:MAX_ANSWER]
+            case {"model": model, "cut": True} if self.turns:
+                self.turns[-1][f"{model}_cut"] = "yes"
             case {"problem": problem} if self.turns:
                 self.turns[-1]["problem"] = problem
             case {"end": _}:
