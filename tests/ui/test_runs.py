@@ -320,10 +320,10 @@ def test_base_and_tuned_answer_side_by_side(browser, run, pages):
     assert "&lt;i&gt;base&lt;/i&gt; says hello" in text
     assert "&lt;i&gt;tuned&lt;/i&gt; says hello" in text
     assert "<script>alert" not in text
-    assert 'class="soft cut"' not in text
+    assert "data-cut" not in text
     browser.post("/chat/say", data={"text": "at length"})
     wait_until(lambda: pages.conversation.state == "ready")
-    assert browser.get("/chat").text.count('class="soft cut"') == 2
+    assert browser.get("/chat").text.count("data-cut") == 2
     browser.post("/chat/new", data={"system": "Be brief."})
     assert not pages.conversation.turns
     process = pages.conversation.process

@@ -48,7 +48,7 @@ FORMAT_LABELS = {
     "sharegpt": "conversation (sharegpt)",
     "text": "plain text (text)",
     "document": "long text (document)",
-    "preference": "two answers, one is better (preference)",
+    "preference": "better and worse answer (preference)",
 }
 """What the formats are called; another one by its own name."""
 LABEL_HELP = {"unpaired-preference": "whether the answer is good: up, down, yes, no, 1, 0 …"}
