@@ -33,6 +33,7 @@ COMMAND_LINES = {
     "PublishedSpeedsResult": "benchmarks --gpu rtx-5090",
     "KnownBasesResult": "models",
     "KnownBaseFits": "models --family smollm2 --fits rtx-3090",
+    "BaseChoiceResult": "models --family smollm2 --fits rtx-3090 --purpose chat",
     "MethodsResult": "methods --model base",
     "DataReport": "data rows.jsonl --model base",
     "TrainResult": "train --model base --data rows.jsonl --out {new} --max-steps 1 --dtype float32",

@@ -9,7 +9,9 @@ from slimtune.hardware.serving_choice import (
     make_serving_offers,
     rank_serving_machines_by_price,
 )
+from slimtune.planning import serving_memory
 from slimtune.planning.gpu_specs import require_gpu_by_name
+from slimtune.planning.serving_memory import build_served_model, estimate_serving_memory
 
 CARDS = ("gtx-1650", "rtx-3060-12gb", "rtx-3090", "rtx-4090", "m4-max-64gb", "h100-sxm")
 
@@ -40,6 +42,19 @@ def test_a_card_without_room_for_the_screen_comes_last(offers):
     assert crowded.serve.verdict == "fits"
     assert crowded.free_bytes < SCREEN_BYTES
     assert rank_serving_machines_by_price([crowded, *offers])[-1] is crowded
+
+
+def test_many_gpus_share_the_model_without_weights(monkeypatch):
+    built = []
+
+    def build(config):
+        built.append(config)
+        return build_served_model(config)
+
+    monkeypatch.setattr(serving_memory, "build_served_model", build)
+    shared = list(make_serving_offers(load_base_config("smollm2-135m").config, map(require_gpu_by_name, CARDS)))
+    alone = estimate_serving_memory(load_base_config("smollm2-135m").config, gpu=require_gpu_by_name(CARDS[-1]))
+    assert (len(built), shared[-1].serve) == (2, alone)
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,14 @@ def test_no_activations_are_saved_where_the_weights_alone_are_too_large():
     assert {saving.change.split()[0] for saving in planned.advice} <= {"--dtype", "--quantization"}
 
 
+def test_a_quantized_base_that_is_still_too_large_is_not_traced(monkeypatch):
+    monkeypatch.setenv("SLIMTUNE_TRACES", "/dev/null")
+    tiny = GpuSpec("tiny", "memory", "nvidia", "ampere", 1 << 16, 1 << 16)
+    (saving, *_) = plan_tiny(tiny, advise=True).advice
+    whole, quantized = plan_tiny(tiny), plan_tiny(tiny, quantization=saving.change.split()[1])
+    assert (saving.saves, saving.verdict) == (whole.parts["weights"] - quantized.parts["weights"], "does not fit")
+
+
 def test_quantization_is_advised_last_where_it_is_not_proven():
     base = LoadedBaseConfig("wide", "wide", zoo.llama(layers=2, hidden_size=512, intermediate_size=2048).config, "")
     for vendor, proven in (("apple", False), ("nvidia", True)):

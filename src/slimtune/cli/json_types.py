@@ -22,7 +22,11 @@ JSON_TYPES: dict[str, Sequence[str]] = {
     ),
     "bench": ("hardware.hardware_results:BenchResult", "export.run_speed:RunSpeedResult"),
     "benchmarks": ("planning.published_speeds:PublishedSpeedsResult",),
-    "models": ("planning.known_bases:KnownBasesResult", "planning.known_base_fits:KnownBaseFits"),
+    "models": (
+        "planning.known_bases:KnownBasesResult",
+        "planning.known_base_fits:KnownBaseFits",
+        "hardware.base_choice:BaseChoiceResult",
+    ),
     "methods": ("cli.methods_command:MethodsResult",),
     "data": ("evaluation.data_report.data_report:DataReport",),
     "import": ("extras.config_import.import_config:ImportResult",),

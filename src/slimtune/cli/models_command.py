@@ -8,14 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Option
 
 from ..core.foundation.formatting import format_count
-from .common import Json, make_console, make_table, print_fields, print_outdated_figures_notice
+from ..errors import UsageError, format_names, suggest
+from .common import Json, NegativeVerdictResult, make_console, make_table, print_fields, print_outdated_figures_notice
 
 if TYPE_CHECKING:
+    from ..hardware.base_choice import BaseChoiceResult
+    from ..planning.gpu_specs import GpuSpec
     from ..planning.known_base_fits import KnownBaseFits
     from ..planning.known_bases import KnownBaseFacts
 
 MOST_FITTING = 25
 """Bases that `--fits` shows."""
+MOST_RANKED = 5
+"""Bases that `--purpose` shows."""
 VERDICTS = {"fits": "yes", "tight": "tight", "does not fit": "no"}
 TRAINED_IN = {"bfloat16": "16 bits", "nf4": "NF4"}
 
@@ -32,12 +37,20 @@ def models_table(
             metavar="GPU", help='Only those that run or train on this GPU, the largest first; "this machine": here.'
         ),
     ] = None,
+    purpose: Annotated[
+        str | None,
+        Option(help="With --fits: rank those that train and run there for chat, json, classify or tools."),
+    ] = None,
     as_json: Json = False,
 ) -> Any:
     """List the bases with a short name: size, licence, context, release, and whether a download needs an account."""
     from ..planning.known_bases import KnownBasesResult, list_known_bases
 
     bases = list_known_bases(family)
+    if purpose is not None:
+        if fits is None:
+            raise UsageError("--purpose ranks the bases of a machine", hint='add --fits GPU, or --fits "this machine"')
+        return _rank_bases(bases, fits, purpose, as_json=as_json)
     if fits is not None:
         return _list_bases_that_fit(bases, fits, as_json=as_json)
     if not as_json:
@@ -63,15 +76,52 @@ def models_table(
     return KnownBasesResult(bases)
 
 
-def _list_bases_that_fit(bases: list[KnownBaseFacts], gpu_name: str, *, as_json: bool) -> KnownBaseFits:
-    """Show which bases run and train on a machine; return all of them."""
+def _find_gpu(name: str) -> GpuSpec:
+    """Return the GPU with a name, or this machine's."""
     from ..planning.gpu_specs import THIS_MACHINE, require_gpu_by_name
-    from ..planning.interval import format_interval_compact, format_three_digits
-    from ..planning.known_base_fits import ROW_TOKENS, KnownBaseFits, find_known_base_fits
     from ..planning.this_machine import detect_gpu_or_cpu_spec
 
-    here = gpu_name.lower() in (THIS_MACHINE, "here")
-    gpu = detect_gpu_or_cpu_spec() if here else require_gpu_by_name(gpu_name)
+    return detect_gpu_or_cpu_spec() if name.lower() in (THIS_MACHINE, "here") else require_gpu_by_name(name)
+
+
+def _rank_bases(
+    bases: list[KnownBaseFacts], gpu_name: str, purpose_name: str, *, as_json: bool
+) -> BaseChoiceResult | NegativeVerdictResult:
+    """Show which bases to tune for a purpose on a machine, the first choice first; return them."""
+    from ..hardware.base_choice import PURPOSES, RECENT_MONTHS, BaseChoiceResult, rank_bases_for_purpose
+    from ..planning.known_base_fits import ROW_TOKENS, find_known_base_fits
+
+    if (purpose := PURPOSES.get(purpose_name)) is None:
+        close = suggest(purpose_name, PURPOSES)
+        raise UsageError(f"there is no purpose {purpose_name!r}{close}", f"one of {format_names(PURPOSES)}")
+    gpu = _find_gpu(gpu_name)
+    ranked = rank_bases_for_purpose(purpose, bases, find_known_base_fits(bases, gpu), gpu)
+    result = BaseChoiceResult(gpu.name, purpose_name, ranked)
+    if not as_json:
+        screen = make_console()
+        screen.print(f"{purpose_name}: {purpose.description}\n")
+        for place, offer in enumerate(ranked[:MOST_RANKED], 1):
+            screen.print(f"{place}. {offer.fit.name} ({format_count(offer.fit.params)}, {offer.fit.released}): "
+                         f"{offer.why}")  # fmt: skip
+        screen.print(f"\n{len(ranked)} of {len(bases)} suit it on {gpu.name}")
+        screen.print(
+            f"first those of the last {RECENT_MONTHS} months; no score of a benchmark is known to this ranking"
+        )
+        screen.print(f"trains: LoRA, a row of {ROW_TOKENS} tokens, --gradient-checkpointing; NF4: --quantization nf4")
+        screen.print("writes: in Ollama, Q4_K_M, one request")
+        if ranked:
+            held = " --quantization nf4" if ranked[0].is_quantized else ""
+            screen.print(f"\nnext: slimtune plan {ranked[0].fit.name} --gpu {gpu.name} --gradient-checkpointing{held}",
+                         soft_wrap=True)  # fmt: skip
+    return result if ranked else NegativeVerdictResult(result)
+
+
+def _list_bases_that_fit(bases: list[KnownBaseFacts], gpu_name: str, *, as_json: bool) -> KnownBaseFits:
+    """Show which bases run and train on a machine; return all of them."""
+    from ..planning.interval import format_interval_compact, format_three_digits
+    from ..planning.known_base_fits import ROW_TOKENS, KnownBaseFits, find_known_base_fits
+
+    gpu = _find_gpu(gpu_name)
     result = KnownBaseFits(gpu.name, list(find_known_base_fits(bases, gpu)))
     if as_json:
         return result

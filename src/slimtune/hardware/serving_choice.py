@@ -62,13 +62,14 @@ def make_serving_offers(
     config: "PreTrainedConfig", gpus: Iterable[GpuSpec], *, only_macbook: bool = False, **serving: Any
 ) -> Iterator[ServingOffer]:
     """Yield how a model runs on each GPU; `serving`: arguments of `estimate_serving_memory`."""
-    from ..planning.serving_memory import estimate_serving_memory
+    from ..planning.serving_memory import build_served_model, estimate_serving_memory
 
+    model = build_served_model(config)
     for gpu in gpus:
         hourly = [p.dollars_per_hour for p in list_rent_prices(gpu.name)]
         yield ServingOffer(
             machine=make_machine_offer(gpu, only_macbook=only_macbook),
-            serve=estimate_serving_memory(config, gpu=gpu, **serving),
+            serve=estimate_serving_memory(config, gpu=gpu, model=model, **serving),
             rent_per_hour=Interval(min(hourly), max(hourly)) if hourly else None,
         )
 

@@ -76,11 +76,9 @@ def extrapolate_step_trace(
         return {key: sum(factor * some.get(key, 0) for factor, some in values) for key in keys}
 
     state = extrapolate(lambda traced: traced.state_bytes_by_part)
-    if full_meta_model is not None:
-        block = ALLOCATION_BLOCK.get(job.device, 1)
-        sizes = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in list_module_tensors(full_meta_model)}
-        if state["weights"] + state.get("adapters", 0) != sum(-(-size // block) * block for size in sizes.values()):
-            return trace(job, full_meta_model)
+    whole = state["weights"] + state.get("adapters", 0)
+    if full_meta_model is not None and whole != count_allocated_model_bytes(full_meta_model, job.device):
+        return trace(job, full_meta_model)
     phases = {}
     for phase in traces[0][1].bytes_by_phase_and_part:
         phases[phase] = extrapolate(partial(_get_phase, phase))
@@ -91,6 +89,13 @@ def extrapolate_step_trace(
         Counter(extrapolate(lambda traced: traced.attention_flops_by_dtype)),
         sum(factor * traced.host_bytes for factor, traced in traces),
     )
+
+
+def count_allocated_model_bytes(meta_model: Any, device: str) -> int:
+    """Return what the weights and adapters of a model on meta take on a kind of device."""
+    block = ALLOCATION_BLOCK.get(device, 1)
+    sizes = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in list_module_tensors(meta_model)}
+    return sum(-(-size // block) * block for size in sizes.values())
 
 
 def _get_phase(phase: str, traced: StepTrace) -> dict[str, int]:

@@ -37,6 +37,8 @@ class KnownBaseFacts:
     """Where the facts are from."""
     checked: str
     """When they were last checked, as 2026-11-25."""
+    tools: bool
+    """Whether its chat template is known to write tools, calls and results."""
 
     def format_source(self) -> str:
         """Return its ids, and where its facts are from."""
@@ -80,4 +82,5 @@ def _read_facts(chosen: Mapping[str, Mapping[str, Any]]) -> Iterator[KnownBaseFa
             model_type=config["model_type"],
             source=facts["source"],
             checked=facts["checked"],
+            tools=facts.get("tools", False),
         )

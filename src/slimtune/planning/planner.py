@@ -26,6 +26,7 @@ from ..errors import ModelError, SlimtuneError, is_out_of_memory
 from ..extras.quantized_experts import QuantizedExperts
 from .extrapolation import (
     MemoryFormula,
+    count_allocated_model_bytes,
     extrapolate_merge_cpu_peak,
     extrapolate_step_trace,
     find_layer_kinds,
@@ -306,6 +307,10 @@ def _suggest_memory_savings(job: MicroBatchWorkload, estimate: ResourceEstimate,
     """
 
     def judge(changed: MicroBatchWorkload) -> tuple[int, MemoryVerdict]:
+        if too_large:  # then only the weights change, and no step needs to be traced if they are still more than it has
+            kept = count_allocated_model_bytes(changed.build_model(), changed.device)
+            if kept + RUNTIME[changed.device].low > gpu.usable.high:
+                return estimate.parts["weights"] + estimate.parts["adapters"] - kept, "does not fit"
         # The fused AdamW allocates nothing, so the highest point is not later than the backward pass.
         trace = extrapolate_step_trace(changed, stop_after_backward=changed.optimizer == "adamw")
         peak, reserved = estimate_peak_allocated_and_reserved(changed, trace)

@@ -6,6 +6,8 @@ A GGUF file is planned by bits per weight of its file type, within 3 % of real f
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -62,6 +64,7 @@ def estimate_serving_memory(
     cache: str | None = None,
     adapter_rank: int | None = None,
     gpu: GpuSpec | None = None,
+    model: Any = None,
 ) -> ServingEstimate:
     """Return what serving a tuned model takes, and whether a GPU has it.
 
@@ -74,16 +77,31 @@ def estimate_serving_memory(
         cache: precision of keys and values, one of the engine's; None: 16 bits.
         adapter_rank: rank of an adapter on every linear layer that is loaded beside the model; None: it is merged.
         gpu: where it runs; None: no verdict.
+        model: the base on meta, by `build_served_model`, if it exists already: for many GPUs it is built once.
 
     Raises:
         UsageError: an engine, precision or cache that does not exist; a number out of its range.
         ModelError: what the model's layers cache is not known, or the model cannot be built from its config.
     """
+    with _translating_model_errors(config):
+        model = build_served_model(config) if model is None else model
+        return _estimate_serving_memory(config, engine, precision, context, sequences, cache, adapter_rank, gpu, model)
+
+
+def build_served_model(config: PreTrainedConfig) -> Any:
+    """Return a base on meta, as engines load it; ModelError if it cannot be built from its config."""
+    with _translating_model_errors(config):
+        return build_adapted_meta_model(config, None, torch.bfloat16)
+
+
+@contextmanager
+def _translating_model_errors(config: PreTrainedConfig) -> Iterator[None]:
+    """Raise ModelError where code of transformers or of the base fails."""
     try:
-        return _estimate_serving_memory(config, engine, precision, context, sequences, cache, adapter_rank, gpu)
+        yield
     except SlimtuneError:
         raise
-    except Exception as error:  # code of transformers or of the base runs here
+    except Exception as error:
         first_line = (str(error).splitlines() or [""])[0]
         raise ModelError(
             f"serving a base of the kind {config.model_type} cannot be planned ({type(error).__name__}: {first_line})",
@@ -100,6 +118,7 @@ def _estimate_serving_memory(
     cache: str | None,
     adapter_rank: int | None,
     gpu: GpuSpec | None,
+    model: Any,
 ) -> ServingEstimate:
     engine = _find_name("engine", engine, ENGINES)
     is_vllm, facts = engine == "vllm", ENGINES[engine]
@@ -118,7 +137,6 @@ def _estimate_serving_memory(
             raise UsageError(f"{name} is {number}", "a whole number from 1")
 
     text = config.get_text_config()
-    model = build_adapted_meta_model(config, None, torch.bfloat16)
     # llama.cpp reads embeddings from CPU memory.
     separate_memory = gpu is None or (gpu.device == "cuda" and not gpu.unified)
     placed = _place_weights(model, precision, embeddings_on_host=separate_memory and is_gguf, with_vision=is_vllm)
@@ -307,6 +325,7 @@ def describe_layer_structure(model: Any, precision: str) -> LayerStructure:
     )
 
 
+@lru_cache(maxsize=2)
 def _find_active_expert_shares(model: Any) -> dict[int, float]:
     """Return the share of its experts that a token reads, by the id of each parameter that holds experts.
 
@@ -329,6 +348,7 @@ def _find_active_expert_shares(model: Any) -> dict[int, float]:
     return shares
 
 
+@lru_cache(maxsize=2)  # the same model is asked about on many GPUs
 def _weight_sizes(model: Any, precision: str) -> list[tuple[str, nn.Parameter, float]]:
     """Return kind, weight and bytes of each weight; `precision`: one of an engine's."""
     bits = _vllm_bits if precision in VLLM_BITS else _mlx_bits if precision in MLX_BITS else _gguf_bits
