@@ -53,6 +53,9 @@ def write_tables(command: str) -> str:
     """Return the section of a command."""
     schema = make_command_output_schema(command)
     parts = [f"## {command}", f"[{command}.json](schemas/{command}.json)"]
+    first = next(other for other in JSON_TYPES if JSON_TYPES[other] == JSON_TYPES[command])
+    if first != command:
+        return "\n\n".join([*parts, f"The keys of [{first}](#{first})."])
     shown: dict[str, set[tuple[str, str, str]]] = {}
     for result in schema.get("anyOf", [schema]):
         known = set().union(*shown.values())
