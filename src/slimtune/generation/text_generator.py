@@ -328,9 +328,9 @@ class TextGenerator(BaseAnswerQueue):
         An error about one row, its tokenizer's for instance, ends its answer.
         """
         likeliest = logits.argmax(-1).tolist()
-        drawn = self._draw_tokens([self._running[row] for row in batch.rows], logits)
         # The maximum is NaN if any logit is; single logits may be -Inf, which means that the token cannot come.
         is_finite = torch.isfinite(logits.amax(-1)).tolist()
+        drawn = self._draw_tokens([self._running[row] for row in batch.rows], logits, is_finite)
         for i, row in enumerate(batch.rows):
             answer = self._running[row]
             try:
@@ -339,8 +339,12 @@ class TextGenerator(BaseAnswerQueue):
                 is_greedy = answer.params.temperature == 0
                 if answer.matcher is not None:
                     row.next_token = self._choose_allowed_token(answer, answer.matcher, logits[i : i + 1])
+                elif is_greedy:
+                    row.next_token = likeliest[i]
+                elif drawn.tokens[i] >= 0:
+                    row.next_token = drawn.tokens[i]
                 else:
-                    row.next_token = likeliest[i] if is_greedy else drawn.tokens[i]
+                    row.next_token = self._draw_token(answer, logits[i : i + 1])
                 known = drawn.logps[i] if row.next_token == drawn.tokens[i] else None
                 piece = self._make_piece(answer, row.next_token, logits[i], known)
             except Exception as error:
@@ -358,12 +362,14 @@ class TextGenerator(BaseAnswerQueue):
         is_greedy = answer.params.temperature == 0
         return int(allowed[scores.argmax() if is_greedy else self._draw_token(answer, scores)])
 
-    def _draw_tokens(self, answers: Sequence[GeneratedAnswer], logits: Tensor) -> "DrawnTokens":
+    def _draw_tokens(
+        self, answers: Sequence[GeneratedAnswer], logits: Tensor, is_finite: Sequence[bool]
+    ) -> "DrawnTokens":
         """Draw a token for each answer that is sampled from all of `logits (rows, vocabulary)`, all rows at once."""
         plain = [
             i
             for i, answer in enumerate(answers)
-            if answer.params.temperature > 0 and answer.params.top_p == 1 and answer.matcher is None
+            if is_finite[i] and answer.params.temperature > 0 and answer.params.top_p == 1 and answer.matcher is None
         ]
         drawn = DrawnTokens([-1] * len(answers), [None] * len(answers))
         if plain:
