@@ -135,7 +135,7 @@ def test_reinforce_is_the_plain_formula(tiny_llama):
         own = [logps[len(prompt) - 1 + at, token] for at, token in enumerate(ids)]
         expected = expected - advantages[i, 0] * sum(own) / 3
         example = make_answer_example({"input_ids": prompt, "line": i}, SampledAnswer(ids, [], "", True), i)
-        said = [float(logp) for logp in own] + [0.0] * (3 - len(ids))
+        said = [logp.item() for logp in own] + [0.0] * (3 - len(ids))
         examples.append(example | {"advantage": float(advantages[i, 0]), "sampled_logps": said})
     names, parameters = zip(*model.named_parameters(), strict=True)
     wanted = torch.autograd.grad(expected, parameters)

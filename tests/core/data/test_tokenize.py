@@ -109,7 +109,7 @@ def test_turns_without_an_end_are_counted():
 
 def test_content_is_the_common_prompt_and_the_learned_share():
     examples, report = tokenize()
-    shared, supervised = examples.content
+    shared, supervised, *_ = examples.content
     assert supervised == pytest.approx(report.supervised_tokens / report.tokens)
     assert shared >= 8
     assert len({tuple(e["input_ids"][:shared]) for e in examples}) == 1
