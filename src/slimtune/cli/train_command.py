@@ -57,8 +57,8 @@ def train_run(
         Option(
             "--reward",
             metavar="REWARD",
-            help="With --task grpo or rloo: what scores an answer, file.py:function or a built-in reward such as "
-            "numeric-match:COLUMN; docs/grpo.md lists them. Repeatable.",
+            help="With --task grpo, rloo or reinforce: what scores an answer, file.py:function or a built-in reward "
+            "such as numeric-match:COLUMN; docs/grpo.md lists them. Repeatable.",
         ),
     ] = None,
     accept_changed: Annotated[
@@ -142,7 +142,8 @@ def _require_task_with_rewards(settings: dict[str, Any], job: str | None) -> Non
     task = str(settings.get("task.name", "sft"))
     known = "task.name" in settings or find_recipe_file(job) is None
     if known and not load_objective_class(task).takes_format("prompt"):
-        raise UsageError(f"--reward is given, and the task is {task}, which has no rewards", "--task grpo or rloo")
+        problem = f"--reward is given, and the task is {task}, which has no rewards"
+        raise UsageError(problem, "--task grpo, rloo or reinforce")
 
 
 def make_run_planner(allow_misfit: bool) -> "Planner":

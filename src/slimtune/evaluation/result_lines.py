@@ -124,7 +124,8 @@ def _list_policy_lines(result: PolicyEvalResult) -> Iterator[ResultLine]:
         )
     ]
     yield ResultTable(("", "reward (95 % interval)", f"best of {m.answers}", "tokens"), rows)
-    yield f"{m.answers} sampled answers to each of {m.rows} held-out prompts, scored by {', '.join(m.rewards)}"
+    sampled = "one sampled answer" if m.answers == 1 else f"{m.answers} sampled answers"
+    yield f"{sampled} to each of {m.rows} held-out prompts, scored by {', '.join(m.rewards)}"
     if m.probes:
         above = {p.name: " (more than the base's answers)" for p in m.probes if p.gain.low > 0}
         probes = (f"{p.name} {p.reward:.3f}{above.get(p.name, '')}" for p in m.probes)
