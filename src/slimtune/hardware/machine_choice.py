@@ -59,8 +59,8 @@ class MachinePurchasePrice:
     """Of the price, as 2026-11-25."""
     machine: str
     """What is sold, as "MacBook Air 13, 512 GB"; "" for the card alone or the usual machine."""
-    source: str | None
-    """Address where the price was read; null: a launch price that is recalled."""
+    source: str
+    """Address where the price was read."""
 
     @property
     def is_in_macbook(self) -> bool:
@@ -95,7 +95,7 @@ def list_purchase_prices(gpu_name: str = "") -> tuple[MachinePurchasePrice, ...]
             condition=cast(PriceKind, row["condition"]),
             date=row["date"],
             machine=row["machine"],
-            source=row["source"] or None,
+            source=row["source"],
         )
         for row in rows
     )
@@ -415,7 +415,7 @@ def list_gpu_price_and_rent_texts(gpu_name: str) -> Iterator[tuple[str, str, str
     """Yield `price` or `rent`, the dollars, and where they are from, for each known price of a GPU."""
     for p in list_purchase_prices(gpu_name):
         what = ", ".join(filter(None, (p.condition, p.machine, format_date_with_age_note(p.date))))
-        yield "price", f"{p.dollars:.0f} $", f"{what}: {p.source}" if p.source else f"{what}, recalled"
+        yield "price", f"{p.dollars:.0f} $", f"{what}: {p.source}"
     for q in list_rent_prices(gpu_name):
         yield "rent", f"{q.dollars_per_hour} $/h", f"{q.provider}, {format_date_with_age_note(q.date)}: {q.source}"
 
