@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -199,17 +200,26 @@ def run_trl(spec: dict[str, Any], turns: Turns) -> None:
 # --- the ways in turns ------------------------------------------------------------------------------------------------
 
 
-def in_turns(specs: dict[str, Path], rounds: int) -> dict[str, dict[str, float]]:
-    """Run the ways round by round; return the medians of each."""
+def in_turns(
+    specs: dict[str, Path], rounds: int, describe: Callable[[dict[str, Any]], str], **environment: str
+) -> dict[str, list[dict[str, Any]]]:
+    """Run the ways of a benchmark round by round, each in its worker; return what each says: at its start, then steps.
+
+    Args:
+        specs: a file with the settings of each way, which its worker gets as `--worker`.
+        rounds: after the first, which warms up.
+        describe: returns a step in a few words.
+        environment: further variables of the workers.
+    """
     from slimtune.core.foundation.cpu import CPU_SETTINGS  # a peer's own Python, which runs this file, has no slimtune
 
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", **environment}
     workers: dict[str, Any] = {}
     found: dict[str, list[dict[str, Any]]] = {way: [] for way in specs}
     try:
         for way, spec in specs.items():
             python = str(PEERS) if way != "ours" and PEERS.exists() else sys.executable
-            command = [python, __file__, "--worker", str(spec)]
+            command = [python, sys.argv[0], "--worker", str(spec)]
             settings = CPU_SETTINGS if way == "ours" else {}
             with spec.with_suffix(".log").open("w") as log:
                 pipe = subprocess.PIPE
@@ -223,15 +233,17 @@ def in_turns(specs: dict[str, Path], rounds: int) -> dict[str, dict[str, float]]
                 workers[way].stdin.write("go\n")
                 workers[way].stdin.flush()
                 found[way].append(answer(workers[way], specs[way]))
-            print(
-                f"round {number} of {rounds}",
-                *(f"{w} {f[-1]['seconds']:.1f} s" for w, f in found.items()),
-                file=sys.stderr,
-            )
+            steps = (f"{way} {describe(f[-1])}" for way, f in found.items())
+            print(f"round {number} of {rounds}", *steps, file=sys.stderr)
     finally:
         for worker in workers.values():
             worker.stdin.close()
             worker.wait(30)
+    return found
+
+
+def take_medians(found: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, float]]:
+    """Return the medians of each way; the first losses have to agree."""
     for way, (_, first, *_) in found.items():
         assert abs(first["loss"] - math.log(2)) < 0.01, f"{way}: the first loss is {first['loss']}, not ln 2"
     return {
@@ -298,7 +310,8 @@ def main() -> None:
             specs = {way: Path(folder, f"{way}.json") for way in args.ways}
             for way, file in specs.items():
                 file.write_text(json.dumps({**common, "way": way}))
-            results[title] = found = in_turns(specs, args.rounds)
+            said = in_turns(specs, args.rounds, lambda step: f"{step['seconds']:.1f} s")
+            results[title] = found = take_medians(said)
             print(
                 f"\n{title}\n\n| | pairs/s | of ours | peak memory | of ours | reference before |\n"
                 "|---|---|---|---|---|---|"

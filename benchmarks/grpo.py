@@ -30,7 +30,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dpo import LORA, PEERS, Turns, answer, save_base
+from dpo import LORA, Turns, in_turns, save_base
 
 WAYS = ("ours", "trl", "trl-paged")
 KINDS = {"short": ("Prompts of about 45 tokens", 0), "long": ("Prompts of about 300 tokens", 200)}
@@ -228,43 +228,17 @@ def run_decoding(spec: dict[str, Any], turns: Turns) -> None:
 # --- the ways in turns ------------------------------------------------------------------------------------------------
 
 
-def in_turns(specs: dict[str, Path], rounds: int, environment: dict[str, str]) -> dict[str, list[dict[str, Any]]]:
-    """Run the ways round by round; return the steps of each after the first, which warms up."""
-    from slimtune.core.foundation.cpu import CPU_SETTINGS  # a peer's own Python, which runs this file, has no slimtune
-
-    workers: dict[str, Any] = {}
-    found: dict[str, list[dict[str, Any]]] = {way: [] for way in specs}
-    try:
-        for way, spec in specs.items():
-            python = str(PEERS) if way != "ours" and PEERS.exists() else sys.executable
-            command = [python, __file__, "--worker", str(spec)]
-            settings = CPU_SETTINGS if way == "ours" else {}
-            with spec.with_suffix(".log").open("w") as log:
-                pipe = subprocess.PIPE
-                workers[way] = subprocess.Popen(
-                    command, stdin=pipe, stdout=pipe, stderr=log, text=True, env={**environment, **settings}
-                )
-            answer(workers[way], spec)  # one after the other: each has the machine to itself
-        names = list(specs)
-        for number in range(rounds + 1):
-            for way in names[number % len(names) :] + names[: number % len(names)]:
-                workers[way].stdin.write("go\n")
-                workers[way].stdin.flush()
-                found[way].append(answer(workers[way], specs[way]))
-            steps = (f"{way} {f[-1]['seconds']:.1f} s ({f[-1]['processor']:.1f} s CPU)" for way, f in found.items())
-            print(f"round {number} of {rounds}", *steps, file=sys.stderr)
-    finally:
-        for worker in workers.values():
-            worker.stdin.close()
-            worker.wait(30)
-    return {way: steps[1:] for way, steps in found.items()}
+def describe_step(step: dict[str, Any]) -> str:
+    """Return the time of a step by the clock, and of the processor."""
+    return f"{step['seconds']:.1f} s ({step['processor']:.1f} s CPU)"
 
 
-def measure_decoding(folder: Path, common: dict[str, Any], environment: dict[str, str]) -> dict[str, float]:
+def measure_decoding(folder: Path, common: dict[str, Any], **environment: str) -> dict[str, float]:
     """Measure decoding in a process of its own, and print its share of what the products allow."""
     spec = folder / "decoding.json"
     spec.write_text(json.dumps({**common, "way": "decoding"}))
     command = [sys.executable, __file__, "--worker", str(spec)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     share = found["products"] / found["steps"]
@@ -315,8 +289,7 @@ def main() -> None:
         spec = json.loads(args.worker.read_text())
         {"ours": run_ours, "decoding": run_decoding}.get(spec["way"], run_trl)(spec, Turns())
         return
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-    environment |= {"OMP_NUM_THREADS": str(args.threads)} if args.threads else {}
+    environment = {"OMP_NUM_THREADS": str(args.threads)} if args.threads else {}
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -335,9 +308,10 @@ def main() -> None:
             specs = {way: folder / f"{kind}-{way}.json" for way in args.ways}
             for way, file in specs.items():
                 file.write_text(json.dumps({**common, "way": way}))
-            results[kind] = in_turns(specs, args.rounds, environment)
+            said = in_turns(specs, args.rounds, describe_step, **environment)
+            results[kind] = {way: steps[2:] for way, steps in said.items()}  # after the start and the warm-up
             print(format_table(title, results[kind], args.prompts), end="\n\n", flush=True)
-        results["decoding"] = measure_decoding(folder, common, environment)
+        results["decoding"] = measure_decoding(folder, common, **environment)
     if args.json:
         args.json.write_text(json.dumps(results, indent=1))
 

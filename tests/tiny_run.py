@@ -26,20 +26,26 @@ def write_rows(path: Path, n: int, start: int = 0, answer: str = "abc ") -> Path
     return write_jsonl(path, rows)
 
 
-def write_settings(home: Path, tiny_llama: Callable[..., Any], tiny_tokenizer: Callable[..., Any]) -> dict[str, Any]:
-    """Write a base and rows; return settings of a recipe: 24 rows, 6 a step, 2 epochs of 4 steps, no budget."""
-    tiny_llama().save_pretrained(home / "base")
-    tiny_tokenizer().save_pretrained(home / "base")
+def settings_of_base(base: Path, home: Path, **model: Any) -> dict[str, Any]:
+    """Write rows; return settings of a recipe for a base: 24 rows, 6 a step, 2 epochs of 4 steps, no budget."""
     return {
-        "model": {"name": str(home / "base"), "dtype": "float32"},
+        "model": {"name": str(base), "dtype": "float32", **model},
         "data": {
             "train": str(write_rows(home / "train.jsonl", 24)),
             "validation": str(write_rows(home / "validation.jsonl", 6, start=100)),
         },
-        "method": {"name": "lora", "r": 4, "lora_dropout": 0.1},
+        "method": {"name": "lora", "r": 4},
         "train": {"epochs": 2, "batch_size": 6, "learning_rate": 1e-2, "forgetting_budget": None},
-        "output_dir": str(home / "whole"),
+        "output_dir": str(home / "run"),
     }
+
+
+def write_settings(home: Path, tiny_llama: Callable[..., Any], tiny_tokenizer: Callable[..., Any]) -> dict[str, Any]:
+    """Write a base and rows; return settings of a recipe with dropout (see `settings_of_base`)."""
+    tiny_llama().save_pretrained(home / "base")
+    tiny_tokenizer().save_pretrained(home / "base")
+    settings = settings_of_base(home / "base", home)
+    return {**settings, "method": {**settings["method"], "lora_dropout": 0.1}, "output_dir": str(home / "whole")}
 
 
 def recipe_of(settings: dict[str, Any], **train: Any) -> Recipe:

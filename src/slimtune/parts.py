@@ -28,7 +28,7 @@ def _find_export_formats() -> dict[str, str]:
 OBJECTIVE_HELPERS = (
     "pair_objective", "reference_logps", "policy_objective", "policy_run", "policy_losses", "group_advantages",
     "sampler_check", "prompt_rows", "teacher_divergence", "teacher_rows", "teacher_objective", "teacher_run",
-    "reward_probes", "sampled_answers",
+    "reward_probes", "sampled_answers", "token_objective",
 )  # fmt: skip
 PARTS: dict[str, dict[str, str]] = {
     "slimtune.methods": _find_modules("methods"),

@@ -4,14 +4,13 @@ import importlib.util
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 from engine_dialects import serving
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_gguf import write_tiny_base
-from tiny_run import recipe_of, write_rows
+from tiny_run import recipe_of, settings_of_base
 
 from slimtune.core.training.train import train
 from slimtune.errors import UsageError
@@ -38,15 +37,7 @@ def trained(tmp_path_factory, tiny_llama, tiny_tokenizer) -> Path:
     for name, value in {"MAX_TOKENS": 32, "MAX_POSITIONS": 60, "MAX_ANSWERS": 1, "ANSWER_TOKENS": 2}.items():
         patch.setattr(expected_logps, name, value)
     base = write_tiny_base(home / "base.gguf", tiny_llama, tiny_tokenizer, initializer_range=0.1)
-    settings: dict[str, Any] = {
-        "model": {"name": str(base), "dtype": "float32", "device": "cpu"},
-        "data": {"train": str(write_rows(home / "train.jsonl", 24)),
-                 "validation": str(write_rows(home / "validation.jsonl", 6, start=100))},
-        "method": {"name": "lora", "r": 4},
-        "train": {"epochs": 2, "batch_size": 6, "learning_rate": 1e-2, "forgetting_budget": None},
-        "output_dir": str(home / "run"),
-    }  # fmt: skip
-    train(recipe_of(settings))
+    train(recipe_of(settings_of_base(base, home, device="cpu")))
     yield home / "run"
     patch.undo()
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from models_zoo import tokens
 from tiny_families import build
-from tiny_run import adapter, recipe_of, write_rows
+from tiny_run import adapter, recipe_of, settings_of_base
 from torch import nn
 
 from slimtune import LoraConfig, get_peft_model
@@ -149,16 +149,7 @@ def test_adapters_come_and_go():
 
 @pytest.mark.slow
 def test_a_run_is_trained_resumed_merged_and_dequantized(folder, tmp_path):
-    settings = {
-        "model": {"name": str(folder), "dtype": "float32", "quantization": "nf4"},
-        "data": {
-            "train": str(write_rows(tmp_path / "train.jsonl", 24)),
-            "validation": str(write_rows(tmp_path / "validation.jsonl", 6, start=100)),
-        },
-        "method": {"name": "lora", "r": 4},
-        "train": {"epochs": 2, "batch_size": 6, "learning_rate": 1e-2, "forgetting_budget": None},
-        "output_dir": str(tmp_path / "run"),
-    }
+    settings = settings_of_base(folder, tmp_path, quantization="nf4")
     train(recipe_of(settings, eval_steps=4))
     run = RunDir(tmp_path / "run")
     expected = adapter(run.path)

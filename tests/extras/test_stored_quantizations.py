@@ -9,7 +9,7 @@ import torch
 from models_zoo import tokens
 from safetensors.torch import load_file, save_file
 from tiny_families import build
-from tiny_run import recipe_of, write_rows
+from tiny_run import recipe_of, settings_of_base
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 from transformers.integrations.finegrained_fp8 import Fp8Quantize
 
@@ -56,17 +56,7 @@ def test_fp8_is_dequantized_as_it_is_loaded(folder):
 
 @pytest.mark.slow
 def test_a_run_on_fp8_is_trained_and_merged(folder, tmp_path):
-    settings = {
-        "model": {"name": str(folder), "dtype": "float32"},
-        "data": {
-            "train": str(write_rows(tmp_path / "train.jsonl", 24)),
-            "validation": str(write_rows(tmp_path / "validation.jsonl", 6, start=100)),
-        },
-        "method": {"name": "lora", "r": 4},
-        "train": {"max_steps": 4, "batch_size": 6, "learning_rate": 1e-2, "forgetting_budget": None},
-        "output_dir": str(tmp_path / "run"),
-    }
-    train(recipe_of(settings))
+    train(recipe_of(settings_of_base(folder, tmp_path), max_steps=4))
     proof = merge(tmp_path / "run", tmp_path / "merged").comparison
     assert proof.mean_difference < 1e-4 * proof.effect
     assert load_base(str(tmp_path / "merged"), dtype="float32").quantization is None

@@ -6,6 +6,7 @@ import torch
 
 from ..core.adapters.peft_model import PeftModel
 from ..core.adapters.quantized_layers import find_cpu_repacking_layers, is_4_bit, keep_differentiable_4bit_layout
+from ..core.kernels.linear_layers import dequantizes_itself
 from ..errors import UsageError
 
 _KEEP_DTYPES = ("gptq", "aqlm", "eetq", "hqq", "torchao")
@@ -32,7 +33,7 @@ def prepare_model_for_kbit_training(
     keep_dtypes = str(getattr(quantization, "value", quantization)) in _KEEP_DTYPES
     if not keep_dtypes:
         for parameter in model.parameters():
-            is_packed = is_4_bit(parameter) or hasattr(type(parameter), "dequantized")
+            is_packed = is_4_bit(parameter) or dequantizes_itself(parameter)
             if parameter.dtype in (torch.float16, torch.bfloat16) and not is_packed:
                 parameter.data = parameter.data.float()
         if auto_clear_cache and torch.cuda.is_available():

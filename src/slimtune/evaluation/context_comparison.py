@@ -16,14 +16,13 @@ from ..core.adapters.active_adapters import BASE_ROW
 from ..core.foundation.progress_bars import using_progress_prefix
 from ..generation.policy_sampler import sample_policy_answers
 from ..objectives.context import Context
+from ..objectives.sampled_answers import PROMPTS_AT_ONCE
 from ..objectives.teacher_rows import TEACHER_KEYS, TeacherRows, split_at_last_answer
 from .eval_result import ContextMeasures, SFTMeasures
 from .model_comparison import RowFigures
 from .row_scores import score_supervised_rows
 from .sft_comparison import SupervisedLossEvaluator
 from .statistics import bootstrap_share
-
-PROMPTS_AT_ONCE = 32
 
 
 class ContextEvaluator(SupervisedLossEvaluator):

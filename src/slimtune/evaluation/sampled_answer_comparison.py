@@ -18,12 +18,10 @@ from ..extras.rewards.reward_workers import RewardWorkers
 from ..generation.policy_sampler import sample_policy_answers
 from ..objectives.policy_objective import PolicyObjective
 from ..objectives.reward_probes import DESCRIPTIONS, score_probes
-from ..objectives.sampled_answers import make_answers_to_score
+from ..objectives.sampled_answers import PROMPTS_AT_ONCE, make_answers_to_score
 from .estimate import Estimate
 from .eval_result import PolicyEvalResult, PolicyMeasures, RewardProbe
 from .model_comparison import ModelComparison, RowFigures
-
-PROMPTS_AT_ONCE = 32
 
 
 class SampledAnswerComparison(ModelComparison[PolicyMeasures]):

@@ -22,6 +22,7 @@ from ..core.adapters.quantized_layers import find_cpu_repacking_layers, keep_dif
 from ..core.foundation.dtype_names import dtype_name
 from ..core.foundation.progress_bars import track_progress
 from ..core.kernels.linear_layers import (
+    dequantizes_itself,
     get_base_layer_type,
     get_dequantized_weight,
     get_in_and_out_features,
@@ -114,7 +115,7 @@ class LazyMergedStateDict(Mapping[str, Tensor]):
 
 def _dequantize_if_experts(parameter: Any) -> Tensor:
     """Return a parameter, or the values of stacked experts that are quantized."""
-    return parameter.dequantized() if hasattr(type(parameter), "dequantized") else parameter
+    return parameter.dequantized() if dequantizes_itself(parameter) else parameter
 
 
 def _merge_layer(name: str, module: Any, adapters: list[str]) -> dict[str, Tensor]:

@@ -104,13 +104,13 @@ def round_mlx_folder_with_inputs(
         names.sort(key=lambda name: id(inputs[name]))  # what is computed of an input serves q, k and v
         for name in track_progress(names, "matrices rounded with rows"):
             groups = AffineGroups(bits, group_size, tensors[f"{name}.scales"].dtype)
-            for leaf, tensor in groups.round_with_inputs(weights.load(f"{name}.weight"), inputs[name]).items():
-                stored = tensors[f"{name}.{leaf}"]
-                if stored.shape != tensor.shape:  # a matrix that mlx-lm keeps in other bits or groups
-                    break
-                tensors[f"{name}.{leaf}"] = tensor.view(stored.dtype) if leaf == "weight" else tensor
-            else:
-                rounded.append(name)
+            found = groups.round_with_inputs(weights.load(f"{name}.weight"), inputs[name])
+            stored = {leaf: tensors[f"{name}.{leaf}"] for leaf in found}
+            if any(found[leaf].shape != stored[leaf].shape for leaf in found):
+                continue  # mlx-lm keeps this matrix in other bits or groups
+            found["weight"] = found["weight"].view(stored["weight"].dtype)
+            tensors |= {f"{name}.{leaf}": tensor for leaf, tensor in found.items()}
+            rounded.append(name)
         if names:
             save_file(tensors, file, metadata)
     return rounded

@@ -49,9 +49,8 @@ SAME_ARITHMETIC = EngineTolerance(1e-3, 1e-4)
 """Of a stage that computes the same numbers in the same dtype."""
 ENGINE_ARITHMETIC = EngineTolerance(0.02, 0.005, follows_base=True)
 """Of an engine on the weights that the stage before had, dequantized; widened to twice what the base differs by."""
-LOSS_TOLERANCES = {"float32": 1e-3, "float64": 1e-3}
-"""How far the saved adapter's validation loss may be from the recorded one, nats per token, by the base's dtype."""
-ROUNDED_LOSS_TOLERANCE = 0.02
+LOSS_TOLERANCE, ROUNDED_LOSS_TOLERANCE = 1e-3, 0.02
+"""How far the saved file's validation loss may be from the recorded one, nats per token; below 32 bits the second."""
 MOST_VALIDATION_TOKENS = 20_000
 _FIELDS_OF_A_PLACE = ("base_model_name_or_path", "inference_mode", "revision")
 
@@ -194,9 +193,8 @@ class _StageChain:
         if not 0 < tokens <= MOST_VALIDATION_TOKENS:
             return verdict
         loss = sum(sum_supervised_nats(engine, rows, "validation rows")) / tokens
-        allowed = ROUNDED_LOSS_TOLERANCE
-        if loaded.base.quantization is None:
-            allowed = LOSS_TOLERANCES.get(str(loaded.base.dtype).removeprefix("torch."), allowed)
+        is_exact = loaded.base.quantization is None and loaded.base.dtype.itemsize >= 4
+        allowed = LOSS_TOLERANCE if is_exact else ROUNDED_LOSS_TOLERANCE
         if abs(loss - recorded) <= allowed:
             return replace(verdict, passed=True, cause="applied", reason="") if verdict.passed is None else verdict
         reason = f"its validation loss is {loss:.4f}, the trainer measured {recorded:.4f} ({allowed:g} are allowed)"

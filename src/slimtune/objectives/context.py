@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from ..core.adapters.config_fields import FieldError, config_field
+from ..core.config.schema import Number
 from ..errors import DataError, UsageError, suggest
-from .teacher_objective import TeacherObjective
+from .teacher_objective import BETA_HELP, TeacherObjective
 
 if TYPE_CHECKING:
     from ..core.data.rows import Row
@@ -30,7 +32,9 @@ class Context(TeacherObjective):
 
     name: ClassVar[str] = "context"
     summary: ClassVar[str] = "to answer as with a text in the prompt, without it (context distillation)"
+    formats: ClassVar[tuple[str, ...]] = (*TeacherObjective.formats, "prompt")
 
+    beta: Number = config_field(0.0, BETA_HELP, ge=0, le=1)
     context: str = config_field("", "the text to do without, or a .txt or .md file with it")
 
     @property
@@ -47,8 +51,9 @@ class Context(TeacherObjective):
         if not self.context.strip():
             yield self.error("context", "a text that the model should do without", "--set task.context=prompt.txt")
 
-    def read_context(self) -> str:
-        """Return the text of the context.
+    @cached_property
+    def context_text(self) -> str:
+        """The text of the context; its file is read once.
 
         Raises:
             UsageError: its file does not exist.
@@ -72,7 +77,7 @@ class Context(TeacherObjective):
 
     def make_teacher_row(self, row: Row) -> Row:
         """Return a row with the context as its system turn, before the row's own, or before the prompt of a text."""
-        context: str = vars(self).setdefault("_text", self.read_context())
+        context = self.context_text
         if not row.messages:
             return replace(row, prompt=f"{context}\n\n{row.prompt or ''}")
         first, *rest = row.messages

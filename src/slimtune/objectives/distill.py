@@ -36,12 +36,7 @@ class Distill(TeacherObjective):
     name: ClassVar[str] = "distill"
     summary: ClassVar[str] = "to answer as another base with the same tokenizer does"
 
-    formats: ClassVar[tuple[str, ...]] = ("chat", "instruction", "sharegpt", "prompt-completion")
-
     lmbda: Number = config_field(0.5, "share of the steps that learn from the student's own answers", ge=0, le=1)
-    beta: Number = config_field(
-        0.5, "0: forward KL, 1: reverse KL, between them the generalized Jensen-Shannon divergence", ge=0, le=1
-    )
     temperature: Number = config_field(0.9, "temperature of sampling and of both distributions", ge=0.01)
     teacher_model_name_or_path: str = config_field("", "the teacher: an alias, a GGUF file, a folder or a Hub id")
 

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from ..core.training.objective import Example
 from ..extras.rewards.reward_workers import AnswersToScore
 
+PROMPTS_AT_ONCE = 32
+"""Prompts whose answers are sampled together, outside of the steps of training."""
+
 
 @dataclass(frozen=True)
 class SampledAnswer:

@@ -33,12 +33,8 @@ class SDFT(TeacherObjective):
 
     name: ClassVar[str] = "sdft"
     summary: ClassVar[str] = "answers, from a teacher that has them in its prompt (self-distillation)"
-    formats: ClassVar[tuple[str, ...]] = ("chat", "instruction", "sharegpt", "prompt-completion")
 
     lmbda: Number = config_field(1.0, "share of the steps that learn from the student's own answers", ge=0, le=1)
-    beta: Number = config_field(
-        0.5, "0: forward KL, 1: reverse KL, between them the generalized Jensen-Shannon divergence", ge=0, le=1
-    )
     seq_kd: bool = config_field(True, "the other steps learn the teacher's answers, sampled once; false: the rows'")
     teacher_prompt_template: str = config_field(
         "{prompt}\n\nThis is an example of a good answer:\n{privileged_context}\n\nNow answer in the same way.",

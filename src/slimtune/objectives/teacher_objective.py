@@ -8,21 +8,20 @@ are sampled once (`seq_kd`), or the student's, sampled in each step (`lmbda`); t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..core.adapters.config_fields import config_field
 from ..core.config.schema import Number
-from ..core.foundation.sequences import IGNORE_INDEX
-from ..core.training.objective import Batch, Example, Objective, ScoreRows, sum_targets_by_row
+from ..core.training.objective import Batch, Example, ScoreRows
 from ..errors import DataError, UsageError
+from .token_objective import TokenObjective
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
-    import numpy as np
     from torch import Tensor
 
     from ..core.config import Recipe
@@ -35,24 +34,17 @@ if TYPE_CHECKING:
     from .teacher_run import TeacherRun
 
 
-PROMPTS_AT_ONCE = 32
-"""Prompts that the teacher answers at the same time."""
+BETA_HELP = "divergence: 0 forward KL, 1 reverse KL, between them the generalized Jensen-Shannon divergence"
 
 
 @dataclass
-class TeacherObjective(Objective):
+class TeacherObjective(TokenObjective):
     """An objective whose teacher reads more than the student, or is another model; a subclass says which."""
 
-    formats: ClassVar[tuple[str, ...]] = ("chat", "instruction", "sharegpt", "prompt-completion", "prompt")
-    measures: ClassVar[tuple[str, ...]] = ("nats", "tokens")
+    formats: ClassVar[tuple[str, ...]] = ("chat", "instruction", "sharegpt", "prompt-completion")
 
     lmbda: Number = config_field(0.0, "share of the steps that learn from the student's own answers", ge=0, le=1)
-    beta: Number = config_field(
-        0.0,
-        "divergence: 0 forward KL, 1 reverse KL, between them the generalized Jensen-Shannon divergence",
-        ge=0,
-        le=1,
-    )
+    beta: Number = config_field(0.5, BETA_HELP, ge=0, le=1)
     temperature: Number = config_field(1.0, "temperature of sampling and of both distributions", ge=0.01)
     seq_kd: bool = config_field(False, "learn the teacher's own answers, sampled once, in place of the rows'")
     max_completion_length: int = config_field(256, "longest sampled answer, in tokens", ge=1, le=10**6)
@@ -154,10 +146,6 @@ class TeacherObjective(Objective):
             found.append(make_teacher_example(prompt, taught, answer, e["line"]) | {"is_probe": True})
         return found
 
-    def count_items(self, examples: Sequence[Mapping[str, Any]]) -> int:
-        """Return the number of learned tokens."""
-        return sum(label != IGNORE_INDEX for e in examples for label in e["labels"][1:])
-
     # --- values -------------------------------------------------------------------------------------------------------
 
     def compute_values(self, model: Any, batch: Batch) -> Tensor:
@@ -183,19 +171,3 @@ class TeacherObjective(Objective):
             for h in (head, teacher_head)
         ]
         return compute_token_divergences(states, heads[0], teacher_states, heads[1], float(self.beta))
-
-    def loss(self, values: Tensor, batch: Batch, num_items: Any) -> Tensor:
-        """Return the summed divergences of the micro-batch, divided by the step's learned tokens."""
-        return values.sum() / num_items
-
-    def score(self, values: Tensor, batch: Batch) -> Tensor:
-        """Return the summed divergence and the learned tokens of each row."""
-        import torch
-
-        tokens = torch.tensor(batch["row_targets"], dtype=torch.float64, device=values.device)
-        return torch.stack([sum_targets_by_row(values.double(), batch), tokens], dim=1)
-
-    def summarize(self, scores: np.ndarray) -> dict[str, float]:
-        """Return the mean divergence per learned token, in nats."""
-        nats, tokens = scores.T.tolist()
-        return {"loss": sum(nats) / max(1, sum(tokens))}

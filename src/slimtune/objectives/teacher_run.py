@@ -22,7 +22,7 @@ from ..core.training.prepared_run import PreparedRun
 from ..errors import RunError, UsageError
 from ..extras.row_digest import hash_rows
 from .policy_run import POLICY_SAMPLERS, SampleAnswers, mix_seed
-from .teacher_objective import PROMPTS_AT_ONCE
+from .sampled_answers import PROMPTS_AT_ONCE
 from .teacher_rows import TeacherRows, make_teacher_example, split_at_last_answer
 
 if TYPE_CHECKING:

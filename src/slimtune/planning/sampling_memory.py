@@ -11,7 +11,8 @@ import torch
 from ..core.data.example_lengths import ALL_SUPERVISED, DatasetRowComposition, ExampleLength, count_tokens_per_row
 from ..errors import ModelError
 from ..objectives.policy_objective import PolicyObjective
-from ..objectives.teacher_objective import PROMPTS_AT_ONCE, TeacherObjective
+from ..objectives.sampled_answers import PROMPTS_AT_ONCE
+from ..objectives.teacher_objective import TeacherObjective
 from .serving_cache import count_request_kv_cache_bytes
 
 ANSWERS_AT_ONCE = 64

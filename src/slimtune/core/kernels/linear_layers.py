@@ -100,9 +100,14 @@ def undo_cpu_4bit_repacking(data: Tensor, quant_state: Any) -> tuple[Tensor, Any
     return _convert_weight_packed_for_cpu_inverse(data, quant_state)
 
 
+def dequantizes_itself(parameter: object) -> bool:
+    """Return whether a parameter holds packed values behind the shape and dtype of plain ones, as stacked experts."""
+    return hasattr(type(parameter), "dequantized")
+
+
 def is_quantized(module: nn.Module) -> bool:
     """Return whether the module's weight is stored in fewer bits than a floating-point number, or its experts are."""
-    if any(hasattr(type(parameter), "dequantized") for parameter in module._parameters.values()):
+    if any(map(dequantizes_itself, module._parameters.values())):
         return True
     weight = getattr(module, "weight", None)
     # For FSDP, 4-bit values may be stored in a tensor of dtype bf16.

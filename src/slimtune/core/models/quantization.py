@@ -10,7 +10,13 @@ from transformers import PreTrainedConfig
 
 from ...errors import ModelError, UsageError, format_install_command, format_names, suggest
 from ..foundation.registry import Registry
-from ..kernels.linear_layers import get_base_layer_type, get_dequantized_weight, get_in_and_out_features, is_quantized
+from ..kernels.linear_layers import (
+    dequantizes_itself,
+    get_base_layer_type,
+    get_dequantized_weight,
+    get_in_and_out_features,
+    is_quantized,
+)
 
 KINDS = ("nf4", "int8")
 """Quantizations in which a base can be loaded."""
@@ -93,7 +99,7 @@ def dequantize_model(model: Any, dtype: torch.dtype) -> Any:
     """Replace the quantized layers of a base without adapters by plain ones in `dtype`, in place; return the base."""
     for name, module in list(model.named_modules()):
         for leaf, parameter in module._parameters.items():
-            if hasattr(type(parameter), "dequantized"):  # stacked experts
+            if dequantizes_itself(parameter):
                 module._parameters[leaf] = nn.Parameter(parameter.dequantized().to(dtype), requires_grad=False)
         if get_base_layer_type(module) != "linear" or not is_quantized(module):
             continue

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..data.collator import Collator, Example
 from ..data.tokenize import format_line_numbers
-from ..kernels.linear_layers import is_finite, list_quantization_scales
+from ..kernels.linear_layers import dequantizes_itself, is_finite, list_quantization_scales
 from .loss import score_examples_by_objective
 from .objective import Objective
 
@@ -19,7 +19,7 @@ def find_nonfinite_weights(model: Any) -> list[str]:
     found = []
     for name, weight in model.named_parameters():
         scales = list_quantization_scales(weight)
-        is_plain = weight.is_floating_point() and weight.itemsize > 1 and not hasattr(weight, "packed")
+        is_plain = weight.is_floating_point() and weight.itemsize > 1 and not dequantizes_itself(weight)
         plain = [weight] if is_plain and not scales else []
         if not all(map(is_finite, (*scales, *plain))):
             found.append(name)
