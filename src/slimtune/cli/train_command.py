@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # they import torch, which takes seconds
     from ..core.training.prepared_run import MemoryEstimate
     from ..core.training.train_result import ForgettingResult, TrainResult
 
-TASK_FLAGS = {"reward": "rewards", "context": "context"}
+TASK_FLAGS = {"reward": "rewards", "context": "context", "sampler": "vllm_server_base_url"}
 """Flags of settings that only some tasks have, and the field of `task` that each sets."""
 
 
@@ -73,6 +73,15 @@ def train_run(
             help="With --task context: the text that the model should do without, or a .txt or .md file with it.",
         ),
     ] = None,
+    sampler: Annotated[
+        str | None,
+        Option(
+            "--sampler",
+            metavar="URL",
+            help="With --task grpo, rloo or reinforce: the server that samples the answers, slimtune serve or vLLM; "
+            "by default the model that trains.",
+        ),
+    ] = None,
     accept_changed: Annotated[
         str | None,
         Option(
@@ -91,7 +100,7 @@ def train_run(
     if resume and init_adapter is not None:
         expected = "--resume continues the run in --out, --init-adapter starts a new run from an adapter"
         raise UsageError("--resume and --init-adapter are both given", f"one of them: {expected}")
-    for flag, value in (("reward", reward), ("context", context)):
+    for flag, value in (("reward", reward), ("context", context), ("sampler", sampler)):
         if value not in (None, []):
             _require_task_with_field(TASK_FLAGS[flag], flag, settings, job)
             settings[f"task.{TASK_FLAGS[flag]}"] = value
