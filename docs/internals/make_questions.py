@@ -46,6 +46,7 @@ ROWS = (
     Row("How do two machines compare?", "gpus rtx-3090 'm4 max 128gb'", "rtx|memory|bandwidth|price  |writes|reads"),
     Row("Buy, rent, or pay a service?", f"cost {JOB} --gpu rtx-3090 --tokens 5000000 --runs 20", "^buy|^rent|AI,"),
     Row("What can my machine run and train?", "models --fits rtx-3060-12gb", "^base|^qwen3.5|run or train"),
+    Row("Which base do I tune on it?", "models --fits rtx-3060-12gb --purpose json", "^fields|^1\\.|suit it"),
     Row("What does a million tokens of answers cost?", "cost llama-3.1-8b --gpu rtx-3090 --serve", "million|elec|Groq"),
     Row("Which MacBook?", f"choose {JOB} --kind macbook", "^to buy|fastest"),
     Row("Which machine only to run a model?", "choose llama-3.1-8b --serve --budget 800", "^to buy|fastest"),

@@ -34,6 +34,7 @@ def replace_planner(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]
             return make(request)
 
         monkeypatch.setattr(planner, "estimate_resources", estimate_resources)
+        monkeypatch.setattr(planner, "judge_run", lambda request: estimate_resources(request).verdict)
         return requests
 
     return replace

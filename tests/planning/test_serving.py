@@ -323,6 +323,18 @@ def test_latent_attention_caches_one_vector_for_all_heads():
         assert count_request_kv_cache_bytes(config("glm-4.7-flash"), 4096, engine) == 47 * (512 + 64) * 4096 * 2
 
 
+def test_compressed_attention_caches_as_little_as_published():
+    """DeepSeek V4 Flash: 13.7 times less than V3.2 at 1M tokens, with FP8 and FP4 in both (mlx-lm issue 1281)."""
+    older, newer = (config(f"deepseek-v{version}") for version in ("3.2", "4-flash"))
+    ratio = count_request_kv_cache_bytes(older, 1 << 20, "vllm") / count_request_kv_cache_bytes(newer, 1 << 20, "vllm")
+    assert ratio == pytest.approx(13.7, rel=0.1)
+
+
+def test_cache_of_lfm3_is_the_published_one():
+    """1.6 GB for 128,000 tokens (huggingface.co/LiquidAI/LFM3-1.7B)."""
+    assert count_request_kv_cache_bytes(config("lfm3-1.7b"), 128000, "llama.cpp") == pytest.approx(1.6e9, rel=0.03)
+
+
 def test_chunked_attention_caches_a_chunk():
     """Llama 4 Scout: 36 of 48 layers attend to at most 8192 tokens; 8 heads of 128."""
     chunk = 36 * (8192 + 512)

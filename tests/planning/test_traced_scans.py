@@ -21,6 +21,11 @@ BASES = {
         "linear_num_value_heads": 4, "linear_key_head_dim": 32, "linear_value_head_dim": 32,
         "layer_types": ["linear_attention", "full_attention"],
     },
+    "kimi_linear": {
+        "hidden_size": 64, "intermediate_size": 96, "linear_num_heads": 2, "linear_head_dim": 32, "kv_lora_rank": 16,
+        "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "first_k_dense_replace": 2, "pad_token_id": 0,
+        "num_key_value_heads": 4, "layer_types": ["linear_attention", "full_attention"],
+    },
     "bamba": {
         "hidden_size": 64, "intermediate_size": 96, "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16,
         "mamba_n_groups": 1, "mamba_chunk_size": 8, "attn_layer_indices": [1],
@@ -36,6 +41,7 @@ BASES = {
     ("family", "tokens", "checkpointing"),
     [
         ("qwen3_5_text", 650, True),  # 11 chunks of 64, the last of them padded
+        pytest.param("kimi_linear", 650, True, marks=pytest.mark.slow),
         pytest.param("bamba", 100, False, marks=pytest.mark.slow),
         pytest.param("qwen3_5_text", 1000, False, marks=pytest.mark.slow),
         pytest.param("bamba", 200, True, marks=pytest.mark.slow),
@@ -45,7 +51,7 @@ BASES = {
 )
 def test_memory_and_work_are_those_of_all_operators(monkeypatch, family, tokens, checkpointing):
     job = MicroBatchWorkload(
-        base_config=AutoConfig.for_model(family, **SIZES, **BASES[family]),
+        base_config=AutoConfig.for_model(family, **SIZES | BASES[family]),
         method=LoraConfig(target_modules="all-linear"),
         dtype=torch.bfloat16,
         lengths=(tokens,),

@@ -98,6 +98,18 @@ def count_allocated_model_bytes(meta_model: Any, device: str) -> int:
     return sum(-(-size // block) * block for size in sizes.values())
 
 
+def extrapolate_allocated_model_bytes(job: MicroBatchWorkload) -> int:
+    """Return what weights and adapters of a job take, from models of few of its layers; exact if the step's are."""
+    samples = _list_layer_samples(job)
+    try:
+        sizes = [(factor, count_allocated_model_bytes(few.build_model(), job.device)) for factor, few in samples]
+    except UsageError:  # its targets are not in those layers
+        sizes = []
+    if not sizes:
+        return count_allocated_model_bytes(job.build_model(), job.device)
+    return sum(factor * size for factor, size in sizes)
+
+
 def _get_phase(phase: str, traced: StepTrace) -> dict[str, int]:
     return traced.bytes_by_phase_and_part[phase]
 
@@ -122,11 +134,12 @@ def find_layer_kinds(job: MicroBatchWorkload, model: Any) -> tuple[int, ...]:
 
 
 def _list_layer_shapes(model: Any, num_layers: int) -> list[Any] | None:
-    """Return names and shapes of the weights of each layer; None if the layers are not found."""
+    """Return names and shapes of the weights and buffers of each layer; None if the layers are not found."""
     for module in model.modules():
         is_list = isinstance(module, nn.ModuleList) and len(module) == num_layers
         if is_list and all(isinstance(layer, GradientCheckpointingLayer) for layer in module):
-            return [tuple((name, tuple(p.shape)) for name, p in layer.named_parameters()) for layer in module]
+            tensors = ((*layer.named_parameters(), *layer.named_buffers()) for layer in module)
+            return [tuple((name, tuple(tensor.shape)) for name, tensor in layer) for layer in tensors]
     return None
 
 

@@ -277,5 +277,6 @@ def _module_attributes(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, 
     for module in model.modules():
         for attributes in (module._parameters, module._buffers, vars(module)):
             for name, value in list(attributes.items()):
-                if name not in ("_parameters", "_buffers", "_modules"):
+                may_hold = isinstance(value, Tensor) or (isinstance(value, (list, tuple, dict)) and value)
+                if may_hold and name not in ("_parameters", "_buffers", "_modules"):
                     yield attributes, name, value

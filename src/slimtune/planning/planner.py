@@ -4,7 +4,8 @@ request → model on meta → memory formula → micro-batches → trace → all
 """
 
 import gc
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -27,6 +28,7 @@ from ..extras.quantized_experts import QuantizedExperts
 from .extrapolation import (
     MemoryFormula,
     count_allocated_model_bytes,
+    extrapolate_allocated_model_bytes,
     extrapolate_merge_cpu_peak,
     extrapolate_step_trace,
     find_layer_kinds,
@@ -71,10 +73,26 @@ def estimate_resources(request: PlanRequest, *, advise: bool = True) -> Resource
         UsageError: the targets match nothing, or the settings contradict each other.
         ModelError: the base cannot be planned: its training step depends on tensor values, or fails without them.
     """
+    with _translating_planning_errors(request):
+        return _estimate_resources(request, advise)
+
+
+def judge_run(request: PlanRequest) -> MemoryVerdict:
+    """Return the verdict of `estimate_resources`, in a quarter of its time if there is one example in a micro-batch."""
+    with _translating_planning_errors(request):
+        request, job, model, _ = _prepare_job(request)
+        if len(job.lengths) > 1 or request.fsdp:
+            return _estimate_resources(request, advise=False).verdict
+        _, _, need = _estimate_need(request, job, extrapolate_step_trace(job, model))
+        return judge_memory_fit(need, request.gpu.usable)
+
+
+@contextmanager
+def _translating_planning_errors(request: PlanRequest) -> Iterator[None]:
     # Collections of garbage would go through everything that was imported, again and again.
     gc.freeze()
     try:
-        return _estimate_resources(request, advise)
+        yield
     except SlimtuneError:
         raise
     except Exception as error:
@@ -92,13 +110,11 @@ def estimate_resources(request: PlanRequest, *, advise: bool = True) -> Resource
         gc.unfreeze()
 
 
-def _estimate_resources(request: PlanRequest, advise: bool) -> ResourceEstimate:
-    gpu, job, positions = request.gpu, request.job(), get_max_positions(request.model.config)
+def _prepare_job(request: PlanRequest) -> tuple[PlanRequest, MicroBatchWorkload, Any, list[str]]:
+    """Return request and job as training would run them, the job's model on meta, and notes about packing."""
+    job = request.job()
     model = job.build_model()
     job = replace(job, layer_kinds=find_layer_kinds(job, model))
-    trainable_params, total_params = count_trainable_and_all_parameters(model)
-    adapter_bytes, extra_bytes, at_most = estimate_adapter_file_and_method_state_sizes(model)
-    saved, spread = estimate_sharding_savings_and_uncertainty(model, request.processes) if request.fsdp else (0, 0)
     packing_notes = []
     if job.packing and (reason := packing_unsupported_reason_or_empty(model)):
         job = replace(job, packing=False)
@@ -107,6 +123,27 @@ def _estimate_resources(request: PlanRequest, advise: bool) -> ResourceEstimate:
         job = replace(job, lengths=tuple(map(remove_prefix_sharing, job.lengths)))
         content = request.content._replace(shared_prefix_tokens=0)
         request = replace(request, quantiles=tuple(map(remove_prefix_sharing, request.quantiles)), content=content)
+    return request, job, model, packing_notes
+
+
+def _estimate_need(
+    request: PlanRequest, job: MicroBatchWorkload, trace: StepTrace, sharding_spread: float = 0.0
+) -> tuple[int, Interval, Interval]:
+    """Return the peak of allocated bytes, the bytes that the allocator reserves, and what the run needs."""
+    peak, reserved = estimate_peak_allocated_and_reserved(job, trace)
+    reserved = Interval(reserved.low, reserved.high + sharding_spread)
+    sampling = max(0, trace.state_bytes + request.sampling_bytes - peak) if request.sampling_bytes else 0
+    more = sampling + request.teacher_bytes
+    reserved = Interval(reserved.low + more, reserved.high + more)
+    return peak + more, reserved, reserved + RUNTIME[job.device]
+
+
+def _estimate_resources(request: PlanRequest, advise: bool) -> ResourceEstimate:
+    gpu, positions = request.gpu, get_max_positions(request.model.config)
+    request, job, model, packing_notes = _prepare_job(request)
+    trainable_params, total_params = count_trainable_and_all_parameters(model)
+    adapter_bytes, extra_bytes, at_most = estimate_adapter_file_and_method_state_sizes(model)
+    saved, spread = estimate_sharding_savings_and_uncertainty(model, request.processes) if request.fsdp else (0, 0)
     memory_model = fit_memory_formula(job, model)
     memory_model = replace(memory_model, state=memory_model.state - saved)
     job = split_batch_to_fit_if_possible(request, job, memory_model)
@@ -115,13 +152,8 @@ def _estimate_resources(request: PlanRequest, advise: bool) -> ResourceEstimate:
         trace = apply_sharding_savings(trace, saved, job.device)
     memory_model = memory_model.correct(job.lengths, trace)
 
-    peak, reserved = estimate_peak_allocated_and_reserved(job, trace)
-    reserved = Interval(reserved.low, reserved.high + spread)
-    sampling = max(0, trace.state_bytes + request.sampling_bytes - peak) if request.sampling_bytes else 0
-    more = sampling + request.teacher_bytes
-    peak, reserved = peak + more, Interval(reserved.low + more, reserved.high + more)
+    peak, reserved, need = _estimate_need(request, job, trace, spread)
     runtime, usable = RUNTIME[job.device], gpu.usable
-    need = reserved + runtime
     verdict = judge_memory_fit(need, usable)
     parts = {part: trace.parts.get(part, 0) for part in PARTS} | {"runtime": int(runtime.high)}
 
@@ -310,7 +342,7 @@ def _suggest_memory_savings(job: MicroBatchWorkload, estimate: ResourceEstimate,
 
     def judge(changed: MicroBatchWorkload) -> tuple[int, MemoryVerdict]:
         if too_large:  # then only the weights change, and no step needs to be traced if they are still more than it has
-            kept = count_allocated_model_bytes(changed.build_model(), changed.device)
+            kept = count_model_bytes(changed)
             if kept + RUNTIME[changed.device].low > gpu.usable.high:
                 return estimate.parts["weights"] + estimate.parts["adapters"] - kept, "does not fit"
         # The fused AdamW allocates nothing, so the highest point is not later than the backward pass.
@@ -318,9 +350,16 @@ def _suggest_memory_savings(job: MicroBatchWorkload, estimate: ResourceEstimate,
         peak, reserved = estimate_peak_allocated_and_reserved(changed, trace)
         return estimate.allocated_bytes - peak, judge_memory_fit(reserved + RUNTIME[changed.device], gpu.usable)
 
+    def count_model_bytes(job: MicroBatchWorkload) -> int:
+        if layers_add_up:
+            return extrapolate_allocated_model_bytes(job)
+        return count_allocated_model_bytes(job.build_model(), job.device)
+
     useful, advice = [], []
     # What a step holds beside the weights is no help where the weights alone are more than the card has.
     too_large = estimate.parts["weights"] + RUNTIME[job.device].low > gpu.usable.high
+    whole = estimate.parts["weights"] + estimate.parts["adapters"]
+    layers_add_up = too_large and extrapolate_allocated_model_bytes(job) == whole
     for text, change in list_memory_saving_changes(job, gpu):
         changed = change(job)
         if too_large and (changed.dtype, changed.quantization) == (job.dtype, job.quantization):

@@ -2,8 +2,9 @@
 
 An attention layer caches `2 · kv_heads · head_dim` numbers for each token; one with a sliding window or with chunks
 those of the window or the chunk alone. Latent attention (DeepSeek, GLM-4.7-Flash, Kimi) caches one compressed vector
-and one rotated key for all heads. A recurrent layer (Mamba, gated delta net, short convolution) caches the same for
-any number of tokens. `layer_types` of transformers says which layer is which.
+and one rotated key for all heads. DeepSeek V4 caches one vector, key and value in one, for each token of a window, one
+for each 4 or 128 tokens of the whole row, and an index of those for 4. A recurrent layer (Mamba, gated delta net, short
+convolution) caches the same for any number of tokens. `layer_types` of transformers says which layer is which.
 """
 
 from typing import Any
@@ -22,6 +23,8 @@ _WINDOW_FIELDS = {
     "sliding_attention": "sliding_window",
     "hybrid_sliding": "sliding_window",
     "chunked_attention": "attention_chunk_size",
+    "compressed_sparse_attention": "sliding_window",
+    "heavily_compressed_attention": "sliding_window",
 }
 """The field of the number of tokens that a kind of layer caches at most."""
 _NO_KEYS = {"linear_attention", "conv", "mlp", "moe"}
@@ -60,6 +63,9 @@ def count_request_kv_cache_bytes(
             window = getattr(layer, _WINDOW_FIELDS[kind], None) if kind in _WINDOW_FIELDS else None
             cached_tokens = _count_cached_tokens(context, window, engine, tokens_per_step)
             numbers += cached_tokens * _count_cached_numbers_per_token(layer, kind)
+            if kind in (rates := getattr(layer, "compress_rates", None) or {}):
+                index = layer.index_head_dim if kind == "compressed_sparse_attention" else 0
+                numbers += -(-context // rates[kind]) * (layer.head_dim + index)
     return int(numbers * ENGINES[engine].bytes_by_cache_precision[cache_dtype])
 
 
@@ -75,6 +81,8 @@ def _count_cached_tokens(context: int, window: int | None, engine: str, tokens_p
 
 def _count_cached_numbers_per_token(layer: Any, kind: str) -> int:
     """Return the numbers that a layer of this config caches for a token."""
+    if getattr(layer, "compress_rates", None):
+        return int(layer.head_dim)
     if rank := getattr(layer, "kv_lora_rank", None):
         # The index that picks the tokens to attend to (DeepSeek V3.2, GLM 5) has a key of its own.
         index = getattr(layer, "index_head_dim", 0) if kind == "indexed_attention" else 0

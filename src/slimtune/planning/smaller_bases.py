@@ -26,7 +26,7 @@ def find_smaller_base_that_fits(request: PlanRequest) -> str | None:
     for alias in islice(_iterate_candidates(request), MAX_PLANNED_BASES):
         try:
             smaller = replace(request, model=load_base_config(alias))
-            if planner.estimate_resources(smaller, advise=False).verdict == "fits":
+            if planner.judge_run(smaller) == "fits":
                 return alias
         except SlimtuneError:  # its layers have other names than the recipe's targets, or it has too few positions
             continue

@@ -22,7 +22,12 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .memory_tracker import MemoryTracker
 
-SCANS = {"torch_chunk_gated_delta_rule": (1, 64), "mamba2_chunk_scan": (1, 256), "mamba_selective_scan": (-1, 8)}
+SCANS = {
+    "torch_chunk_gated_delta_rule": (1, 64),
+    "chunk_kimi_delta_attention": (1, 64),
+    "mamba2_chunk_scan": (1, 256),
+    "mamba_selective_scan": (-1, 8),
+}
 """The functions of transformers' models: the dimension of tokens in arguments of at least three dimensions, and the
 tokens of a chunk where the call does not say it. A scan of single tokens is linear in chunks of any number of them."""
 TRACED_CHUNKS = (4, 6, 8)

@@ -7,9 +7,10 @@ import os
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from slimtune.core.models.base_config import get_max_positions, load_base_config, load_config_and_convert_base
+from slimtune.core.models.loader import get_auto_class
 from slimtune.core.models.model_source import ModelSource, find_known_base, resolve_model_source
 from slimtune.errors import ModelError, UsageError
 from slimtune.extras.known_models import PACKAGED, load_known_models_by_alias
@@ -174,7 +175,7 @@ def write_config(path, **fields):
 def check_known_base(alias):
     info, facts = load_base_config(alias), load_known_models_by_alias()[alias]
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(info.config)
+        model = get_auto_class(info.config).from_config(info.config)
     assert sum(p.numel() for p in model.parameters()) == facts["params"], alias
     assert len(model.get_input_embeddings().weight) == facts["config"]["vocab_size"], alias
     context = find_known_base(alias).config

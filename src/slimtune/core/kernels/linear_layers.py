@@ -19,7 +19,7 @@ def get_base_layer_type(module: nn.Module) -> Literal["linear", "embedding", "co
     if isinstance(module, ReadWeight):
         return "weight"
     if isinstance(module, nn.Linear | Conv1D):
-        return "linear"
+        return None if hasattr(module, "n_groups") else "linear"  # DeepSeek V4 has one that computes by groups
     if isinstance(module, nn.Embedding):
         return "embedding"
     weight = module._parameters.get("weight")
