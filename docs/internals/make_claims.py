@@ -29,13 +29,14 @@ def gb(plan_result: dict[str, Any]) -> str:
 
 def make_table() -> str:
     """Return the claims, and our step beside PEFT's."""
-    plain, checkpointed, nf4, full, adapter = (
+    plain, checkpointed, nf4, full, rounded, adapter = (
         plan(flags)
         for flags in (
             "",
             "--gradient-checkpointing",
             "--quantization nf4 --gradient-checkpointing",
             "--method full --gradient-checkpointing",
+            "--method full --gradient-checkpointing --optimizer adamw-8bit --set method.bf16_stochastic_round=true",
             QV,
         )
     )
@@ -48,7 +49,8 @@ def make_table() -> str:
         f'| "LoRA of an 8B in 24 GB" | With checkpointing: {gb(checkpointed)} at 2048 tokens. Without: {gb(plain)}; '
         f"{plain['max_seq_len']} tokens fit |",
         f'| "full fine-tuning in 60 GB" | Weights, gradients and AdamW\'s moments all in bf16 take {bf16:.1f} GB. '
-        f"slimtune trains fp32 copies of the weights: {gb(full)} with checkpointing |",
+        f"slimtune trains copies of the weights, with checkpointing: {gb(rounded)} in bf16 with 8-bit moments, "
+        f"{weights:.1f} GB of them the base; {gb(full)} in fp32 |",
         '| "a 34 MB adapter" | Of Llama 2 7B, r = 16 on q and v in fp32: 33,571,656 bytes. Of this 8B '
         f"{adapter['adapter_bytes']:,} |",
     ]

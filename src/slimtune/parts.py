@@ -86,6 +86,8 @@ PARTS: dict[str, dict[str, str]] = {
         "interpolation": "slimtune.extras.adapter_strength:search_and_set_strength_within_budget"
     },
     "slimtune.loss_scalers": {"dynamic": "slimtune.extras.loss_scaling:compute_gradients_with_loss_scale"},
+    "slimtune.optimizers": {"adamw-8bit": "slimtune.extras.adamw_8bit:build_adamw_8bit"},
+    "slimtune.step_roundings": {"stochastic": "slimtune.extras.stochastic_rounding:round_steps_stochastically"},
     "slimtune.chat_template_setters": {"files": "slimtune.extras.chat_templates:set_chat_template"},
     "slimtune.tool_hints": {"bases": "slimtune.extras.known_models:make_tools_hint"},
     "slimtune.chat_templates": {
@@ -97,10 +99,7 @@ PARTS: dict[str, dict[str, str]] = {
     "slimtune.data_reports": {"rows": "slimtune.evaluation.data_report.report_builder:DataReportBuilder"},
     "slimtune.general_texts": {"files": "slimtune.evaluation.general_text:load_general_text"},
     "slimtune.run_locks": {"files": "slimtune.extras.run_lock:RunLock"},
-    "slimtune.policy_samplers": {
-        "model": "slimtune.generation.policy_sampler:sample_policy_answers",
-        "server": "slimtune.generation.server_sampler:ServerSampler",
-    },
+    "slimtune.policy_samplers": {"model": "slimtune.generation.policy_sampler:sample_policy_answers"},
     "slimtune.memory_probes": {"longest": "slimtune.planning.memory_probe:probe_memory_and_write_plan"},
     "slimtune.export_support": {"formats": "slimtune.export.export_support:get_export_support_flags"},
     "slimtune.weight_roundings": {"gguf": "slimtune.export.gguf_roundings:find_weight_roundings"},

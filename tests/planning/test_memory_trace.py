@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from slimtune.core.kernels import activation_offload, cross_entropy
 from slimtune.errors import ModelError
+from slimtune.extras import stochastic_rounding
 from slimtune.planning.fake_tensors import fake_tensor_mode, list_module_tensors, replace_meta_with_fake_cpu_tensors
 from slimtune.planning.memory_trace import BACKWARD, trace_training_step
 from slimtune.planning.plan_request import MicroBatchWorkload
@@ -23,6 +25,10 @@ BASES = {
     "llama": lambda **more: tf.LlamaConfig(**{**SIZES, "intermediate_size": 128, **more}),
     "gpt2": lambda: tf.GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=256, **ENDS),
     "gemma2": lambda: tf.Gemma2Config(**SIZES, intermediate_size=128, head_dim=16, sliding_window=32),
+}
+MIXTURES = {
+    "mixtral": tf.MixtralConfig(**SIZES, intermediate_size=128, num_local_experts=8, num_experts_per_tok=2),
+    "qwen3_moe": tf.Qwen3MoeConfig(**SIZES, moe_intermediate_size=64, num_experts=8, num_experts_per_tok=2),
 }
 ROWS = [((120, 80), True, 2), ((90, 60), False, 1), ((90, 90), False, 2), ((70, 50, 30), True, 3), ((130,), True, 1)]
 """Lengths, packing, micro-batches."""
@@ -74,6 +80,24 @@ def test_tied_weights(rows, tied, monkeypatch, assert_exact):
     monkeypatch.setattr(cross_entropy, "CHUNK", 32 * 8192)
     sizes = {"vocab_size": 8192, "tie_word_embeddings": tied}
     assert_exact(make_job("llama", "full", rows, sizes=sizes, gradient_checkpointing=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("base", "method"), [("mixtral", "lora"), ("qwen3_moe", "lora"), ("mixtral", "full")])
+def test_mixtures_in_fp32(base, method, assert_exact):
+    """Frozen experts get no gradient; trained ones get one of their own shape."""
+    assert_exact(replace(make_job("llama", method, ROWS[4]), base_config=MIXTURES[base]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw-8bit"])
+def test_full_in_bf16(optimizer, monkeypatch, assert_exact):
+    """A step takes the fp32 copies of one tensor at a time, and the random numbers of a part of it."""
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(stochastic_rounding, "CHUNK", 100_000)
+    sizes = {"hidden_size": 256, "intermediate_size": 768, "vocab_size": 4096}
+    job = make_job("llama", "full", ROWS[4], BF16, sizes=sizes, gradient_checkpointing=True, optimizer=optimizer)
+    assert_exact(replace(job, method=CASES["full"](bf16_stochastic_round=True)), 0.01)
 
 
 @pytest.mark.slow

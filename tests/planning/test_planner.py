@@ -64,6 +64,23 @@ def test_llama_3_1_8b():
     )
 
 
+@pytest.mark.slow
+def test_full_fine_tuning_of_an_8b_is_advised_in_bf16_on_80_gb():
+    """16.06 GB each of base, copies, gradients and 8-bit states, and what a step holds."""
+    request = PlanRequest(
+        load_base_config("llama-3.1-8b"), require_gpu_by_name("h100-sxm"), CASES["full"](), seq_len=2048,
+        gradient_checkpointing=True,
+    )  # fmt: skip
+    first, *_ = estimate_resources(request).advice
+    assert (first.change, first.verdict) == (
+        "--optimizer adamw-8bit and --set method.bf16_stochastic_round=true", "fits",
+    )  # fmt: skip
+    rounded = CASES["full"](bf16_stochastic_round=True)
+    plan = estimate_resources(replace(request, method=rounded, optimizer="adamw-8bit"))
+    assert plan.verdict == "fits"
+    assert plan.allocated_bytes == pytest.approx(68.7e9, rel=0.002)
+
+
 def test_plan_adds_up():
     plan = plan_tiny(batch_size=2, gradient_accumulation_steps=3)
     assert tuple(plan.parts) == PARTS

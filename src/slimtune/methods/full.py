@@ -7,6 +7,10 @@ and would be lost without them (Micikevicius et al. 2018, https://arxiv.org/abs/
 is, so it can be compared with and comes back when the adapter is disabled. Weights that are tied in the base stay
 tied. A 16-bit weight takes 2 + 4 (copy) + 4 (gradient) + 8 (AdamW) bytes per value, and 2 more while a step runs.
 
+With `bf16_stochastic_round` the copies are in bf16, and a step's result is rounded up or down at random, so that small
+steps are kept on average (extras/stochastic_rounding.py). With AdamW's states in 8 bits a weight takes
+2 + 2 (copy) + 2 (gradient) + 2 (AdamW) bytes per value.
+
 The file contains every weight whole, under the base's own names.
 """
 
@@ -15,6 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from ..core.adapters.config_fields import config_field
 from ..core.adapters.peft_config import PeftConfig
 from ..errors import UsageError
 
@@ -24,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class FullConfig(PeftConfig):
-    """Full fine-tuning: trains a copy of every weight of the base. It has no settings of its own."""
+    """Full fine-tuning: trains a copy of every weight of the base."""
 
     name: ClassVar = "full"
     exists_in_peft: ClassVar = False
@@ -32,10 +37,26 @@ class FullConfig(PeftConfig):
     kinds: ClassVar = ()
     trains_every_weight: ClassVar = True
 
+    bf16_stochastic_round: bool = config_field(
+        False, "train in bf16 a base in bf16, without fp32 copies; each step is rounded up or down at random"
+    )
+
+    @property
+    def copies_in_fp32(self) -> bool:
+        return not self.bf16_stochastic_round
+
     def check_model(self, model: nn.Module) -> None:
+        import torch
+
         from ..core.kernels.linear_layers import is_quantized
 
         quantized = [name for name, module in model.named_modules() if is_quantized(module)]
         if quantized:
             message = f"full fine-tuning would train weights that are quantized, such as {quantized[0]}"
             raise UsageError(message, "a base in 16 or 32 bits", "--method lora, or --set model.quantization=null")
+        dtypes = {p.dtype for p in model.parameters()}
+        if self.bf16_stochastic_round and torch.bfloat16 not in dtypes:
+            held = str(next(iter(dtypes), torch.float32)).removeprefix("torch.")
+            message = f"method.bf16_stochastic_round trains weights in bfloat16, and this base's are in {held}"
+            hint = "--dtype bfloat16, or --set method.bf16_stochastic_round=false"
+            raise UsageError(message, "a base in bfloat16", hint)

@@ -60,7 +60,7 @@ class MicroBatchWorkload:
     gradient_checkpointing: bool = False
     offload_activations: bool = False  # keep checkpointed activations in CPU memory
     mlp_tile_size: int | None = None  # tokens that norms and MLPs process at once; None: all
-    optimizer: str = "adamw"  # a key of train_step.optimizer.OPTIMIZERS
+    optimizer: str = "adamw"  # as in `build_optimizer`
     quantization: str | None = None  # one of fake_quantization.KINDS for the base's linear layers
     packing: bool = True  # rows in one sequence; else padded
     supervised: float = 1.0  # share of the tokens, apart from prompts in `lengths`, that have a loss

@@ -266,8 +266,6 @@ def put_typical_micro_batches_in_job(request: PlanRequest, job: MicroBatchWorklo
     if not request.quantiles:
         return job
     prefix, supervised = request.content[:2]
-    if request.teacher is not None:  # the lengths say which tokens are prompts
-        supervised = 1.0
     mean = sum(map(count_tokens_with_shared_prompt, request.quantiles)) / len(request.quantiles)
     tokens = min(job.micro_batch_tokens, request.max_tokens or MAX_SEQ_LEN)
     count = max(1, min(len(request.lengths), int((tokens - prefix) / max(1, mean - prefix))))
@@ -275,7 +273,7 @@ def put_typical_micro_batches_in_job(request: PlanRequest, job: MicroBatchWorklo
     lengths = pick_length_quantiles(request.quantiles[::-1], count)
     if prefix and count > 1:  # packing stores what all rows begin with once
         lengths = ((prefix, *(max(1, n - prefix) for length in lengths for n in count_tokens_per_row(length))),)
-        supervised = min(1.0, request.content.supervised_share * mean / max(1, mean - prefix))
+        supervised = min(1.0, supervised * mean / max(1, mean - prefix))
     return replace(job, lengths=lengths, supervised=supervised, micro_batches_per_step=micro_batches)
 
 
@@ -346,7 +344,8 @@ def _suggest_memory_savings(job: MicroBatchWorkload, estimate: ResourceEstimate,
             if kept + RUNTIME[changed.device].low > gpu.usable.high:
                 return estimate.parts["weights"] + estimate.parts["adapters"] - kept, "does not fit"
         # The fused AdamW allocates nothing, so the highest point is not later than the backward pass.
-        trace = extrapolate_step_trace(changed, stop_after_backward=changed.optimizer == "adamw")
+        step_allocates = changed.optimizer != "adamw" or not changed.method.copies_in_fp32
+        trace = extrapolate_step_trace(changed, stop_after_backward=not step_allocates)
         peak, reserved = estimate_peak_allocated_and_reserved(changed, trace)
         return estimate.allocated_bytes - peak, judge_memory_fit(reserved + RUNTIME[changed.device], gpu.usable)
 
@@ -401,7 +400,7 @@ def list_memory_saving_changes(job: MicroBatchWorkload, gpu: GpuSpec) -> list[tu
         one_example = partial(replace, lengths=job.lengths[:1], micro_batches_per_step=2)
         changes.append(("--batch-size 1, and --gradient-accumulation-steps as many", one_example))
     if job.method.trains_every_weight:  # which leaves nothing to quantize
-        return changes
+        return [*_list_changes_of_full_fine_tuning(job), *changes]
     if job.dtype == torch.float32 and job.device == "cuda" and not gpu.bf16 and _computes_float16_faster(gpu):
         changes.append(("--dtype float16", partial(replace, dtype=torch.float16)))
     elif job.dtype == torch.float32:
@@ -424,6 +423,17 @@ def list_memory_saving_changes(job: MicroBatchWorkload, gpu: GpuSpec) -> list[tu
         changes.append((f"--max-seq-len {longest // 2}", shorten))
     if not gpu.quantization_is_proven:
         changes += [(f"{text} ({NOT_PROVEN})", change) for text, change in quantizations]
+    return changes
+
+
+def _list_changes_of_full_fine_tuning(job: MicroBatchWorkload) -> list[tuple[str, JobChange]]:
+    changes: list[tuple[str, JobChange]] = []
+    method: Any = job.method
+    if job.optimizer == "adamw":
+        changes.append(("--optimizer adamw-8bit", partial(replace, optimizer="adamw-8bit")))
+    if job.dtype == torch.bfloat16 and method.copies_in_fp32:
+        rounded = replace(method, bf16_stochastic_round=True)
+        changes.append(("--set method.bf16_stochastic_round=true", partial(replace, method=rounded)))
     return changes
 
 

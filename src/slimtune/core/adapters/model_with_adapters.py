@@ -139,6 +139,7 @@ class AdaptedModelMixin(PickledByClassFactory, PeftNameLookupMixin):
         if peft_config.prefix and adapter_name in peft_config.prefix:
             what = f"the adapter's name {adapter_name!r} is a part of {peft_config.prefix!r}, the start of its tensors'"
             warnings.warn(f"{what} names: PEFT does not load a file under this name", stacklevel=3)
+        autocast_adapter_dtype = autocast_adapter_dtype and peft_config.copies_in_fp32
         self._change_base(peft_config)
         if strict:
             _require_one_with_biases([*state.configs.values(), peft_config])

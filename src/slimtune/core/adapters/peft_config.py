@@ -186,6 +186,11 @@ class PeftConfig(DeclaredSettings, metaclass=_ConfigMeta):
 
     # --- what a method adds: it defines `build`, and those of the others that it needs ------------------------------
 
+    @property
+    def copies_in_fp32(self) -> bool:
+        """Whether trained copies of 16-bit weights are in fp32."""
+        return True
+
     def check_model(self, model: nn.Module) -> None:
         """Raise UsageError if the method cannot adapt this model; called before the adapter is attached."""
 
