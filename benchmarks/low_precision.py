@@ -13,12 +13,14 @@ in float32 and rounded to float16, as a GPU does: overflow and underflow of ever
 """
 
 import argparse
+import gc
 import json
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
@@ -49,11 +51,29 @@ TITLES = {
 class RoundedProducts(TorchDispatchMode):
     """Computes products of float16 tensors in float32 and rounds the result."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen: dict[int, torch.Tensor] = {}
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func not in PRODUCTS or args[0].dtype != torch.float16:
             return func(*args, **(kwargs or {}))
-        wide = tree_map(lambda x: x.float() if isinstance(x, torch.Tensor) else x, args)
-        return func(*wide, **(kwargs or {})).half()
+        self.frozen = self.frozen or find_frozen_weights_in_float32()
+        return func(*tree_map(self.widen, args), **(kwargs or {})).half()
+
+    def widen(self, x: Any) -> Any:
+        """Return a tensor in float32; those of frozen weights are kept."""
+        if not isinstance(x, torch.Tensor):
+            return x
+        weight = self.frozen.get(x.untyped_storage().data_ptr())
+        return x.float() if weight is None else weight.as_strided(x.shape, x.stride(), x.storage_offset())
+
+
+def find_frozen_weights_in_float32() -> dict[int, torch.Tensor]:
+    """Return every frozen float16 parameter of this process in float32, by the address of its storage."""
+    parameters = [p for p in gc.get_objects() if isinstance(p, nn.Parameter)]
+    frozen = [p for p in parameters if p.dtype == torch.float16 and not p.requires_grad and not p.is_meta]
+    return {p.untyped_storage().data_ptr(): p.detach().float() for p in frozen if p.storage_offset() == 0}
 
 
 def read_losses(run: Path) -> list[float]:

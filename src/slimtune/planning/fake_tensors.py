@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from transformers import masking_utils
 from transformers.integrations import moe
 
+from ..core.foundation.device import get_real_or_simulated_device_type
 from ..errors import ModelError
 from .memory_tracker import iterate_nested_tensors
 
@@ -30,7 +31,7 @@ MAX_KNOWN_RESULTS = 100_000
 """Operators whose results are kept from trace to trace; a plan adds some thousands."""
 _aten: Any = torch.ops.aten
 _CREATES_INTEGERS = {_aten.arange, _aten.eye, _aten.full, _aten.ones, _aten.zeros}
-_DEVICE = torch.ops.prim.device.default
+_DEVICE, _GROUP_PRODUCT = torch.ops.prim.device.default, torch.ops.aten._grouped_mm.default
 _CPU = torch.device("cpu")
 _PLAIN = {int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format}
 _META_KERNELS = {
@@ -64,8 +65,8 @@ def fake_tensor_mode() -> Iterator["FakeOperators"]:
     fake_tensor.CONSTANT_NUMEL_LIMIT = MAX_KNOWN_INTEGERS
     fake_tensor.log.disabled = True  # it prints a traceback for an error that is raised anyway
     masking_utils.is_tracing = lambda *_: False
-    # torch's product of experts has a fake in bfloat16 alone; transformers' own, for other dtypes, has one in each.
-    moe._can_use_grouped_mm = _require_bfloat16(can_use)
+    # A GPU older than Ampere takes transformers' own product of experts, which makes a gradient of frozen experts, too.
+    moe._can_use_grouped_mm = _require_bfloat16_on_gpus(can_use)
     try:
         with FakeTensorMode() as mode, FakeOperators(mode) as operators:
             yield operators
@@ -82,11 +83,18 @@ def fake_tensor_mode() -> Iterator["FakeOperators"]:
         fake_tensor.log.disabled = False
 
 
-def _require_bfloat16(can_use_grouped_mm: Any) -> Any:
+def _require_bfloat16_on_gpus(can_use_grouped_mm: Any) -> Any:
     def can_use(input: Tensor, weight: Tensor, offs: Tensor) -> bool:
-        return weight.dtype == torch.bfloat16 and bool(can_use_grouped_mm(input, weight, offs))
+        is_known = weight.dtype == torch.bfloat16 or get_real_or_simulated_device_type(weight.device) == "cpu"
+        return is_known and bool(can_use_grouped_mm(input, weight, offs))
 
     return can_use
+
+
+def _multiply_groups(a: Tensor, b: Tensor, offs: Tensor | None) -> Tensor:
+    """Return what torch's product of experts makes: its own fake takes bfloat16 alone, its kernels every dtype."""
+    groups = () if a.dim() != b.dim() else (len(a) if offs is None or a.dim() == 3 else len(offs),)
+    return a.new_empty((*groups, a.shape[-2], b.shape[-1]))
 
 
 class FakeOperators(TorchDispatchMode):
@@ -126,6 +134,8 @@ class FakeOperators(TorchDispatchMode):
         """Return what an operator makes, without FakeTensorMode; NotImplemented if only FakeTensorMode knows it."""
         if func is _DEVICE and type(args[0]) is FakeTensor:  # every second call asks what device a tensor is on
             return args[0].fake_device
+        if func is _GROUP_PRODUCT and args[0].dtype != torch.bfloat16:
+            return _multiply_groups(args[0], args[1], args[2] if len(args) > 2 else kwargs.get("offs"))
         key: list[Any] = [func, torch.get_default_dtype()]
         tensors: list[FakeTensor] = []
         if not _describe_arguments((args, *kwargs.items()), key, tensors):
