@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from markupsafe import escape
 from row_files import write_jsonl
 from tiny_run import distance, metrics, recipe_of, train_in_two_parts, write_rows
 
@@ -14,6 +15,7 @@ from slimtune.core.data.rows import Row
 from slimtune.core.training.train import train
 from slimtune.errors import DataError, RecipeError, RunError, UsageError
 from slimtune.evaluation.evaluate import EvalSettings, evaluate
+from slimtune.evaluation.result_lines import list_context_lines
 from slimtune.objectives import teacher_run
 from slimtune.planning.gpu_specs import require_gpu_by_name
 from slimtune.planning.memory_trace import trace_training_step
@@ -59,6 +61,9 @@ def test_student_comes_nearer_to_its_teacher(make, answers, tmp_path):
     context = evaluate(result.run, settings).measures.context
     assert context.sampled_answers is not answers
     assert context.tokens_saved == pytest.approx(len(CONTEXT), rel=0.5)  # the tokens of the tiny base are short
+    assert min(context.prefill_seconds, context.prefill_seconds_with_context) > 0
+    page = (Path(result.run) / "report.html").read_text()
+    assert all(escape(line) in page for line in list_context_lines(context))
 
 
 def test_sdft_learns_from_its_own_answers_and_resumes_to_the_same_bits(make, monkeypatch):

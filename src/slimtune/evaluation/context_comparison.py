@@ -7,6 +7,8 @@ The losses are those of the rows' answers; where rows have none, of answers that
 """
 
 import copy
+import statistics
+import time
 from dataclasses import fields, replace
 from typing import Any
 
@@ -14,6 +16,7 @@ import numpy as np
 
 from ..core.adapters.active_adapters import BASE_ROW
 from ..core.foundation.progress_bars import using_progress_prefix
+from ..generation.model_runner import GenerationRow, MultiAdapterRunner
 from ..generation.policy_sampler import sample_policy_answers
 from ..objectives.context import Context
 from ..objectives.sampled_answers import PROMPTS_AT_ONCE
@@ -23,6 +26,9 @@ from .model_comparison import RowFigures
 from .row_scores import score_supervised_rows
 from .sft_comparison import SupervisedLossEvaluator
 from .statistics import bootstrap_share
+
+TIMED_PROMPTS = 9
+"""Prompts that are read once more, to time it."""
 
 
 class ContextEvaluator(SupervisedLossEvaluator):
@@ -53,14 +59,34 @@ class ContextEvaluator(SupervisedLossEvaluator):
             np.bincount(self.groups, nats["base"] - nats[who]).tolist() for who in ("with_context", "tuned")
         )
         draws = {"draws": self.draws, "seed": self.seed}
+        seconds = self._time_prefills(rows)
         context = ContextMeasures(
             loss=found.second,
             gain=found.difference,
             kept=bootstrap_share(kept, gained, **draws) if sum(gained) > 0 else None,
             tokens_saved=float((rows.teacher_lengths - rows.lengths).mean()),
+            prefill_seconds=seconds[0],
+            prefill_seconds_with_context=seconds[1],
             sampled_answers=samples,
         )
         return replace(measures, context=context), figures
+
+    def _time_prefills(self, rows: TeacherRows) -> tuple[float, float]:
+        """Return the median seconds of reading prompts, the tuned model without the context and the base with it."""
+        runner, (adapter, *_) = MultiAdapterRunner(self.model), self.model.active_adapters
+        parts = ((adapter, rows), (BASE_ROW, rows.teacher_rows))
+        prompts = [
+            [(name, split_at_last_answer(part.read(i)).prompt) for name, part in parts]
+            for i in range(min(TIMED_PROMPTS, len(rows)))
+        ]
+        runs: list[list[float]] = [[], []]
+        for pair in (prompts[0], *prompts):  # the first one warms up
+            for which, (name, ids) in enumerate(pair):
+                start = time.perf_counter()
+                float(runner.prefill(GenerationRow(name), ids or [0])[0][0, 0])
+                runs[which].append(time.perf_counter() - start)
+        without, with_context = (statistics.median(found[1:]) for found in runs)
+        return without, with_context
 
     def _sample_answers(self, objective: Context, rows: TeacherRows) -> list[list[int]]:
         """Return an answer of the base with the context to each prompt."""

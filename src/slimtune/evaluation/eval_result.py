@@ -134,6 +134,10 @@ class ContextMeasures:
     """Tokens that a prompt has fewer without the context, on average."""
     sampled_answers: bool
     """Whether the answers are those of the base with the context, sampled; false: those of the rows."""
+    prefill_seconds: float | None = None
+    """Time that the tuned model takes to read a prompt without the context here, median of some; null: not measured."""
+    prefill_seconds_with_context: float | None = None
+    """Time that the base takes to read the same prompts with the context, in turns with the tuned model."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -80,7 +80,7 @@ def _list_text_lines(result: TextEvalResult) -> Iterator[ResultLine]:
     if isinstance(result, TextOrPairEvalResult) and result.measures.preference is not None:
         yield from _list_pair_lines(result.measures.preference)
     if isinstance(result, TextOrPairEvalResult) and result.measures.context is not None:
-        yield from _list_context_lines(result.measures.context)
+        yield from list_context_lines(result.measures.context)
     if isinstance(result, KTOEvalResult):
         yield from _list_unpaired_lines(result.measures.unpaired_preference)
     if measures.prompt_dependence is not None:
@@ -102,15 +102,19 @@ def _list_text_lines(result: TextEvalResult) -> Iterator[ResultLine]:
         yield from ("", _make_task_table(result.tasks))
 
 
-def _list_context_lines(context: ContextMeasures) -> Iterator[ResultLine]:
+def list_context_lines(context: ContextMeasures) -> Iterator[str]:
+    """Yield what is said of the context: what it gains, what is kept of that, and what is saved without it."""
     whose = "the base's own answers with the context" if context.sampled_answers else "the rows' answers"
     yield f"with the context the base has a loss of {_format_estimate(context.loss, 4)} on {whose}"
+    saved = f"a prompt has {context.tokens_saved:.0f} tokens fewer without the context"
+    if (short := context.prefill_seconds) is not None and (long := context.prefill_seconds_with_context) is not None:
+        saved += f": it is read in {1000 * short:.3g} ms in place of {1000 * long:.3g} ms"
+    yield saved
     if context.kept is None:
         yield f"the context does not help: it changes the base's loss by {-context.gain.value:+.4f} nats per token"
         return
     kept = f"{100 * context.kept.value:.1f} % ({100 * context.kept.low:.1f} to {100 * context.kept.high:.1f})"
     yield f"without it the tuned model keeps {kept} of its gain of {_format_estimate(context.gain, 4)} nats per token"
-    yield f"a prompt has {context.tokens_saved:.0f} tokens fewer without the context"
 
 
 def _list_policy_lines(result: PolicyEvalResult) -> Iterator[ResultLine]:

@@ -49,6 +49,7 @@ from .output_files import resolve_page_file
 from .result_lines import (
     ResultTable,
     describe_win_rate,
+    list_context_lines,
     make_answer_check_table,
     make_class_table,
     make_confusion_table,
@@ -154,6 +155,7 @@ def make_report_template_functions() -> dict[str, Callable[..., Any]]:
         "length_histogram": _length_histogram,
         "forgetting_chart": _forgetting_chart,
         "measure_charts": _draw_measures,
+        "context_lines": list_context_lines,
         "class_table": _find_class_table,
         "confusion_table": _find_confusion_table,
         "check_table": make_answer_check_table,
