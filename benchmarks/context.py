@@ -3,7 +3,7 @@
     python benchmarks/first_run_jobs.py --texts texts --out JOBS
     python benchmarks/context.py JOBS/shop-answers --out shop
     slimtune train --model smollm2-135m --data shop/train.jsonl --task context \
-        --set task.context=benchmarks/data/shop_context.txt --set train.epochs=6 \
+        --context benchmarks/data/shop_context.txt --set train.epochs=6 \
         --set train.batch_size=16 --out runs/shop
     slimtune eval runs/shop --data shop/held_out.jsonl
 

@@ -250,6 +250,22 @@ def test_resume_and_init_adapter(replace, slimtune, rows_file, tmp_path):
     assert all(flag in both.stderr for flag in ("--resume", "--init-adapter"))
 
 
+@pytest.mark.parametrize(
+    ("flag", "task", "other"), [("--context=x.md", "context", "sdft"), ("--reward=length:9", "rloo", "context")]
+)
+def test_flag_of_a_task_sets_its_field_and_is_refused_with_another_task(
+    flag, task, other, replace, slimtune, rows_file
+):
+    calls = replace("core.training.train", "train", RESULT)
+    command = ["train", "--model", "m", "--data", rows_file, "--out", "o", flag, "--task"]
+    assert slimtune(*command, task).exit_code == 0
+    objective = calls[0][0][0].objective()
+    assert getattr(objective, "context", None) == "x.md" or objective.rewards == ["length:9"]
+    refused = slimtune(*command, other)
+    assert (refused.exit_code, len(calls)) == (2, 1)
+    assert task in refused.stderr
+
+
 def test_train_lists_all_that_is_missing(slimtune):
     done = slimtune("train", "--rank", 0, "--json")
     assert done.exit_code == 2

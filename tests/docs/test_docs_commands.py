@@ -18,6 +18,7 @@ import typer
 
 from slimtune.cli import app
 from slimtune.cli.command_help import require_flags_given_once
+from slimtune.cli.train_command import TASK_FLAGS
 from slimtune.core.config.recipe import parse_recipe_sections
 from slimtune.core.config.recipe_loading import parse_override_path_and_value, set_tree_value
 from slimtune.core.foundation.strict_yaml import parse_yaml
@@ -68,8 +69,7 @@ def check_command(line: str) -> None:
         for key, value in given.items()
         if "__" in key and value not in (None, [], ()) and key != "data__columns"
     } | dict(parse_override_path_and_value(text) for text in given.get("set_") or [])
-    if given.get("reward"):
-        settings["task.rewards"] = given["reward"]
+    settings |= {f"task.{field}": given[flag] for flag, field in TASK_FLAGS.items() if given.get(flag)}
     methods = str(settings.pop("method.name", "lora")).split(",") if name == "plan" else ["lora"]
     if name == "compare":  # `--set dora.r=8` sets a field of one of its entries
         entries = {"dora": "method", "dpo": "task"}

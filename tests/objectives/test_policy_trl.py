@@ -8,6 +8,7 @@ from test_trl import WideTorch
 from slimtune.core.config.objective_registry import load_objective_class
 from slimtune.core.data.collator import Collator
 from slimtune.core.training.loss import compute_step_loss
+from slimtune.objectives.policy_losses import compute_importance_weights
 from slimtune.objectives.policy_run import SampledAnswer, make_answer_example
 
 PROMPTS, K = [[7, 8, 9, 20], [30, 31, 32, 33], [11, 12, 13, 14]], 4  # padding would move TRL's positions
@@ -98,6 +99,53 @@ def test_step_is_that_of_trl(case, tiny_llama, tiny_tokenizer, tmp_path, wide):
         loss.backward()
         for parameter, gradient in get_gradients(model).items():
             torch.testing.assert_close(gradient, expected_gradients[parameter], atol=1e-9, rtol=1e-7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
+def test_answers_of_a_server_are_weighed_as_by_trl(mode, tiny_llama, tiny_tokenizer, tmp_path, wide):
+    names = ("correction", "mode", "clip_max", "clip_min")
+    values = dict(zip(names, (True, mode, 1.3, 0.8), strict=True))
+    settings = {"loss_type": "dapo", "beta": 0.1, **{f"vllm_importance_sampling_{n}": v for n, v in values.items()}}
+    trainer, answers = make_trainer("grpo", settings, tiny_llama().double(), tiny_tokenizer(), tmp_path)
+    trainer.use_vllm = True
+    with torch.no_grad():
+        own, reference = get_logps(trainer, sample_as_trl_with(trainer, [[0.0] * len(ids) for ids in answers]))
+    noise = 0.3 * torch.randn(own.shape, generator=torch.Generator().manual_seed(2)).double()
+    said = ((own + noise) * 256).round() / 256  # TRL rounds them to float32
+    inputs = sample_as_trl_with(trainer, [said[i, : len(ids)].tolist() for i, ids in enumerate(answers)])
+    trainer.model.train()
+    expected = trainer._compute_loss(trainer.model, inputs)
+    expected.backward()
+    expected_gradients = get_gradients(trainer.model)
+
+    url = {"vllm_server_base_url": "http://127.0.0.1:1"}
+    objective = load_objective_class("grpo")(
+        rewards=["length:9"], num_generations=K, max_completion_length=9, **settings, **url
+    )
+    examples = make_examples(answers, inputs["advantages"].double(), said, reference)
+    batch = Collator(0, packing=False)(examples)
+    with torch.no_grad():
+        weights = inputs["importance_sampling_ratio"].expand(own.shape)[inputs["completion_mask"].bool()]
+        differences = torch.cat([(own - said)[i, : len(ids)] for i, ids in enumerate(answers)])
+        found = compute_importance_weights(differences, [len(ids) for ids in answers], mode, 0.8, 1.3)
+    assert 0.1 < float(((weights == 1.3) | (weights == 0) | (weights == 0.8)).double().mean()) < 1  # some are bounded
+    counts = torch.tensor([len(ids) for ids in answers])
+    spread = found.repeat_interleave(counts) if mode.startswith("sequence") else found
+    torch.testing.assert_close(spread, weights.double(), atol=1e-9, rtol=0)
+    loss = compute_step_loss(trainer.model, batch, objective.count_items(examples), objective)
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-9)
+    loss.backward()
+    for parameter, gradient in get_gradients(trainer.model).items():
+        torch.testing.assert_close(gradient, expected_gradients[parameter], atol=1e-9, rtol=1e-7)
+
+
+def sample_as_trl_with(trainer, logps):
+    """Let TRL weigh its answers as if vLLM had sampled them with these log-probabilities."""
+    prompts, answers, *others = trainer._generate([])
+    others[2] = logps
+    trainer._generate = lambda _: (prompts, answers, *others)
+    return sample_as_trl(trainer)
 
 
 def get_logps(trainer, inputs):

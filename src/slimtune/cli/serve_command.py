@@ -6,6 +6,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 from typer import Argument, Option
@@ -25,7 +26,7 @@ from .common import (
     require_installed_packages,
     showing_progress,
 )
-from .input_checks import require_run_and_base_exist
+from .input_checks import require_base_exists, require_run_and_base_exist
 
 ENGINES = ("torch", "llama.cpp", "vllm")
 
@@ -46,9 +47,9 @@ class ServeResult:
 
 def serve_runs(
     runs: Annotated[
-        list[str],
+        list[str] | None,
         Argument(metavar="RUN", help="Runs or adapter folders of one base; NAME=RUN names one.", show_default=False),
-    ],
+    ] = None,
     host: Annotated[
         str, Option(help="Address to listen at; any but this machine's own needs --api-key.")
     ] = "127.0.0.1",
@@ -69,10 +70,23 @@ def serve_runs(
     no_verify: Annotated[
         bool, Option("--no-verify", help="llama.cpp: do not compare it with the adapters at the start.")
     ] = False,
+    base: Annotated[
+        str | None, Option(help="Base to serve in place of runs; --adapters-from adds adapters to it.")
+    ] = None,
+    dtype: Annotated[str | None, Option(help="Of the weights of --base: auto, float32, bfloat16, float16.")] = None,
+    adapters_from: Annotated[
+        Path | None,
+        Option(
+            metavar="FOLDER",
+            help="Let requests load the adapters below this folder, as train --sampler does; torch only.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> ServeResult:
     """Serve runs and their base to OpenAI's clients."""
+    runs = runs or []
     _require_engine(engine, runs)
+    _require_runs_or_base(runs, base, dtype, adapters_from, engine)
     if engine == "torch" and (precision is not None or no_verify):
         raise UsageError("--precision and --no-verify have no effect with --engine torch", hint="leave them out")
     require_installed_packages("serve", "serve", ("starlette", "uvicorn"))
@@ -87,7 +101,8 @@ def serve_runs(
     served: Any = engine
     settings = ServeSettings(
         host=host, port=port, api_key=api_key, device=device, max_batch=max_batch, max_waiting=max_waiting,
-        max_length=max_length, timeout=timeout, engine=served, precision=precision, verify=not no_verify,
+        max_length=max_length, timeout=timeout, engine=served, precision=precision, verify=not no_verify, base=base,
+        dtype=dtype or "auto", adapters_from=adapters_from,
     )  # fmt: skip
     with showing_progress():
         server = ModelServer(runs, settings, print_progress)
@@ -135,6 +150,25 @@ def _exit_at_once(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _require_runs_or_base(
+    runs: Sequence[str], base: str | None, dtype: str | None, adapters_from: Path | None, engine: str
+) -> None:
+    """Raise UsageError unless runs are served, or a base that adapters can be loaded on."""
+    if bool(runs) == (base is not None):
+        problem = "runs and --base are both given" if runs else "neither a run nor --base is given"
+        raise UsageError(problem, "runs of one base, or --base with --adapters-from FOLDER")
+    if base is None and dtype is not None:
+        raise UsageError("--dtype is given without --base", hint="leave it out: the runs say it")
+    if engine != "torch" and (base is not None or adapters_from is not None):
+        raise UsageError(f"--base and --adapters-from need --engine torch, and it is {engine}", "--engine torch")
+    if base is not None and adapters_from is None:
+        raise UsageError("--base is given without --adapters-from", "the folder below which adapters will be")
+    if adapters_from is not None and not adapters_from.is_dir():
+        raise UsageError(f"--adapters-from is {adapters_from}, and there is no such folder", "a folder")
+    if base is not None:
+        require_base_exists(base)
 
 
 def _require_engine(engine: str, runs: Sequence[str]) -> None:

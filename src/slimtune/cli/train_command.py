@@ -4,6 +4,7 @@ import logging
 import os
 import shlex
 import warnings
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,6 +31,9 @@ if TYPE_CHECKING:  # they import torch, which takes seconds
     from ..core.training.prepare_run import Planner
     from ..core.training.prepared_run import MemoryEstimate
     from ..core.training.train_result import ForgettingResult, TrainResult
+
+TASK_FLAGS = {"reward": "rewards", "context": "context", "sampler": "vllm_server_base_url"}
+"""Flags of settings that only some tasks have, and the field of `task` that each sets."""
 
 
 @add_recipe_flags("model", "data", "task", "method", "train", "output_dir")
@@ -61,6 +65,23 @@ def train_run(
             "such as numeric-match:COLUMN; docs/grpo.md lists them. Repeatable.",
         ),
     ] = None,
+    context: Annotated[
+        str | None,
+        Option(
+            "--context",
+            metavar="FILE",
+            help="With --task context: the text that the model should do without, or a .txt or .md file with it.",
+        ),
+    ] = None,
+    sampler: Annotated[
+        str | None,
+        Option(
+            "--sampler",
+            metavar="URL",
+            help="With --task grpo, rloo or reinforce: the server that samples the answers, slimtune serve or vLLM; "
+            "by default the model that trains.",
+        ),
+    ] = None,
     accept_changed: Annotated[
         str | None,
         Option(
@@ -79,9 +100,10 @@ def train_run(
     if resume and init_adapter is not None:
         expected = "--resume continues the run in --out, --init-adapter starts a new run from an adapter"
         raise UsageError("--resume and --init-adapter are both given", f"one of them: {expected}")
-    if reward:
-        _require_task_with_rewards(settings, job)
-        settings["task.rewards"] = reward
+    for flag, value in (("reward", reward), ("context", context), ("sampler", sampler)):
+        if value not in (None, []):
+            _require_task_with_field(TASK_FLAGS[flag], flag, settings, job)
+            settings[f"task.{TASK_FLAGS[flag]}"] = value
     accepted = parse_accepted_parts(accept_changed)
     if accepted and not (resume or init_adapter is not None):
         raise UsageError("--accept-changed has no effect without --resume or --init-adapter", hint="leave it out")
@@ -135,15 +157,19 @@ def train_run(
     return result
 
 
-def _require_task_with_rewards(settings: dict[str, Any], job: str | None) -> None:
-    """Raise UsageError if flags alone say what is trained, and by an objective that takes no rewards."""
-    from ..core.config.objective_registry import load_objective_class
+def _require_task_with_field(field: str, flag: str, settings: dict[str, Any], job: str | None) -> None:
+    """Raise UsageError if flags alone say what is trained, and by an objective without the field that a flag sets."""
+    from ..core.config.objective_registry import list_objectives, load_objective_class
+
+    def has_field(task: str) -> bool:
+        return any(known.name == field for known in fields(load_objective_class(task)))
 
     task = str(settings.get("task.name", "sft"))
-    known = "task.name" in settings or find_recipe_file(job) is None
-    if known and not load_objective_class(task).takes_format("prompt"):
-        problem = f"--reward is given, and the task is {task}, which has no rewards"
-        raise UsageError(problem, "--task grpo, rloo or reinforce")
+    if ("task.name" in settings or find_recipe_file(job) is None) and not has_field(task):
+        raise UsageError(
+            f"--{flag} is given, and the task is {task}, which has no {field}",
+            f"--task {' or '.join(filter(has_field, list_objectives()))}",
+        )
 
 
 def make_run_planner(allow_misfit: bool) -> "Planner":

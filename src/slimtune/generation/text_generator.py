@@ -16,10 +16,11 @@ answers (a command, an evaluation, a training).
 import logging
 import threading
 import traceback
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import Future
 from functools import partial
 from queue import SimpleQueue
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ from .answer_queue import CLOSE_SECONDS, AnswerPiece, BaseAnswerQueue, Generated
 from .model_runner import CachedBatch, GenerationRow, MultiAdapterRunner
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 PREFILL_TOKENS = 1024
 """Tokens of new prompts that run between two steps of the batch; a longer prompt runs as a whole."""
@@ -80,6 +82,7 @@ class TextGenerator(BaseAnswerQueue):
         self._batches: list[CachedBatch] = []  # the shared one and those of single rows
         self._steps_since_error = STEPS_ALONE
         self._thread: threading.Thread | None = None
+        self._changes: list[tuple[Callable[[], Any], Future[Any]]] = []
 
     def start(self) -> None:
         """Generate in a thread of its own from now on, until `close`."""
@@ -128,6 +131,35 @@ class TextGenerator(BaseAnswerQueue):
         """Generate whole answers; errors are raised."""
         for _ in self.stream(answers):
             pass
+
+    def change_between_steps(self, change: Callable[[], T]) -> T:
+        """Run what changes the model between two steps, in the thread that generates; return or raise what it does.
+
+        Raises:
+            ServerClosing: no step is run any more.
+        """
+        done: Future[T] = Future()
+        with self._changed:
+            if self._is_closed or self._thread is None:
+                raise ServerClosing("the server is shutting down")
+            self._changes.append((change, done))
+            self._changed.notify_all()
+        return done.result()
+
+    def is_answering(self, adapter_or_base: str) -> bool:
+        """Return whether an answer of an adapter, or of the base, waits or runs."""
+        with self._changed:
+            answers = [*self._waiting, *self._running.values()]
+        return any(answer.model.adapter_or_base == adapter_or_base for answer in answers)
+
+    def _run_changes(self) -> None:
+        with self._changed:
+            changes, self._changes = self._changes, []
+        for change, done in changes:
+            try:
+                done.set_result(change())
+            except BaseException as error:
+                done.set_exception(error)
 
     def count(self) -> dict[str, int]:
         waiting = len(self._waiting)  # first: none is missed that begins meanwhile
@@ -178,10 +210,11 @@ class TextGenerator(BaseAnswerQueue):
             while True:
                 self.hang_detector.stop()
                 with self._changed:
-                    while not (self._waiting or self._running or self._is_closed):
+                    while not (self._waiting or self._running or self._changes or self._is_closed):
                         self._changed.wait()
                     if self._is_closed:
                         return
+                self._run_changes()
                 self.hang_detector.start()
                 try:
                     self.step()
@@ -196,6 +229,9 @@ class TextGenerator(BaseAnswerQueue):
             running = [*self._running.values()]
             self._running, self._batches, self._cached_tokens = {}, [], 0
             self._end_all(running, error)
+        finally:
+            for _, done in self._changes:
+                done.set_exception(ServerClosing("the server is shutting down"))
 
     def _admit(self) -> None:
         """Run the prompts of waiting answers that there is room for."""

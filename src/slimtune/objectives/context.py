@@ -49,7 +49,7 @@ class Context(TeacherObjective):
 
     def find_missing(self) -> Iterator[FieldError]:
         if not self.context.strip():
-            yield self.error("context", "a text that the model should do without", "--set task.context=prompt.txt")
+            yield self.error("context", "a text that the model should do without", "--context prompt.txt")
 
     @cached_property
     def context_text(self) -> str:

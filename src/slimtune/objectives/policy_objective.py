@@ -2,7 +2,8 @@
 
     a step    prompts ─▶ K sampled answers each ─▶ rewards ─▶ advantages ─▶ one packed tree: prompt once, K branches
 
-The sampler is the model that trains, with the adapter on. What it says a token's log-probability is, is compared with
+The sampler is the model that trains, with the adapter on, or a server that gets the adapter before each step
+(generation/server_sampler.py). What it says a token's log-probability is, is compared with
 what the training step computes, before anything is learned from it (sampler_check.py). The answers of a step follow
 from the run's seed and the number of the step, so a run that is resumed samples the same ones.
 """
@@ -13,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from urllib.parse import urlsplit
 
 from ..core.adapters.config_fields import FieldError, config_field
 from ..core.config.schema import Number
@@ -64,6 +66,32 @@ class PolicyObjective(Objective):
         "largest difference between log p of a token where it is sampled and where it is learned; auto: by the dtype",
         gt=0,
     )
+    vllm_server_base_url: str = config_field(
+        "", "address of a server that samples the answers: slimtune serve, or vLLM; empty: the model that trains"
+    )
+    vllm_server_timeout: Number = config_field(240.0, "seconds that a request to that server may take", gt=0)
+    vllm_importance_sampling_correction: bool = config_field(
+        True, "weigh what a server sampled by p where it is learned / p where it was sampled; false: PPO's ratio alone"
+    )
+    vllm_importance_sampling_mode: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = (
+        config_field("sequence_mask", "weights of tokens or of whole answers; outside the bounds clipped, or 0")
+    )
+    vllm_importance_sampling_clip_max: Number | None = config_field(
+        3.0, "largest such weight", when_null="no bound", gt=0
+    )
+    vllm_importance_sampling_clip_min: Number | None = config_field(
+        None, "smallest such weight", when_null="no bound", ge=0
+    )
+
+    @property
+    def corrects_sampler(self) -> bool:
+        """Whether answers are weighed, because a server sampled them."""
+        return bool(self.vllm_server_base_url) and self.vllm_importance_sampling_correction
+
+    @property
+    def _weight_bounds(self) -> tuple[float | None, float | None]:
+        low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
+        return None if low is None else float(low), None if high is None else float(high)
 
     @property
     def high(self) -> float:
@@ -92,11 +120,15 @@ class PolicyObjective(Objective):
                 yield self.error("rewards", problem.expected, problem.hint, f": {problem.problem}")
         if self.reward_weights and len(self.reward_weights) != len(self.rewards):
             yield self.error("reward_weights", f"one weight for each of the {len(self.rewards)} rewards, or none")
+        address = urlsplit(self.vllm_server_base_url)
+        if self.vllm_server_base_url and (address.scheme not in ("http", "https") or not address.hostname):
+            yield self.error("vllm_server_base_url", "the address of a server", "such as http://127.0.0.1:8000")
 
     def list_plan_notes(self) -> Sequence[str]:
+        by_whom = "a server samples them, and waiting for it" if self.vllm_server_base_url else "sampling them"
         return (
             f"Learning is planned for answers of {self.max_completion_length} tokens, {self.num_generations} to each "
-            "prompt; sampling them before each step takes time that this plan does not count.",
+            f"prompt; {by_whom} before each step takes time that this plan does not count.",
         )
 
     # --- rows ---------------------------------------------------------------------------------------------------------
@@ -190,15 +222,24 @@ class PolicyObjective(Objective):
 
     def loss(self, values: Tensor, batch: Batch, num_items: Any) -> Tensor:
         """Return the micro-batch's share of the step's loss."""
-        from .policy_losses import remove_padding
+        from .policy_losses import compute_importance_weights, remove_padding, repeat_for_tokens
 
         logps, counts = -values, batch["row_targets"]
         if self.run is not None and "is_probe" not in batch:
             self.run.check.compare(logps.detach(), batch)
         old_logps = remove_padding(batch["sampled_logps"].to(values.dtype), counts)
+        weights = None
+        if self.corrects_sampler:
+            mode, (low, high) = self.vllm_importance_sampling_mode, self._weight_bounds
+            weights = compute_importance_weights(logps.detach() - old_logps, counts, mode, low, high)
+            old_logps = logps.detach()
         clipped = self.compute_clipped(logps, old_logps, batch)
         if self.run is not None and "is_probe" not in batch:
-            self.run.measures.add_clipped(clipped.clipped.detach())
+            self.run.measures.add_clipped(clipped.clipped.detach(), weights)
+        if weights is not None:
+            are_of_tokens = len(clipped.losses) == len(logps)
+            spread = repeat_for_tokens(weights, counts) if are_of_tokens and len(weights) != len(logps) else weights
+            clipped = clipped._replace(losses=clipped.losses * spread)
         return self.sum_losses(clipped, logps, batch) / num_items
 
     def score(self, values: Tensor, batch: Batch) -> Tensor:

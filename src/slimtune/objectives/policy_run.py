@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 MOST_STEPS_WITHOUT_SIGNAL = 10
 """Steps in a row in which no prompt has answers of different rewards, after which a run stops."""
+SAMPLER_FOLDER = "sampler"
+"""Folder of a run with the adapter that a server samples with."""
 EVENT = "answers"
 """Value of `event` in the lines of metrics.jsonl with the best and the worst answer of a step."""
 
@@ -55,6 +57,7 @@ class StepMeasures:
     totals: dict[str, float] = field(default_factory=dict)
     steps: int = 0
     clipped: list[Tensor] = field(default_factory=list)
+    weights: list[Tensor] = field(default_factory=list)
 
     def add(self, values: dict[str, float]) -> None:
         """Add the measures of a step."""
@@ -62,16 +65,22 @@ class StepMeasures:
         for name, value in values.items():
             self.totals[name] = self.totals.get(name, 0.0) + value
 
-    def add_clipped(self, clipped: Tensor) -> None:
-        """Add whether the tokens, or answers, of a micro-batch were clipped."""
+    def add_clipped(self, clipped: Tensor, weights: Tensor | None) -> None:
+        """Add whether the tokens, or answers, of a micro-batch were clipped, and their weights if a server sampled."""
         self.clipped.append(clipped)
+        self.weights += [] if weights is None else [weights]
 
     def average_and_clear(self) -> dict[str, float]:
         """Return the means over the steps, and start again."""
         found = {name: total / self.steps for name, total in self.totals.items()}
         if self.clipped:
             found["clip_ratio/region_mean"] = float(torch.cat(self.clipped).double().mean())
-        self.totals, self.steps, self.clipped = {}, 0, []
+        if self.weights:
+            weights = torch.cat(self.weights).double()
+            name = "sampling/importance_sampling_ratio"
+            found |= {f"{name}/min": float(weights.min()), f"{name}/mean": float(weights.mean())}
+            found[f"{name}/max"] = float(weights.max())
+        self.totals, self.steps, self.clipped, self.weights = {}, 0, [], []
         return found
 
 
@@ -95,13 +104,33 @@ class PolicyRun:
         bound = objective.max_logp_difference
         bound = LARGEST_DIFFERENCES[prepared.base.dtype] if bound == "auto" else bound
         self.check = SamplerCheck(float(bound), self.tokenizer, self.file)
-        self.sample: SampleAnswers = POLICY_SAMPLERS.load("model")
+        self.sample: SampleAnswers = self._make_sampler()
         self.workers = RewardWorkers(objective.rewards, objective.reward_weights, float(objective.reward_timeout))
         prompt = prepared.data.train[:1]
         self.workers.try_out(make_answers_to_score(prompt, [[SampledAnswer([], [], "0", True)]], str(self.file)))
         self.measures = StepMeasures()
         self.steps_without_signal = 0
         self._sampled: tuple[int, list[Example]] = (-1, [])  # the last step and its answers
+
+    def _make_sampler(self) -> SampleAnswers:
+        """Return what samples: this model, or a server, which is tried out by an answer of one token."""
+        url = self.objective.vllm_server_base_url
+        if not url:
+            return POLICY_SAMPLERS.load("model")
+        if distributed.world_size() > 1:
+            raise UsageError(
+                f"{distributed.world_size()} processes train, and a server samples for one alone",
+                "one process, or the model that trains as the sampler",
+                "leave --sampler out",
+                field="task.vllm_server_base_url",
+            )
+        make: Any = POLICY_SAMPLERS.load("server")
+        folder = self.prepared.run.path / SAMPLER_FOLDER
+        sample: SampleAnswers = make(url, folder, float(self.objective.vllm_server_timeout))
+        prompt, temperature = self.prepared.data.train[:1][0]["input_ids"], float(self.objective.temperature)
+        how: dict[str, Any] = {"adapter_or_base": "default", "count": 1, "max_new_tokens": 1, "seed": 0}
+        sample(self.model, self.tokenizer, [prompt], temperature=temperature, **how)
+        return sample
 
     # --- a step -------------------------------------------------------------------------------------------------------
 

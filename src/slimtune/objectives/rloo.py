@@ -10,10 +10,11 @@ the gradient is that of REINFORCE with this baseline.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from ..core.adapters.config_fields import config_field
+from ..core.adapters.config_fields import FieldError, config_field
 from ..core.config.schema import Number
 from ..core.training.objective import Batch
 from .policy_objective import PolicyObjective
@@ -33,6 +34,12 @@ class RLOO(PolicyObjective):
 
     beta: Number = config_field(0.05, "weight of the log ratio to the base in the reward; 0: none", ge=0)
     normalize_advantages: bool = config_field(False, "scale the advantages of a step to a standard deviation of 1")
+
+    def find_conflicts(self) -> Iterator[FieldError]:
+        yield from super().find_conflicts()
+        if self.vllm_importance_sampling_mode.startswith("token"):
+            expected = "sequence_mask or sequence_truncate: the loss has one ratio for the whole answer"
+            yield self.error("vllm_importance_sampling_mode", expected)
 
     def compute_advantages(self, rewards: Tensor, summed_log_ratios: Tensor) -> Tensor:
         from .group_advantages import compute_leave_one_out_advantages

@@ -123,7 +123,9 @@ class TeacherRows(TokenizedDataset):
 
     @property
     def example_lengths(self) -> list[ExampleLength]:
-        return list(self.lengths.tolist())
+        """Number of tokens of each example, (prompt, answer): the answer's alone are learned."""
+        prompts = [len(split_at_last_answer(super(TeacherRows, self).read(i)).prompt) for i in range(len(self))]
+        return [(n, int(length) - n) for n, length in zip(prompts, self.lengths, strict=True)]
 
     @property
     def content(self) -> DatasetRowComposition:

@@ -266,6 +266,8 @@ def put_typical_micro_batches_in_job(request: PlanRequest, job: MicroBatchWorklo
     if not request.quantiles:
         return job
     prefix, supervised = request.content[:2]
+    if request.teacher is not None:  # the lengths say which tokens are prompts
+        supervised = 1.0
     mean = sum(map(count_tokens_with_shared_prompt, request.quantiles)) / len(request.quantiles)
     tokens = min(job.micro_batch_tokens, request.max_tokens or MAX_SEQ_LEN)
     count = max(1, min(len(request.lengths), int((tokens - prefix) / max(1, mean - prefix))))
@@ -273,7 +275,7 @@ def put_typical_micro_batches_in_job(request: PlanRequest, job: MicroBatchWorklo
     lengths = pick_length_quantiles(request.quantiles[::-1], count)
     if prefix and count > 1:  # packing stores what all rows begin with once
         lengths = ((prefix, *(max(1, n - prefix) for length in lengths for n in count_tokens_per_row(length))),)
-        supervised = min(1.0, supervised * mean / max(1, mean - prefix))
+        supervised = min(1.0, request.content.supervised_share * mean / max(1, mean - prefix))
     return replace(job, lengths=lengths, supervised=supervised, micro_batches_per_step=micro_batches)
 
 

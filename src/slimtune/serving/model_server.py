@@ -19,9 +19,15 @@ from ..extras.http_connections import GuardedHttpConnection, GuardedHttpServer
 from ..extras.sockets import format_server_address, is_loopback, open_listening_socket
 from ..generation.answer_queue import BaseAnswerQueue
 from ..generation.text_generator import TextGenerator
+from .adapter_loading import AdapterLoader
 from .llama_cpp_server import start_llama_cpp_server
 from .openai_api import OpenAiApi
-from .served_models import ServedModel, load_served_models_and_first_run, parse_run_names
+from .served_models import (
+    ServedModel,
+    load_base_without_runs,
+    load_served_models_and_first_run,
+    parse_run_names,
+)
 
 ServingEngineName = Literal["torch", "llama.cpp"]
 SHUTDOWN_SECONDS = 10
@@ -43,6 +49,9 @@ class ServeSettings:
     engine: ServingEngineName = "torch"
     precision: str | None = None  # of the base in llama.cpp
     verify: bool = True  # compare llama.cpp with the adapters
+    base: str | None = None  # serve this base, if there are no runs
+    dtype: str = "auto"  # of such a base
+    adapters_from: Path | None = None  # requests may load adapters below this folder; None: they may not
 
 
 class ModelServer:
@@ -73,6 +82,7 @@ class ModelServer:
         self.queue: BaseAnswerQueue
         self.unshared: list[ServedModel] = []
         self.checks: list[EngineVerdict] = []
+        self.adapter_loader: AdapterLoader | None = None
         self.has_ended = True  # False: a thread hangs in a step, and was left behind
         try:
             if settings.engine == "torch":
@@ -84,7 +94,7 @@ class ModelServer:
             raise
         hosts = ("localhost", "127.0.0.1", "[::1]", settings.host) if is_loopback(settings.host) else ()
         config = uvicorn.Config(
-            OpenAiApi(self.models, self.queue, hosts, settings.api_key, settings.timeout).build(),
+            OpenAiApi(self.models, self.queue, hosts, settings.api_key, settings.timeout, self.adapter_loader).build(),
             http=GuardedHttpConnection,
             ws="none",
             lifespan="off",
@@ -100,11 +110,18 @@ class ModelServer:
 
     def _start_torch(self, runs: dict[str, Path]) -> None:
         s = self.settings
-        self.models, trained = load_served_models_and_first_run(runs, device=s.device, max_length=s.max_length)
+        if s.base is None:
+            self.models, trained = load_served_models_and_first_run(runs, device=s.device, max_length=s.max_length)
+        else:
+            self.models, trained = load_base_without_runs(
+                s.base, dtype=s.dtype, device=s.device, max_length=s.max_length
+            )
         generator = TextGenerator(trained.model, max_batch=s.max_batch, max_waiting=s.max_waiting)
         self.runner, self.queue = generator.runner, generator
         self.cache_bytes = self.runner.measure_cache() * s.max_batch * max(m.max_length for m in self.models)
         self.unshared = [m for m in self.models if not self.runner.shares_batches(m.adapter_or_base)]
+        if s.adapters_from is not None:
+            self.adapter_loader = AdapterLoader(trained, generator, s.adapters_from, s.max_length)
         generator.start()
 
     def _start_llama_cpp(self, runs: dict[str, Path], progress: Callable[[str], None]) -> None:

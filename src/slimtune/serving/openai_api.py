@@ -1,8 +1,9 @@
-"""The HTTP endpoints: `/v1/chat/completions`, `/v1/completions`, `/v1/models` and `/health`.
+"""The HTTP endpoints: `/v1/chat/completions`, `/v1/completions`, `/v1/models`, `/health`, and those of adapters.
 
 What a page in a browser on the same machine could do is refused: a request must name this host (a page's own domain may
 point to 127.0.0.1) and its body must be JSON by its content type (a page may send other types elsewhere without
-asking). No header allows other origins. Nothing in a request names a file.
+asking). No header allows other origins. Nothing in a request names a file, unless the server was started with a folder
+of adapters to load (adapter_loading.py).
 """
 
 import asyncio
@@ -27,13 +28,14 @@ from starlette.routing import Route
 
 from ..core.data.chat_template import get_chat_template
 from ..core.data.messages import RowError, ToolCall, reject_unrendered_reasoning
-from ..errors import DataError, ModelError, UsageError
+from ..errors import AdapterError, DataError, ModelError, UsageError
 from ..extras.message_parsing import parse_messages_and_train_mask, require_text
 from ..extras.row_formats.chats import parse_tools
 from ..extras.sockets import parse_host_header_or_none
 from ..generation.answer_grammar import CompiledGrammar, GrammarCompiler, GrammarError
 from ..generation.answer_queue import AnswerPiece, BaseAnswerQueue, GeneratedAnswer, SamplingParams, TokenLogprob
 from ..generation.generation_models import tokenize_chat_prompt
+from .adapter_loading import AdapterLoader
 from .openai_protocol import (
     MAX_ANSWERS,
     ApiError,
@@ -44,8 +46,10 @@ from .openai_protocol import (
     CompletionChoiceFields,
     CompletionRequest,
     GenerationRequest,
+    LoadAdapterRequest,
     ServedModelFields,
     ToolCallDelta,
+    UnloadAdapterRequest,
     format_server_sent_event,
     make_chat_logprobs,
     make_completion_logprobs,
@@ -92,6 +96,7 @@ class AnswerChoice:
     text: str = ""
     sent: int = 0  # characters
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
 
 
@@ -152,12 +157,13 @@ class CompletionResponseBuilder:
 
     object, chunk_object, prefix = "text_completion", "text_completion", "cmpl-"
 
-    def __init__(self, served_model: ServedModel, include_logprobs: bool) -> None:
+    def __init__(self, served_model: ServedModel, include_logprobs: bool, include_token_ids: bool = False) -> None:
         self.served_model, self.include_logprobs = served_model, include_logprobs
+        self.include_token_ids = include_token_ids
 
     def format_choice(self, choice: AnswerChoice) -> CompletionChoiceFields:
         """Return a finished answer."""
-        return self._format(choice, choice.text, choice.logprobs, 0, choice.finish_reason)
+        return self._format(choice, choice.text, choice.logprobs, 0, choice.finish_reason, choice.token_ids)
 
     def start_chunks(self, choice: AnswerChoice) -> list[CompletionChoiceFields]:
         """Return what a stream says before an answer begins: nothing."""
@@ -168,13 +174,23 @@ class CompletionResponseBuilder:
         if not (piece.text or piece.logprobs or piece.finish_reason):
             return []
         offset = len(choice.text) - len(piece.text)
-        return [self._format(choice, piece.text, list(piece.logprobs), offset, piece.finish_reason)]
+        ids = [*piece.token_ids]
+        return [self._format(choice, piece.text, list(piece.logprobs), offset, piece.finish_reason, ids)]
 
     def _format(
-        self, choice: AnswerChoice, text: str, logprobs: list[TokenLogprob], offset: int, reason: str | None
+        self,
+        choice: AnswerChoice,
+        text: str,
+        logprobs: list[TokenLogprob],
+        offset: int,
+        reason: str | None,
+        token_ids: list[int],
     ) -> CompletionChoiceFields:
         shown = make_completion_logprobs(self.served_model, logprobs, offset) if self.include_logprobs else None
-        return {"index": choice.index, "text": text, "logprobs": shown, "finish_reason": reason}
+        found: CompletionChoiceFields = {
+            "index": choice.index, "text": text, "logprobs": shown, "finish_reason": reason,
+        }  # fmt: skip
+        return {**found, "token_ids": token_ids} if self.include_token_ids else found
 
 
 @dataclass(frozen=True)
@@ -198,15 +214,18 @@ class OpenAiApi:
         hosts: names that a request may have in its Host header; empty: any.
         api_key: that a request must have; None: none.
         timeout: seconds from a request to the end of its answer.
+        adapter_loader: adds and removes adapters; None: requests cannot.
     """
 
     def __init__(
         self, models: Sequence[ServedModel], queue: BaseAnswerQueue, hosts: Collection[str], api_key: str | None,
-        timeout: float,
+        timeout: float, adapter_loader: AdapterLoader | None = None,
     ) -> None:  # fmt: skip
+        self.adapter_loader = adapter_loader
         self.models = {model.name: model for model in models}
         self.queue, self.hosts, self.timeout = queue, hosts, timeout
         self.api_key, self.started = api_key, int(time.time())
+        self._models_lock = asyncio.Lock()
         self._grammars, self._compilers = GrammarCompiler(), ThreadPoolExecutor(MAX_COMPILERS, "slimtune-grammar")
         # Requests that are being read or tokenized, or wait or run.
         self._requests, self._max_requests = 0, queue.max_batch + queue.max_waiting
@@ -220,6 +239,9 @@ class OpenAiApi:
             Route("/v1/models/{name:path}", self.show_model, methods=["GET"]),
             Route("/health", self.health, methods=["GET"]),
         ]
+        if self.adapter_loader is not None:
+            routes.append(Route("/v1/load_lora_adapter", self.load_adapter, methods=["POST"]))
+            routes.append(Route("/v1/unload_lora_adapter", self.unload_adapter, methods=["POST"]))
         app = Starlette(routes=routes, exception_handlers={HTTPException: _answer_error, ApiError: _answer_error})
         app.router.redirect_slashes = False
 
@@ -262,6 +284,40 @@ class OpenAiApi:
         """Answer one model."""
         return _make_response(self._describe(require_served_model(self.models, request.path_params["name"])))
 
+    async def load_adapter(self, request: Request) -> Response:
+        """Add an adapter as a model."""
+
+        def load(loader: AdapterLoader, body: bytes) -> None:
+            asked = parse_request_body(LoadAdapterRequest, body)
+            if asked.lora_name in self.models:
+                raise ApiError(400, f"the adapter {asked.lora_name!r} has already been loaded", "lora_name")
+            self.models[asked.lora_name] = loader.load(asked.lora_name, asked.lora_path)
+
+        return await self._change_models(request, load)
+
+    async def unload_adapter(self, request: Request) -> Response:
+        """Remove an adapter."""
+
+        def unload(loader: AdapterLoader, body: bytes) -> None:
+            name = parse_request_body(UnloadAdapterRequest, body).lora_name
+            loader.unload(require_served_model(self.models, name))
+            del self.models[name]
+
+        return await self._change_models(request, unload)
+
+    async def _change_models(self, request: Request, change: Callable[[AdapterLoader, bytes], None]) -> Response:
+        assert self.adapter_loader is not None
+        async with self._models_lock:
+            try:
+                await run_in_threadpool(change, self.adapter_loader, await _read_body(request))
+            except ClientDisconnect:
+                return Response(status_code=499)
+            except (UsageError, DataError, ModelError, AdapterError) as error:
+                raise ApiError(400, error.message, "lora_path", error.code) from error
+            except Exception as error:
+                raise _log_and_convert(error) from error
+        return _make_response({"models": [*self.models]})
+
     def _describe(self, model: ServedModel) -> ServedModelFields:
         return {
             "id": model.name, "object": "model", "created": self.started, "owned_by": "slimtune",
@@ -295,7 +351,10 @@ class OpenAiApi:
             asked = parse_request_body(CompletionRequest, body)
             model = require_served_model(self.models, asked.model)
             prompts = [_tokenize_text(model, prompt) for prompt in asked.prompt]
-            form = CompletionResponseBuilder(model, asked.logprobs is not None)
+            form = CompletionResponseBuilder(model, asked.logprobs is not None, bool(asked.return_token_ids))
+            if not model.end_tokens.issuperset(asked.stop_token_ids or ()):
+                ends = f"the model {model.name!r} ends answers with {sorted(model.end_tokens)}, and with no other token"
+                raise ApiError(400, ends, "stop_token_ids", "unsupported_value")
             grammar = asked.make_grammar(json_on_one_line=not self.queue.masks_tokens)
             return TokenizedRequest(asked, form, prompts, asked.max_tokens or 16, asked.logprobs, grammar)
 
@@ -396,6 +455,7 @@ class OpenAiApi:
                     seed=(seed + i) % 2**63,
                     stop=tuple(asked.stop or ()),
                     top_logprobs=prepared.top_logprobs,
+                    logprobs_at_temperature=getattr(asked, "logprobs_mode", None) == "processed_logprobs",
                     grammar=grammar,
                 )
                 index = len(choices)
@@ -477,6 +537,7 @@ async def _add_next_piece(choices: list[AnswerChoice], pieces: asyncio.Queue) ->
     if piece.error is not None:
         raise to_api_error(piece.error) from piece.error  # the thread that generates has logged it
     choice.text += piece.text
+    choice.token_ids += piece.token_ids
     choice.logprobs += piece.logprobs
     choice.finish_reason = piece.finish_reason
     return choice, piece

@@ -124,6 +124,7 @@ class CompletionChoiceFields(TypedDict):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: str | None
+    token_ids: NotRequired[list[int]]
 
 
 class ServedModelFields(TypedDict):
@@ -276,6 +277,9 @@ class GenerationRequest(_Fields):
     logit_bias: Annotated[dict[str, Any] | None, accept_only({})] = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
+    top_k: Annotated[int | None, accept_only(0, -1)] = None
+    min_p: Annotated[float | None, accept_only(0)] = None
+    repetition_penalty: Annotated[float | None, accept_only(1)] = None
 
     def make_grammar(self, *, json_on_one_line: bool) -> tuple[str, str] | None:
         """Return the grammar that binds the answers, and the field that asks for it; None: any text.
@@ -331,9 +335,25 @@ class CompletionRequest(GenerationRequest):
     echo: Annotated[bool | None, accept_only(False)] = None
     best_of: Annotated[int | None, accept_only(1)] = None
     suffix: Annotated[str | None, accept_only("")] = None
+    return_token_ids: bool | None = None
+    logprobs_mode: Annotated[str | None, accept_only("raw_logprobs", "processed_logprobs")] = None
+    stop_token_ids: list[int] | None = None
 
 
-AnyRequest = TypeVar("AnyRequest", bound=GenerationRequest)
+class LoadAdapterRequest(_Fields):
+    """`POST /v1/load_lora_adapter`, vLLM's."""
+
+    lora_name: str = Field(min_length=1, max_length=200)
+    lora_path: str = Field(min_length=1)
+
+
+class UnloadAdapterRequest(_Fields):
+    """`POST /v1/unload_lora_adapter`, vLLM's."""
+
+    lora_name: str
+
+
+AnyRequest = TypeVar("AnyRequest", bound=_Fields)
 
 
 def parse_request_body(request_type: type[AnyRequest], body: bytes) -> AnyRequest:

@@ -1,0 +1,83 @@
+"""What is planned for runs with a teacher, against real runs, measured by torch's own allocator events."""
+
+import gc
+import itertools
+import random
+import string
+
+import pytest
+from row_files import write_jsonl
+from tiny_run import recipe_of
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from slimtune.core.training import loss, training_loop
+from slimtune.core.training.train import train
+from slimtune.planning import memory_probe
+from slimtune.planning.plan_request import build_plan_request
+from slimtune.planning.planner import estimate_resources
+from slimtune.planning.this_machine import detect_gpu_or_cpu_spec
+
+TASKS = {
+    "context": {"context": "You are a shop. Answer every customer in capital letters, and thank them. " * 4},
+    "sdft": {"lmbda": 0, "seq_kd": False},
+    "distill": {"lmbda": 0, "teacher_model_name_or_path": "BASE"},
+}
+
+
+@pytest.fixture
+def plan_and_measure(tmp_path, tiny_llama, tiny_tokenizer, monkeypatch):
+    """Plan a task and train it for two steps; return the planned bytes and those that its steps took at most."""
+    for part in (tiny_llama(max_position_embeddings=2048), tiny_tokenizer()):
+        part.save_pretrained(tmp_path / "base")
+    draws = random.Random(0)
+
+    def text(least, most):
+        return "".join(draws.choice(string.ascii_letters) for _ in range(draws.randint(least, most)))
+
+    talks = [(text(30, 80), text(30, 100)) for _ in range(24)]
+    rows = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in talks]
+    write_jsonl(tmp_path / "rows.jsonl", ({"messages": r} for r in rows))
+
+    def run(task, **settings):
+        fields = {k: str(tmp_path / "base") if v == "BASE" else v for k, v in (TASKS[task] | settings).items()}
+        recipe = recipe_of({
+            "model": {"name": str(tmp_path / "base"), "dtype": "float32", "device": "cpu"},
+            "data": {"train": str(tmp_path / "rows.jsonl")},
+            "task": {"name": task, **fields},
+            "method": {"name": "lora", "r": 4},
+            "train": {"max_steps": 4, "batch_size": 8, "forgetting_budget": None},
+            "output_dir": str(tmp_path / task),
+        })  # fmt: skip
+        plans = []
+
+        def plan(recipe, lengths, content):
+            request = build_plan_request(recipe, detect_gpu_or_cpu_spec("cpu"), lengths, 1, content)
+            plans.append(estimate_resources(request, advise=False))
+            return plans[0]
+
+        forward_backward = loss.forward_backward
+
+        def measured(*args, **how):
+            with record_function("measured step"):
+                return forward_backward(*args, **how)
+
+        for module in (training_loop, memory_probe):
+            monkeypatch.setattr(module, "forward_backward", measured)
+        gc.collect()
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as done:
+            train(recipe, planner=plan)
+        found = done.profiler.kineto_results.events()
+        times = [(e.start_ns(), e.end_ns()) for e in found if e.name() == "measured step"]
+        events = sorted((e.start_ns(), e.nbytes()) for e in found if e.name() == "[memory]")
+        live = list(itertools.accumulate(size for _, size in events))
+        peaks = [max(n for (at, _), n in zip(events, live, strict=True) if a <= at <= b) for a, b in times]
+        return plans[0].allocated_bytes, max(peaks)
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", TASKS)
+def test_planned_memory_is_that_of_the_run(task, plan_and_measure):
+    planned, measured = plan_and_measure(task)
+    assert planned == pytest.approx(measured, rel=0.02)
