@@ -26,6 +26,7 @@ from slimtune.planning.planner import (
     estimate_adapter_file_and_method_state_sizes,
     estimate_resources,
     judge_memory_fit,
+    judge_run,
     list_memory_saving_changes,
     put_typical_micro_batches_in_job,
 )
@@ -128,6 +129,18 @@ def test_no_activations_are_saved_where_the_weights_alone_are_too_large():
     planned = plan_tiny(make_gpu_with_memory("1MiB"), advise=True, dtype="float32")
     assert planned.verdict == "does not fit"
     assert {saving.change.split()[0] for saving in planned.advice} <= {"--dtype", "--quantization"}
+
+
+@pytest.mark.parametrize("memory", ["1MiB", "5MiB", "2GiB"])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_verdict_alone_is_that_of_the_plan(memory, batch_size):
+    request = PlanRequest(TINY, make_gpu_with_memory(memory), lora(), seq_len=64, batch_size=batch_size)
+    assert judge_run(request) == estimate_resources(request, advise=False).verdict
+
+
+def test_no_length_fits_where_the_weights_alone_are_too_large():
+    planned = plan_tiny(make_gpu_with_memory("1MiB"), batch_size=3)
+    assert (planned.max_seq_len, planned.max_batch_size, planned.batch, planned.micro_batches) == (0, 0, 1, 3)
 
 
 def test_a_quantized_base_that_is_still_too_large_is_not_traced(monkeypatch):

@@ -144,13 +144,18 @@ def _estimate_resources(request: PlanRequest, advise: bool) -> ResourceEstimate:
     trainable_params, total_params = count_trainable_and_all_parameters(model)
     adapter_bytes, extra_bytes, at_most = estimate_adapter_file_and_method_state_sizes(model)
     saved, spread = estimate_sharding_savings_and_uncertainty(model, request.processes) if request.fsdp else (0, 0)
-    memory_model = fit_memory_formula(job, model)
-    memory_model = replace(memory_model, state=memory_model.state - saved)
+    # No length fits where weights and adapters alone are more than the card has: then a formula is not fitted.
+    model_bytes = count_allocated_model_bytes(model, job.device) - saved
+    memory_model = None
+    if model_bytes + RUNTIME[job.device].low <= gpu.usable.high:
+        memory_model = fit_memory_formula(job, model)
+        memory_model = replace(memory_model, state=memory_model.state - saved)
     job = split_batch_to_fit_if_possible(request, job, memory_model)
     trace = extrapolate_step_trace(job, model)
     if request.fsdp:
         trace = apply_sharding_savings(trace, saved, job.device)
-    memory_model = memory_model.correct(job.lengths, trace)
+    if memory_model is not None:
+        memory_model = memory_model.correct(job.lengths, trace)
 
     peak, reserved, need = _estimate_need(request, job, trace, spread)
     runtime, usable = RUNTIME[job.device], gpu.usable
@@ -158,6 +163,8 @@ def _estimate_resources(request: PlanRequest, advise: bool) -> ResourceEstimate:
     parts = {part: trace.parts.get(part, 0) for part in PARTS} | {"runtime": int(runtime.high)}
 
     def fits(lengths: Sequence[ExampleLength]) -> bool:
+        if memory_model is None:
+            return False
         now = memory_model.peak(lengths) + LIBRARY_BYTES.get(job.device, 0) + request.teacher_bytes
         high = now + (reserved.high - peak) + FRAGMENTATION[job.device] * max(0, now - peak)
         return judge_memory_fit(Interval(now, high) + runtime, usable) == "fits"
@@ -241,9 +248,9 @@ def _estimate_resources(request: PlanRequest, advise: bool) -> ResourceEstimate:
 
 
 def split_batch_to_fit_if_possible(
-    request: PlanRequest, job: MicroBatchWorkload, memory_model: MemoryFormula
+    request: PlanRequest, job: MicroBatchWorkload, memory_model: MemoryFormula | None
 ) -> MicroBatchWorkload:
-    """Return the job with as many examples in a micro-batch as fit, as training splits a batch."""
+    """Return the job with as many examples in a micro-batch as fit, as training splits a batch; None: none fits."""
     if len(job.lengths) == 1 or not (request.split_batch or request.max_tokens):
         return job
 
@@ -251,6 +258,8 @@ def split_batch_to_fit_if_possible(
         some = job.lengths[:examples]
         if request.max_tokens is not None and sum(map(count_tokens_with_shared_prompt, some)) > request.max_tokens:
             return False
+        if memory_model is None:
+            return not request.split_batch
         peak = round(SPLIT_MARGIN * (memory_model.peak(some) + LIBRARY_BYTES.get(job.device, 0)))
         peak += request.teacher_bytes
         need = estimate_total_reserved_memory(job.device, peak, memory_model.state) + RUNTIME[job.device]
