@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 
 import peft
 import pytest
@@ -60,10 +61,12 @@ MORE_FAULTS = {
 REPAIRED = {name: fault for name, fault in {**FAULTS, **MORE_FAULTS}.items() if name in {
     *MORE_FAULTS, "compiled", "compiled-inside", "ddp", "streamed", "raw-state-dict", "no-prefix", "backbone",
     "experts-transposed", "matrices-transposed", "other-rank", "dora-flag-lost", "targets-cut", "two-adapters",
-    "other-template", "other-end",
+    "other-template", "other-end", "linear-in-and-out", "biases-outside", "biases-of-b", "halves-swapped",
+    "joined-projections", "scale-of-0",
 }}  # fmt: skip
 LOST = ("zero3-placeholders", "zero3-nothing", "shards", "no-gradient", "diverged", "pattern-of-old-names",
-        "magnitudes-lost", "head-lost", "resized", "half-lost", "one-rank-saved", "tokens-added")  # fmt: skip
+        "magnitudes-lost", "head-lost", "resized", "half-lost", "one-rank-saved", "tokens-added", "layers-from-1",
+        "config-of-adalora", "config-of-loha", "token-rows-lost", "replicas-lost")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", REPAIRED)
@@ -183,6 +186,25 @@ def test_text_adapter_on_a_wrapper_of_images(tmp_path):
     wanted = peft.PeftModel.from_pretrained(model, good).eval()(IDS).logits
     model = tf.AutoModelForImageTextToText.from_pretrained(base)
     assert (wanted - peft.PeftModel.from_pretrained(model, tmp_path / "out").eval()(IDS).logits).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True, "target_modules": ["q_proj", "v_proj", "up_proj"]}])
+def test_split_projections_are_joined(tmp_path, settings):
+    """vllm-project/vllm#4915: Phi-3, trained as if its q, k and v were modules of their own."""
+    base, split, weights = make_base("phi3"), make_base("llama", rms_norm_eps=1e-5), {}
+    for key, weight in base.state_dict().items():
+        joined = re.search("qkv_proj|gate_up_proj", key)
+        parts = {"qkv_proj": ("q", "k", "v"), "gate_up_proj": ("gate", "up")}[joined[0]] if joined else ()
+        for part, rows in zip(parts, weight.split((16, 8, 8) if len(parts) == 3 else 24), strict=True) if parts else ():
+            weights[key.replace(joined[0], f"{part}_proj")] = rows
+        weights |= {} if parts else {key: weight}
+    split.load_state_dict(weights)
+    save_base(split, tmp_path / "split")
+    folder = save_adapter(split, tmp_path / "adapter", **settings)
+    wanted = compute_log_probs(tmp_path / "split", folder)
+    result = repair_adapter(folder, "peft", tmp_path / "out", str(save_base(base, tmp_path / "base")))
+    assert "projection-layout" in [m.code for m in result.mended]
+    assert (wanted - compute_log_probs(tmp_path / "base", tmp_path / "out")).abs().max() < 1e-5
 
 
 @pytest.fixture

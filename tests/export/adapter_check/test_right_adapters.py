@@ -24,6 +24,18 @@ LORAS = {
     "granite": {"target_modules": ["embed_tokens", "q_proj"]},
     "stablelm": {"kind": peft.IA3Config, "target_modules": ["k_proj", "up_proj"], "feedforward_modules": ["up_proj"]},
     "cohere": {"kind": peft.LoHaConfig, "r": 4, "target_modules": ["q_proj"]},
+    "opt": {"init_lora_weights": "orthogonal"},
+    "gpt_neox": {"use_rslora": True},
+    "starcoder2": {"bias": "all"},
+    "glm4": {"lora_bias": True},
+    "smollm3": {"target_modules": ["q_proj"], "trainable_token_indices": [3, 4]},
+    "exaone4": {"exclude_modules": ["down_proj"]},
+    "gpt_oss": {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]},
+    "deepseek_v3": {},  # whose dense layers have none of the parameters that PEFT writes patterns for
+    "arcee": {"layer_replication": [[0, 2], [1, 2]], "target_modules": r".*\.(up|down)_proj"},
+    "gemma3_text": {"kind": peft.LoKrConfig, "r": 4},
+    "olmo": {"kind": peft.VeraConfig, "target_modules": ["q_proj", "v_proj"]},
+    "ministral": {"alora_invocation_tokens": [5, 6], "target_modules": ["q_proj"]},
 }  # fmt: skip
 
 

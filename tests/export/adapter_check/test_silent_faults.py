@@ -1,6 +1,7 @@
 """Silent faults that people reported, made again in a file: each is named by its cause."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -28,6 +29,25 @@ def split_experts(tensors):
 
 def name_two_adapters(tensors):
     return {k.replace(".weight", f".{name}.weight"): t for k, t in tensors.items() for name in "ab"}
+
+
+def join_projections(folder):
+    """As trainers of bases with one qkv_proj write them: one A, the rows of B one after the other."""
+
+    def join(tensors):
+        kept = {k: t for k, t in tensors.items() if not re.search("[kv]_proj", k)}
+        for key in [k for k in kept if "q_proj" in k]:
+            rows = [tensors[key.replace("q_proj", f"{x}_proj")] for x in ("qkv" if "lora_B" in key else "q")]
+            kept[key.replace("q_proj", "qkv_proj")] = torch.cat(rows)
+            del kept[key]
+        return kept
+
+    edit_tensors(folder, join)
+    edit_config(folder, target_modules=["qkv_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
+
+
+def swap_halves(tensors):
+    return {k.replace("lora_A", "?").replace("lora_B", "lora_A").replace("?", "lora_B"): t for k, t in tensors.items()}
 
 
 def swap_experts_in_and_out(tensors):
@@ -91,6 +111,29 @@ FAULTS = {
         lambda f: (f / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")),
     "other-end": ("special-tokens", "plain", "ollama/ollama#6823",
         lambda f: (f / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>"}))),
+    "linear-in-and-out": ("key-prefix", "plain", "NVIDIA-NeMo/Speech#14899",
+        lambda f: [rename(f, "lora_A", "adapter.linear_in"), rename(f, "lora_B", "adapter.linear_out")]),
+    "biases-outside": ("key-prefix", "biases", "huggingface/peft#741", lambda f: rename(f, ".base_layer.", ".")),
+    "biases-of-b": ("bias-flag-missing", "biases-of-b", "vllm-project/vllm#5733",
+        lambda f: edit_config(f, lora_bias=False)),
+    "halves-swapped": ("halves-swapped", "plain", "huggingface/peft#2071", lambda f: edit_tensors(f, swap_halves)),
+    "joined-projections": ("projection-layout", "shared-a", "sgl-project/sglang#6585", join_projections),
+    "layers-from-1": ("unknown-modules", "plain", "NVIDIA-NeMo/Automodel#1755",
+        lambda f: [rename(f, ".layers.1.", ".layers.2."), rename(f, ".layers.0.", ".layers.1.")]),
+    "scale-of-0": ("config-unreadable", "plain", "NVIDIA/TensorRT-LLM#1477", lambda f: edit_config(f, lora_alpha=0)),
+    "config-of-adalora": ("another-method", "plain", "huggingface/peft#1323",
+        lambda f: edit_config(f, peft_type="ADALORA")),
+    "config-of-loha": ("another-method", "plain", "huggingface/peft#1323", lambda f: edit_config(f, peft_type="LOHA")),
+    "token-rows-lost": ("saved-module-missing", "token-rows", "vllm-project/vllm#36501",
+        lambda f: edit_tensors(f, lambda t: {k: v for k, v in t.items() if "token" not in k})),
+    "replicas-lost": ("unknown-modules", "replicated", "unslothai/unsloth#1343",
+        lambda f: edit_config(f, layer_replication=None)),
+    "trained-in-4-bits": ("quantized-base", "plain", "unslothai/unsloth-zoo#810",
+        lambda f: edit_config(f, base_model_name_or_path="unsloth/Llama-3.2-1B-bnb-4bit")),
+    "loftq": ("quantized-base", "plain", "unslothai/unsloth#1089",
+        lambda f: edit_config(f, init_lora_weights="loftq", loftq_config={"loftq_bits": 4})),
+    "trained-on-instruct": ("another-variant", "plain", "huggingface/peft#1932",
+        lambda f: edit_config(f, base_model_name_or_path="org/base-Instruct")),
     "tokens-added": ("added-tokens-unsaved", "plain", "unslothai/unsloth#3428",
         lambda f: (f / "added_tokens.json").write_text(json.dumps({"<doc>": 64, "</doc>": 65}))),
 }  # fmt: skip

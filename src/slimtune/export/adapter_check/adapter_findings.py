@@ -23,7 +23,9 @@ class Mend(Enum):
     LEAVE_OUT_UNTRAINED = "modules without an update are left out"
     SELECT_MODULES = "the config selects the modules of the file"
     READ_RANKS = "ranks are read from the matrices"
-    MARK_DORA = "use_dora is set"
+    MARK_FLAGS = "use_dora and lora_bias are set as the tensors are"
+    SWAP_HALVES = "A and B change their names"
+    SPLIT_PROJECTIONS = "the projections are split as the base has them"
     FOLD_START = "the start is folded into A and B"
     MERGE = "base and adapter are written as one model"
     CARRY_TOKENIZER = "tokenizer and template are written beside the adapter"
@@ -84,7 +86,10 @@ FINDING_KINDS = {
         "save it again with a PEFT that has DoRA; a LoRA without magnitudes has use_dora: false"),
     "dora-flag-missing": FindingKind(
         "fault", "use_dora: true, since the file has magnitudes", "set use_dora: true in adapter_config.json",
-        Mend.MARK_DORA),
+        Mend.MARK_FLAGS),
+    "bias-flag-missing": FindingKind(
+        "fault", "lora_bias: true, since the file has biases of B", "set lora_bias: true in adapter_config.json",
+        Mend.MARK_FLAGS),
     "start-in-base": FindingKind(
         "warning", "a start that B·A alone does not need the base for",
         "engines that only add B·A give something else: merge, or save with path_initial_model_for_weight_conversion",
@@ -103,6 +108,11 @@ FINDING_KINDS = {
     "expert-layout": FindingKind(
         "fault", "experts as the base has them (split into modules, or stacked in one parameter)",
         "convert the experts' matrices to the base's layout: as they are, loaders skip them", Mend.CONVERT_EXPERTS),
+    "projection-layout": FindingKind(
+        "fault", "projections as the base has them: q_proj, k_proj and v_proj, or one qkv_proj",
+        "convert the matrices to the base's projections: as they are, loaders skip them", Mend.SPLIT_PROJECTIONS),
+    "halves-swapped": FindingKind(
+        "fault", "A of shape (r, in) and B of shape (out, r)", "give each matrix the other's name", Mend.SWAP_HALVES),
     "transposed": FindingKind(
         "fault", "A of shape (r, in) and B of shape (out, r)", "transpose these matrices, or train with a library that "
         "writes PEFT's layout", Mend.TRANSPOSE),
@@ -110,6 +120,9 @@ FINDING_KINDS = {
         "fault", "modules that the config selects",
         "add them to target_modules (to modules_to_save, if they are trained in full): PEFT skips their tensors",
         Mend.SELECT_MODULES),
+    "another-method": FindingKind(
+        "fault", "the tensors of the method in adapter_config.json",
+        "take the adapter_config.json that was saved with the tensors: by this one, loaders skip them"),
     "unknown-modules": FindingKind(
         "fault", "modules of the base", "check it against the base it was trained on: --base"),
     "another-shape": FindingKind(
@@ -138,6 +151,12 @@ FINDING_KINDS = {
         Mend.MERGE),
     "another-base": FindingKind(
         "fault", "the base that the adapter was trained on", "give that base: --base; or train again"),
+    "another-variant": FindingKind(
+        "warning", "the base that the adapter was trained on",
+        "give that base, or compare an engine: --at; the same shapes do not mean the same weights"),
+    "quantized-base": FindingKind(
+        "warning", "a base quantized as in training",
+        "serve it so, or compare an engine (--at): beside other weights the same adapter gives other answers"),
     "template": FindingKind(
         "warning", "the chat template of the base, or a server that is given the adapter's",
         "give the engine the adapter's template: vllm serve --chat-template, llama-server --chat-template-file",

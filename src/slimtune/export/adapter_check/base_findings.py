@@ -14,7 +14,7 @@ from ...core.adapters.adapter_tensors import PREFIX
 from ...core.adapters.name_patterns import find_matching_pattern
 from ...core.adapters.peft_config import PeftConfig
 from ...core.foundation.fingerprint import config_fingerprint
-from ...errors import AdapterError
+from ...errors import AdapterError, format_names
 from ...methods.lora.init_configs import is_init_subtracted_from_base
 from .adapter_findings import AdapterFinding, make_finding
 from .foreign_adapter import ForeignAdapter, read_small_json
@@ -23,6 +23,12 @@ from .tensor_findings import generalize_layer_indices
 
 MAX_TOKENIZER_BYTES = 256 << 20
 _SPECIAL_TOKENS = ("bos_token", "eos_token")
+_FLAGGED_TENSORS = ("lora_magnitude_vector", "lora_B.bias")
+"""Tensors of a LoRA that its config has a flag for, which has a finding of its own."""
+_QUANTIZED = re.compile(r"(?i)bnb|nf4|int[48]|[48][-_]?bit|gptq|awq")
+"""In a base's name."""
+_VARIANTS = frozenset({"base", "chat", "instruct", "it", "pt", "thinking"})
+"""Words by which the names of models with the same shapes differ."""
 
 
 def find_config_faults(adapter: ForeignAdapter, config: PeftConfig) -> Iterator[AdapterFinding]:
@@ -36,11 +42,19 @@ def find_config_faults(adapter: ForeignAdapter, config: PeftConfig) -> Iterator[
     magnitudes = [key for key in adapter.tensors if "lora_magnitude_vector" in key]
     if settings.use_dora and not magnitudes:
         yield make_finding("magnitudes-missing", "use_dora is true, and no tensor is a magnitude")
+    biases = [key for key in adapter.tensors if key.endswith("lora_B.bias")]
+    if biases and not settings.lora_bias:
+        yield make_finding("bias-flag-missing", f"lora_bias is false, and {len(biases)} tensors are", biases)
     if magnitudes and not settings.use_dora:
         yield make_finding("dora-flag-missing", f"use_dora is false, and {len(magnitudes)} tensors are", magnitudes)
+    if settings.trainable_token_indices and not any("trainable_tokens" in key for key in adapter.tensors):
+        yield make_finding("saved-module-missing", "the file has no rows of the tokens in trainable_token_indices")
     if is_init_subtracted_from_base(settings.init_lora_weights):
         yield make_finding("start-in-base", f"init_lora_weights is {settings.init_lora_weights!r}")
-    places = [*modules, *(settings.target_parameters or [])]  # PEFT writes patterns for experts' parameters, too
+    places = [
+        *modules,
+        *(f"model.{name}" for name in settings.target_parameters or []),
+    ]  # PEFT writes patterns for experts' parameters, too
     for name in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(settings, name)
         if unused := [p for p in patterns if not any(find_matching_pattern([p], place) for place in places)]:
@@ -70,8 +84,23 @@ def find_placement_faults(placement: KeyPlacement, adapter: ForeignAdapter) -> I
         yield make_finding("expert-layout", f"{len(keys)} of {total} keys are of experts in another layout", keys)
     if keys := [key for key in placement.untargeted if "lora_magnitude_vector" not in key]:
         yield make_finding("untargeted", f"{len(keys)} of {total} keys are of modules that the config leaves out", keys)
+    if keys := [key for key, name in placement.other_method.items() if name not in _FLAGGED_TENSORS]:
+        names = format_names(sorted({placement.other_method[key] for key in keys}), 4)
+        found = f"{len(keys)} of {total} tensors are none of the config's method: {names}"
+        yield make_finding("another-method", found, keys)
+    if others := placement.other_projections:
+        yield make_finding(
+            "projection-layout", f"the file has {' and '.join(dict.fromkeys(others.values()))}", [*others]
+        )
     if keys := placement.unknown:
-        yield make_finding("unknown-modules", f"{len(keys)} of {total} keys are of no module of the base", keys)
+        found = f"{len(keys)} of {total} keys are of no module of the base"
+        there, here = (
+            sorted({int(m[1]) for key in some if (m := re.search(r"\.(\d+)\.", key))})
+            for some in (adapter.tensors, placement.expected)
+        )
+        if there and here and there[-1] > here[-1]:
+            found += f"; the file has layers {there[0]} to {there[-1]}, the base {here[0]} to {here[-1]}"
+        yield make_finding("unknown-modules", found, keys)
     yield from _find_missing(placement)
 
 
@@ -124,7 +153,19 @@ def group_misshapen_keys(placement: KeyPlacement, adapter: ForeignAdapter) -> di
     for key, (there, here) in _pair_placed_shapes(placement, adapter).items():
         if there != here and len(there) == len(here) and 0 not in there:
             found[_classify_shape(key, there, here)].append(key)
-    return found
+    shapes = _pair_placed_shapes(placement, adapter)
+    swapped = [
+        key
+        for a, b in group_lora_pairs(dict.fromkeys([*found["transposed"], *found["another-shape"]])).values()
+        if a is not None and b is not None
+        and (shapes[a][0][0], shapes[b][0][-1]) == (shapes[b][1][0], shapes[a][1][-1])
+        for key in (a, b)
+    ]  # fmt: skip
+    if {*swapped} & {*found["another-shape"]}:  # a square module alone does not tell it from transposed matrices
+        found["halves-swapped"] = swapped
+        for code in ("transposed", "another-shape"):
+            found[code] = [key for key in found[code] if key not in swapped]
+    return {code: keys for code, keys in found.items() if keys}
 
 
 def _pair_placed_shapes(placement: KeyPlacement, adapter: ForeignAdapter) -> dict[str, tuple[Shape, Shape]]:
@@ -153,7 +194,11 @@ def find_tied_faults(model: Any, placement: KeyPlacement, adapter: ForeignAdapte
         return
     names = {id(module): name for name, module in model.named_modules()}
     keys = {
-        part: [k for k in (*placement.placed, *placement.weights) if f"{names[id(module)]}." in k]
+        part: [
+            k
+            for k in (*placement.placed, *placement.weights)
+            if f"{names[id(module)]}." in k and "trainable_tokens" not in k  # PEFT ties these rows
+        ]
         for part, module in (("head", head), ("embedding", embedding))
     }
     weights = {part: [k for k in found if k.endswith(".weight") and "lora_" not in k] for part, found in keys.items()}
@@ -211,8 +256,16 @@ def find_tokenizer_faults(template: str | None, tokens: Mapping[str, str], token
         yield make_finding("special-tokens", f"other special tokens than the base's: {pairs}", differing)
 
 
-def find_recorded_base_faults(adapter: ForeignAdapter, config: PreTrainedConfig) -> Iterator[AdapterFinding]:
-    """Yield that the base's config is not the one whose fingerprint is in the file."""
+def find_recorded_base_faults(adapter: ForeignAdapter, config: PreTrainedConfig, spec: str) -> Iterator[AdapterFinding]:
+    """Yield that the base is another one than the file and its config record: by fingerprint, name or quantization."""
+    trained, given = (Path(str(name or "")).name for name in (adapter.config.get("base_model_name_or_path"), spec))
+    if adapter.config.get("init_lora_weights") == "loftq":
+        yield make_finding("quantized-base", "init_lora_weights is 'loftq': it makes up for the rounding of its base")
+    elif _QUANTIZED.search(trained) and not _QUANTIZED.search(given) and not hasattr(config, "quantization_config"):
+        yield make_finding("quantized-base", f"it was trained on {trained}, and {given} is not quantized")
+    names = [{w for w in re.split(r"[-_. ]+", n.lower()) if not _QUANTIZED.search(w)} for n in (trained, given)]
+    if trained and (names[0] ^ names[1]) and (names[0] ^ names[1]) <= _VARIANTS:
+        yield make_finding("another-variant", f"it was trained on {trained}, and is compared with {given}")
     recorded, here = adapter.metadata.get(BASE_FINGERPRINT), config_fingerprint(config)
     if recorded and recorded != here:
         yield make_finding(

@@ -21,13 +21,13 @@ from ...core.models.loader import get_auto_class, load_tokenizer
 from ...core.models.model_source import resolve_model_source
 from ...core.training.run_dir import RunDir
 from ...core.training.trained_model import TrainedModel
-from ...errors import AdapterError, ModelError, SlimtuneError, TargetError, format_names
+from ...errors import AdapterError, ModelError, SlimtuneError, TargetError
 from ...extras.mlx_adapter import get_or_make_peft_folder, is_mlx_adapter
 from ..merge import SMALL_MODEL, load_run_for_export
 from . import base_findings, tensor_findings
 from .adapter_findings import AdapterFileCheck, AdapterFinding, make_finding
 from .foreign_adapter import ForeignAdapter, open_foreign_adapter
-from .key_placement import KeyPlacement, group_lora_pairs, place_keys
+from .key_placement import KeyPlacement, group_lora_pairs, place_keys, place_no_keys
 
 BASE_WEIGHTS_UNPROVEN = "whether the base has the weights of the training: only its config was compared"
 RUNTIME_BYTES = 350 << 20
@@ -123,9 +123,15 @@ def _read_config(adapter: ForeignAdapter) -> tuple[PeftConfig | None, list[Adapt
             warnings.simplefilter("ignore")
             config = PeftConfig.from_pretrained(adapter.folder)
     except (SlimtuneError, TypeError) as error:
-        what = getattr(error, "message", str(error))
-        if adapter.config.get("peft_type") is None or isinstance(error, TypeError):
+        what, kind = getattr(error, "message", str(error)), adapter.config.get("peft_type")
+        if kind is None or isinstance(error, TypeError):
             return None, [make_finding("config-unreadable", what)], []
+        if group_lora_pairs(adapter.tensors) and str(kind).upper() not in ("LORA", "ADALORA", "XLORA"):
+            found = f"peft_type is {kind}, and the tensors are lora_A and lora_B"
+            return None, [make_finding("another-method", found)], []
+        numbers = {name: adapter.config.get(name, 1) for name in ("r", "lora_alpha")}
+        if wrong := [f"{n} is {v!r}" for n, v in numbers.items() if not isinstance(v, int | float) or v <= 0]:
+            return None, [make_finding("config-unreadable", " and ".join(wrong))], []
         return None, [], [f"keys and shapes: slimtune cannot read this config ({what})"]
     return config, list(base_findings.find_config_faults(adapter, config)), []
 
@@ -142,7 +148,7 @@ def _compare_with_base(
     adapter: ForeignAdapter, config: PeftConfig | None, base_config: PreTrainedConfig, spec: str
 ) -> BaseComparison:
     """Compare keys, shapes, tied weights, tokens and template with a base's."""
-    findings = list(base_findings.find_recorded_base_faults(adapter, base_config))
+    findings = list(base_findings.find_recorded_base_faults(adapter, base_config, spec))
     not_proven = []
     model = placement = None
     if config is not None:
@@ -184,7 +190,9 @@ def _build_meta_base(base_config: PreTrainedConfig, config: PeftConfig, adapter:
         raise AdapterError(f"the adapter is for the task {task}, whose models are not built here")
     auto: Any = AutoModel if task == "FEATURE_EXTRACTION" else get_auto_class(base_config, task)
     with torch.device("meta"), silence_and_translate_load_errors(spec):
-        return auto.from_config(base_config, dtype=torch.float32, trust_remote_code=trusted)
+        model = auto.from_config(base_config, dtype=torch.float32, trust_remote_code=trusted)
+    config.change_base(model)  # layers that run several times have an adapter each
+    return model
 
 
 def _place_keys(adapter: ForeignAdapter, model: Any, config: PeftConfig) -> tuple[KeyPlacement, list[AdapterFinding]]:
@@ -194,14 +202,12 @@ def _place_keys(adapter: ForeignAdapter, model: Any, config: PeftConfig) -> tupl
     except TargetError as error:
         finding = make_finding("targets-unmatched", error.message)
         leaves = sorted({module.rpartition(".")[2] for module in group_lora_pairs(adapter.tensors)})
-        if not leaves:
-            raise
         other: Any = copy.deepcopy(config)
         vars(other).update({name: None for name in _PATTERN_FIELDS if hasattr(other, name)}, target_modules={*leaves})
         try:
             return place_keys(adapter.tensors, model, other), [finding]
         except TargetError:
-            raise AdapterError(f"{error.message}; the file has {format_names(leaves, 4)}") from error
+            return place_no_keys(adapter.tensors, model), [finding]
 
 
 def _compute_scales(config: PeftConfig | None, modules: Mapping[str, Any]) -> dict[str, float]:
@@ -227,7 +233,7 @@ def load_as_trained(checked: FileCheck, folder: Path, log: Callable[[str], None]
     own = adapter.config.get("base_model_name_or_path") == base
     if own and (placement is None or not placement.renamed):
         return load_run_for_export(adapter.folder)
-    renamed = placement.placed if placement is not None else {}
+    renamed = placement.names if placement is not None else {}
     keys = {key: renamed.get(key, key) for key in adapter.tensors}
     save_file(
         {new: adapter.load_tensor(key) for key, new in keys.items()}, folder / WEIGHTS_FILE, adapter.metadata or None

@@ -28,11 +28,15 @@ WRAPPERS = frozenset({
 })  # fmt: skip
 """Components that torch.compile, DDP, FSDP, DeepSpeed, layer streaming and PEFT's own modules put into a path."""
 LORA_TENSOR = re.compile(
-    r"(?P<module>.+?)\.(?P<letter>lora_(?:embedding_)?[AB])(?P<adapter>\.[^.]+)?(?P<end>\.weight)?"
+    r"(?P<module>.+?)\.(?P<letter>lora_(?:embedding_)?[AB])(?P<adapter>\.(?!bias$)[^.]+)?(?P<end>\.weight)?"
 )
 _ADAPTER_NAME = re.compile(
-    r"\.(lora_[AB]|lora_magnitude_vector)\.(?!weight$)([^.]+)(\.weight)?$|\.(lora_embedding_[AB])\.([^.]+)$"
+    r"\.(lora_[AB]|lora_magnitude_vector)\.(?!weight$|bias$)([^.]+)(\.weight)?$|\.(lora_embedding_[AB])\.([^.]+)$"
 )
+_OTHER_SPELLING = re.compile(r"\.(?:adapter\.)?(lora_down|lora_up|linear_in|linear_out)(?=\.weight$)")
+"""Names of A and B in files of kohya's scripts and of NeMo."""
+JOINED_PROJECTIONS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+"""Projections that some bases compute as one, rows one after the other."""
 _MOST_SUBSTITUTIONS = 4
 
 
@@ -51,11 +55,19 @@ class KeyPlacement:
     whole_modules: tuple[str, ...]  # modules that the config trains in full
     placed: dict[str, str] = field(default_factory=dict)  # key of the file → key that is expected
     weights: dict[str, Shape] = field(default_factory=dict)  # key of the file → shape of the base's own weight
+    weight_names: dict[str, str] = field(default_factory=dict)  # key of the file → as PEFT writes it, if other
     renamed: dict[str, list[str]] = field(default_factory=dict)  # what is wrong with the name → keys of the file
     older: list[str] = field(default_factory=list)
     untargeted: list[str] = field(default_factory=list)  # the base has the module, but the config does not select it
     other_expert_layout: list[str] = field(default_factory=list)
+    other_method: dict[str, str] = field(default_factory=dict)  # key of a selected module → the tensor's name in it
+    other_projections: dict[str, str] = field(default_factory=dict)  # key of the file → "qkv_proj for q_proj, …"
     unknown: list[str] = field(default_factory=list)
+
+    @property
+    def names(self) -> dict[str, str]:
+        """The key that PEFT writes, by key of the file, of all that have a place under another name or their own."""
+        return self.placed | self.weight_names
 
     def count_placed_by_own_name(self) -> int:
         """Return how many keys are as PEFT looks for them."""
@@ -106,12 +118,23 @@ def place_keys(tensors: Mapping[str, TensorHeader], model: nn.Module, config: Pe
             placement.placed[key] = key
         elif own_weight is not None and key.startswith(PREFIX):
             placement.weights[key] = own_weight
+            module, _, leaf = key.removeprefix(PREFIX).rpartition(".")
+            if module in report.kinds:  # PEFT looks for it inside of the adapted layer
+                placement.weight_names[key] = f"{PREFIX}{module}.base_layer.{leaf}"
+                placement.renamed.setdefault("'base_layer.' is missing", []).append(key)
         else:
             rest.append(key)
     rest = _place_under_older_names(rest, model, placement)
     rest = _place_without_wrappers(rest, parameters, placement)
     rest = _place_by_substitution(rest, tensors, placement)
     _sort_unplaced(rest, model, placement)
+    return placement
+
+
+def place_no_keys(tensors: Mapping[str, TensorHeader], model: nn.Module) -> KeyPlacement:
+    """Return the placement of a file whose config selects no module of the base: why each key has no place."""
+    placement = KeyPlacement({}, ())
+    _sort_unplaced(list(tensors), model, placement)
     return placement
 
 
@@ -133,7 +156,7 @@ def _place_without_wrappers(keys: list[str], parameters: Mapping[str, Shape], pl
         if plain in placement.expected:
             placement.placed[key] = plain
         elif (name := plain.removeprefix(PREFIX).replace(".base_layer.", ".")) in parameters:
-            placement.weights[key] = parameters[name]
+            placement.weights[key], placement.weight_names[key] = parameters[name], plain
         else:
             rest.append(key)
             continue
@@ -144,6 +167,10 @@ def _place_without_wrappers(keys: list[str], parameters: Mapping[str, Shape], pl
 def remove_wrappers(key: str) -> tuple[str, list[str]]:
     """Return a key as PEFT writes it, and what was wrong with it."""
     faults = []
+    if match := _OTHER_SPELLING.search(key):
+        right = "lora_A" if match[1] in ("lora_down", "linear_in") else "lora_B"
+        faults.append(f"{match[0][1:]!r} stands for {right!r}")
+        key = f"{key[: match.start()]}.{right}{key[match.end() :]}"
     key, name = split_adapter_name(key)
     if name is not None:
         faults.append(f"the adapter's name {name!r} is in the key")
@@ -207,20 +234,40 @@ def _iterate_substitutions(path: Path, by_ending: Mapping[Path, list[Path]]) -> 
             return
         if ending in by_ending:
             for place in by_ending[ending]:
-                yield path[:start], place[: len(place) - len(ending)], place
+                new = place[: len(place) - len(ending)]
+                if [p for p in path[:start] if p.isdigit()] == [p for p in new if p.isdigit()]:  # not another layer
+                    yield path[:start], new, place
             return
 
 
 def _sort_unplaced(keys: list[str], model: nn.Module, placement: KeyPlacement) -> None:
     """Say of each key without a place whether the base has its module, has its experts otherwise, or has neither."""
-    modules = {name for name, _ in model.named_modules()}
+    modules = {name for name, module in model.named_modules() if module._parameters}
+    selected = {name for key in placement.expected if (name := _find_module(key.removeprefix(PREFIX), modules))}
     stacked = {name.rpartition(".")[0] for name, p in model.named_parameters() if p.dim() == 3 and "experts" in name}
     for key in keys:
         path = remove_wrappers(key)[0].removeprefix(PREFIX)
-        module = path.partition(".lora_")[0]
+        module = path.partition(".lora_")[0].removesuffix(".base_layer")
         if ".experts" in module and (re.search(r"\.experts\.\d+\.", module) is not None) == bool(stacked):
             placement.other_expert_layout.append(key)
-        elif module in modules or module.removesuffix(".base_layer") in modules:
+        elif (found := _find_module(path, modules)) in selected:
+            placement.other_method[key] = path.removeprefix(f"{found}.").removesuffix(".weight")
+        elif found is not None:
             placement.untargeted.append(key)
+        elif what := _describe_other_projections(path, modules):
+            placement.other_projections[key] = what
         else:
             placement.unknown.append(key)
+
+
+def _find_module(path: str, modules: set[str]) -> str | None:
+    """Return the module that a key's tensor belongs to; None: the base does not have it."""
+    parents = [path.rsplit(".", depth)[0].removesuffix(".base_layer") for depth in (1, 2)]
+    return next((name for name in parents if name in modules), None)
+
+
+def _describe_other_projections(path: str, modules: set[str]) -> str:
+    """Return which projections the file has for which of the base's, if one has them joined and the other split."""
+    parent, _, name = path.rsplit(".", 2)[0].rpartition(".")
+    own = JOINED_PROJECTIONS.get(name) or tuple(one for one, parts in JOINED_PROJECTIONS.items() if name in parts)
+    return f"{name} for {', '.join(own)}" if own and all(f"{parent}.{part}" in modules for part in own) else ""

@@ -3,11 +3,12 @@
 A mend changes names, the order of values and settings. It never invents a value: what was not saved stays lost.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -23,6 +24,7 @@ from ..adapter_check.adapter_findings import Mend
 from ..adapter_check.base_findings import group_misshapen_keys
 from ..adapter_check.check_file import FileCheck
 from ..adapter_check.key_placement import (
+    JOINED_PROJECTIONS,
     group_lora_pairs,
     list_adapter_names_in_keys,
     remove_wrappers,
@@ -89,7 +91,7 @@ def _write_alpha(contents: AdapterContents, check: FileCheck, answers: RepairAns
 def _rename_keys(contents: AdapterContents, check: FileCheck, answers: RepairAnswers) -> None:
     placement = check.placement
     assert placement is not None
-    names = {**placement.placed, **{key: remove_wrappers(key)[0] for key in placement.weights}}
+    names = placement.names
     for key in [key for key in contents.tensors if ".original_module." in key]:  # the base's own, of a raw state dict
         del contents.tensors[key]
     renamed = {names.get(key, key): tensor for key, tensor in contents.tensors.items()}
@@ -164,8 +166,70 @@ def _read_ranks(contents: AdapterContents, check: FileCheck, answers: RepairAnsw
         contents.config |= {name: fields[name] for name in ("r", "rank_pattern")}
 
 
-def _mark_dora(contents: AdapterContents, check: FileCheck, answers: RepairAnswers) -> None:
-    contents.config["use_dora"] = True
+def _mark_flags(contents: AdapterContents, check: FileCheck, answers: RepairAnswers) -> None:
+    contents.config["use_dora"] = any("lora_magnitude_vector" in key for key in contents.tensors)
+    contents.config["lora_bias"] = any(key.endswith("lora_B.bias") for key in contents.tensors)
+
+
+def _swap_halves(contents: AdapterContents, check: FileCheck, answers: RepairAnswers) -> None:
+    assert check.placement is not None
+    for key in group_misshapen_keys(check.placement, check.adapter).get("halves-swapped", ()):
+        if ".lora_A" in key:
+            other = key.replace(".lora_A", ".lora_B")
+            contents.tensors[key], contents.tensors[other] = contents.tensors[other], contents.tensors[key]
+
+
+def _convert_projections(contents: AdapterContents, check: FileCheck, answers: RepairAnswers) -> None:
+    """Split the matrices of joined projections, or join those of split ones; the update stays the same."""
+    assert check.placement is not None
+    if contents.config.get("use_dora") or any(contents.config.get(field) for field in _PATTERNS):
+        raise AdapterError(
+            "the projections of a DoRA, or of a LoRA with rank or alpha patterns, cannot be converted",
+            "one rank and one alpha for all modules",
+            "merge it into the base that it was trained on",
+        )
+    modules = {key.partition(".lora_")[0] for key in check.placement.other_projections}
+    for parent in sorted({module.rpartition(".")[0] for module in modules}):
+        for joined, parts in JOINED_PROJECTIONS.items():
+            there = [name for name in (joined, *parts) if f"{parent}.{name}" in modules]
+            pairs = {
+                name: tuple(contents.tensors.pop(f"{parent}.{name}.lora_{letter}.weight") for letter in "AB")
+                for name in there
+            }
+            rows = {
+                name: module.out_features
+                for name in (joined, *parts)
+                if (module := dict(check.model.named_modules()).get(f"{parent}.{name}".removeprefix(PREFIX)))
+            }
+            if joined in pairs:
+                A, B = pairs[joined]
+                pairs = {part: (A, b) for part, b in zip(parts, B.split([rows[p] for p in parts]), strict=True)}
+            elif pairs:
+                pairs = {joined: _join_projections(pairs, parts, rows[joined], contents.config)}
+            for name, pair in pairs.items():
+                contents.tensors |= {f"{parent}.{name}.lora_{x}.weight": t for x, t in zip("AB", pair, strict=True)}
+    _select_modules(contents, check, answers)
+    _read_ranks(contents, check, answers)
+
+
+def _join_projections(pairs: Mapping[str, Any], parts: Sequence[str], rows: int, config: JsonObject) -> Any:
+    """Return A and B of `parts` one after the other, from those that are there; the scale follows from their rank."""
+    absent = [part for part in parts if part not in pairs]
+    left = rows - sum(len(B) for _, B in pairs.values())
+    if left % max(len(absent), 1) or (len(absent) > 1 and parts[0] in absent):
+        raise AdapterError(f"the rows of {format_names(absent)} in the base's projection are not known", "all of them")
+    rank = sum(len(A) for A, _ in pairs.values())
+    blocks, start = [], 0
+    for part in parts:
+        if part in absent:
+            blocks.append(torch.zeros(left // len(absent), rank))
+            continue
+        A, B = pairs[part]
+        factor = rank / len(A)  # the reader divides alpha by the joined rank, of rsLoRA by its root
+        B = B * (factor**0.5 if config.get("use_rslora") else factor)
+        blocks.append(torch.nn.functional.pad(B, (start, rank - start - len(A))))
+        start += len(A)
+    return torch.cat([pairs[part][0] for part in parts if part in pairs]), torch.cat(blocks).to(B.dtype)
 
 
 MENDS: dict[Mend, Callable[[AdapterContents, FileCheck, RepairAnswers], None]] = {
@@ -173,10 +237,12 @@ MENDS: dict[Mend, Callable[[AdapterContents, FileCheck, RepairAnswers], None]] =
     Mend.GIVE_ALPHA: _write_alpha,
     Mend.RENAME_KEYS: _rename_keys,
     Mend.CONVERT_EXPERTS: _stack_experts,
+    Mend.SPLIT_PROJECTIONS: _convert_projections,
+    Mend.SWAP_HALVES: _swap_halves,
     Mend.TRANSPOSE: _transpose,
     Mend.LEAVE_OUT_UNTRAINED: _leave_out_untrained,
     Mend.SELECT_MODULES: _select_modules,
     Mend.READ_RANKS: _read_ranks,
-    Mend.MARK_DORA: _mark_dora,
+    Mend.MARK_FLAGS: _mark_flags,
 }
 """Mends of the file, in this order. The others depend on the engine: `repair_adapter.py`."""

@@ -238,10 +238,11 @@ def _list_reasons_to_merge(mended: MendedAdapter, engine: str) -> list[str]:
 
 
 def _attach_on_meta_device(mended: MendedAdapter) -> Any:
-    """Return the base with the mended adapter, without values; copies of the base's own weights are left out."""
+    """Return the base with the mended adapter, without values; copies of the base's own matrices are left out."""
     placement, adapter = mended.check.placement, mended.check.adapter
     assert placement is not None
-    tensors = {key: adapter.load_tensor(key) for key in placement.placed}
+    biases = (key for key in placement.weights if key.endswith(".bias"))
+    tensors = {key: adapter.load_tensor(key) for key in (*placement.placed, *biases)}
     with tempfile.TemporaryDirectory(prefix="slimtune-repair-") as folder:
         AdapterContents(tensors, adapter.config, adapter.metadata).write(Path(folder))
         return PeftModel.from_pretrained(mended.check.model, folder)
