@@ -86,7 +86,7 @@ VOLATILE = [
     (r"\x1b\[(\?25[lh]|\d*[AKJ])|\r", ""),
     (r"^(.*[━╸╺].*|.*: \d+ of \d+ \(.* so far\))\n", ""),  # progress, by chance of the moment
     # A bar of progress takes its place, by chance of the moment.
-    (r"^\x1b\[2m(loading|writing|checking|\d of 3 exports checked).*\n", ""),
+    (r"^\x1b\[2m(loading|writing|checking).*\n", ""),
     (r"(?<=you: \x1b\[0mhello\n).*\n|(?<=8\nexit code 0\n--- stdout\n).*\n(?=--- stderr\nbase with)", "…\n"),
     (r"\bN (to N )?[KMGT]?i?B\b", "N B"),
     (r"\d+(\.\d+)? (to \d+(\.\d+)? )?[KMGT]?i?B\b", "N B"),

@@ -142,16 +142,15 @@ class AdapterReference:
 
     def select(self, indices: Sequence[int]) -> "AdapterReference":
         """Return a reference of some of the texts, with the log-probabilities that are computed already."""
-        other = AdapterReference(self.engine.model, self.engine.tokenizer, [self.texts[i] for i in indices])
-        for name in ("log_probs", "base_log_probs"):
-            vars(other)[name] = [getattr(self, name)[i] for i in indices]
-        return other
+        chosen = ([values[i] for i in indices] for values in (self.log_probs, self.base_log_probs))
+        texts = [self.texts[i] for i in indices]
+        return AdapterReference(self.engine.model, self.engine.tokenizer, texts).expecting(*chosen)
 
     def expecting(self, log_probs: list[Tensor], base_log_probs: list[Tensor] | None = None) -> "AdapterReference":
         """Return a reference for an engine that should compute these log-probabilities of the texts."""
         other = AdapterReference(self.engine.model, self.engine.tokenizer, self.texts)
-        vars(other)["log_probs"] = log_probs
-        vars(other)["base_log_probs"] = self.base_log_probs if base_log_probs is None else base_log_probs
+        base = self.base_log_probs if base_log_probs is None else base_log_probs
+        vars(other).update(log_probs=log_probs, base_log_probs=base)
         return other
 
     def score(self, engine: InferenceEngine, what: str) -> list[Tensor]:
@@ -246,16 +245,10 @@ class AdapterReference:
         for text, expected, given in zip(self.texts, self.log_probs, scores, strict=True):
             distances = (given.token_log_probs - expected).abs().nan_to_num(0)
             for at in distances.topk(min(count, len(distances))).indices.tolist():
-                before, token = (
-                    self.engine.tokenizer.decode(ids)
-                    for ids in (
-                        text.prompt_and_answer_ids[max(0, at - 7) : at + 1],
-                        text.prompt_and_answer_ids[at + 1 : at + 2],
-                    )
-                )
-                values = expected[at].item(), given.token_log_probs[at].item()
-                found.append((distances[at].item(), TokenDifference(token, before, *values)))
-        return [difference for _, difference in sorted(found, key=lambda pair: -pair[0])[:count]]
+                parts = text.prompt_and_answer_ids[at + 1 : at + 2], text.prompt_and_answer_ids[max(0, at - 7) : at + 1]
+                token, before = map(self.engine.tokenizer.decode, parts)
+                found.append(TokenDifference(token, before, expected[at].item(), given.token_log_probs[at].item()))
+        return sorted(found, key=lambda each: -abs(each.found - each.expected))[:count]
 
     def diagnose(self, differences: Tensor, tolerance: EngineTolerance, base: Tensor | None) -> EngineDiagnosis:
         """Return what an engine with these differences computes instead of the trained adapter.

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ..core.models.model_source import ModelSource
     from ..core.training.trained_model import TrainedModel
     from .export_results import EngineVerdict
-    from .verify import ExportEngineCheck, ExportVerifier
+    from .verify import ExportVerifier
 
 
 def make_flag_metadata(help: str, *names: str, parse: Callable[[str], Any] | None = None) -> Mapping[str, Any]:
@@ -123,8 +123,8 @@ class ExportFormat:
         """Compare what a folder contains, if anything, with the trained adapter; `facts` are those of its manifest."""
         raise NotImplementedError
 
-    def list_run_checks(self, verifier: ExportVerifier) -> Iterator[ExportEngineCheck]:
-        """Yield what `slimtune verify RUN` compares: exports into a temporary folder. By default nothing."""
+    def verify_run(self, verifier: ExportVerifier) -> Iterator[EngineVerdict]:
+        """Export a run into a temporary folder, and yield each comparison. By default nothing."""
         return iter(())
 
     def hint_if_gain_is_lost(self, run: Path) -> str:

@@ -25,7 +25,7 @@ from .export_results import EngineVerdict, KeptGain
 if TYPE_CHECKING:
     from ..core.models.model_source import ModelSource
     from ..generation.inference_engines import InferenceEngine
-    from .verify import ExportEngineCheck, ExportVerifier
+    from .verify import ExportVerifier
 
 ADAPTER_GGUF, MODEL_GGUF = "adapter.gguf", "model.gguf"
 ADAPTER_PRECISIONS = ("f32", "f16")
@@ -231,7 +231,7 @@ class GgufFormat(ExportFormat):
             lambda longest: LlamaCppScorer(base, max_tokens=longest, threads=threads),
         )
 
-    def list_run_checks(self, verifier: ExportVerifier) -> Iterator[ExportEngineCheck]:
+    def verify_run(self, verifier: ExportVerifier) -> Iterator[EngineVerdict]:
         """Yield the comparison of the run's adapter, and of its whole model, in llama.cpp."""
         if self.kind != GgufFormat.kind:  # Ollama reads the same files
             return
@@ -240,7 +240,6 @@ class GgufFormat(ExportFormat):
         from .expected_logps import ADAPTER_TOLERANCES
         from .gguf import write_adapter_gguf
         from .merge import write_merged_gguf
-        from .verify import ExportEngineCheck
 
         adapter, whole = verifier.temp_folder / ADAPTER_GGUF, verifier.temp_folder / MODEL_GGUF
 
@@ -254,10 +253,9 @@ class GgufFormat(ExportFormat):
             write_merged_gguf(verifier.loaded, verifier.run, whole, "f16")
             return verifier.open_llama_cpp(whole)
 
-        yield ExportEngineCheck(
-            ADAPTER_ENGINE, "f32", open_adapter, InProcessLlamaCppEngine.without_adapter, ADAPTER_TOLERANCES["f32"]
-        )
-        yield ExportEngineCheck(MODEL_ENGINE, "f16", open_whole, verifier.open_base_in("f16"))
+        without, tolerance = InProcessLlamaCppEngine.without_adapter, ADAPTER_TOLERANCES["f32"]
+        yield verifier.verify_engine(ADAPTER_ENGINE, "f32", open_adapter, tolerance, without)
+        yield verifier.verify_engine(MODEL_ENGINE, "f16", open_whole, None, verifier.open_base_in("f16"))
 
     def hint_if_gain_is_lost(self, run: Path) -> str:
         """Return the ways out if too little of the held-out gain is left."""

@@ -18,7 +18,7 @@ from .export_results import EngineVerdict, MergedExportFacts
 
 if TYPE_CHECKING:
     from ..generation.inference_engines import InferenceEngine
-    from .verify import ExportEngineCheck, ExportVerifier
+    from .verify import ExportVerifier
 
 ENGINE_NAME = "merged folder"
 _PATH_IN_CARD = re.compile(r"`(?:~|\.{1,2})?/[^`\n]*?([^`/\n]+)/?`")
@@ -44,10 +44,9 @@ class MergedFormat(ExportFormat):
             ENGINE_NAME, precision, lambda: verifier.open_merged(folder), are_chats_compared=True
         )
 
-    def list_run_checks(self, verifier: ExportVerifier) -> Iterator[ExportEngineCheck]:
+    def verify_run(self, verifier: ExportVerifier) -> Iterator[EngineVerdict]:
         """Yield the comparison of the run, merged."""
         from .merge import merge
-        from .verify import ExportEngineCheck
 
         folder = verifier.temp_folder / "merged"
 
@@ -56,9 +55,8 @@ class MergedFormat(ExportFormat):
             merge(verifier.run, folder)
             return verifier.open_merged(folder)
 
-        yield ExportEngineCheck(
-            ENGINE_NAME, llama_cpp_dtype_name(verifier.loaded.base.dtype), open_merged, are_chats_compared=True
-        )
+        precision = llama_cpp_dtype_name(verifier.loaded.base.dtype)
+        yield verifier.verify_engine(ENGINE_NAME, precision, open_merged, are_chats_compared=True)
 
     def check_upload(self, folder: Path, files: dict[str, Path | bytes], notes: list[str]) -> str:
         """Raise ModelError if the checkpoint is damaged or incomplete; remove local paths from its card."""

@@ -2,7 +2,7 @@
 
     the adapter's file        against its base (`adapter_check/`)
     a server, GGUF or folder  if it is given (`served_place.py`)
-    verify: a run             what each export format says (`list_run_checks`), exported into a temporary folder
+    verify: a run             what each export format says (`verify_run`), exported into a temporary folder
     verify: an export         what is in it, as its format says (`verify_folder`)
 
 What cannot be checked is reported with the reason, and never counts as passed.
@@ -11,7 +11,6 @@ What cannot be checked is reported with the reason, and never counts as passed.
 import importlib.util
 import shlex
 import tempfile
-import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -21,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.data.chat_template import TokenizedRow
 from ..core.foundation.dtype_names import dtype_name, llama_cpp_dtype_name
-from ..core.foundation.formatting import format_duration
 from ..core.models.loader import load_base
 from ..core.training.trained_model import TrainedModel, load_run
 from ..errors import AdapterError, ModelError, SlimtuneError, UsageError
@@ -72,19 +70,22 @@ def check_adapter(
         log: gets progress messages.
     """
     checked = check_file(path, base, log)
-    if place is None:
-        return _make_report(path, base, checked, [])
+    checks = [] if place is None else [_check_place(path, checked, place, log)]
+    return _make_report(path, base, checked, checks)
+
+
+def _check_place(path: Path, checked: FileCheck, place: ServedPlace, log: Callable[[str], None]) -> EngineVerdict:
+    """Compare what serves an adapter with it, or say why it cannot be computed."""
+    unknown = EngineVerdict(str(place), place.precision, reason="the base is not at hand: nothing was computed")
     if checked.result.base is None:
-        unknown = EngineVerdict(str(place), place.precision, reason="the base is not at hand: nothing was computed")
-        return _make_report(path, base, checked, [unknown])
+        return unknown
     with tempfile.TemporaryDirectory(prefix="slimtune-check-") as folder:
         try:
             loaded = load_as_trained(checked, Path(folder), log)
         except AdapterError as error:  # the file itself cannot be computed with: what the file's check says
-            unknown = EngineVerdict(str(place), place.precision, reason=error.message)
-            return _make_report(path, base, checked, [unknown])
-        verifier = ExportVerifier(loaded, path, Path(folder), log=log, reference=compute_loudest_reference(loaded))
-        return _make_report(path, base, checked, [verify_place(verifier, place)])
+            return replace(unknown, reason=error.message)
+        reference = compute_loudest_reference(loaded)
+        return verify_place(ExportVerifier(loaded, path, Path(folder), log=log, reference=reference), place)
 
 
 def verify(
@@ -128,10 +129,8 @@ def _verify_place_of_export(verifier: "ExportVerifier", place: ServedPlace, fact
     """Compare what serves an export, whose manifest has `facts`, or a run (None), on the base as it is served."""
     dtype, base = getattr(facts, "dtype", None), verifier.loaded.base
     if dtype and (base.quantization or dtype != dtype_name(base.dtype)):  # its other rounding is no fault
-        loaded = merging.load_run_for_export(verifier.run, dtype)
-        verifier = ExportVerifier(
-            loaded, verifier.run, verifier.temp_folder, verifier.rows_file, verifier.threads, verifier.log
-        )
+        loaded, unknown = merging.load_run_for_export(verifier.run, dtype), None
+        verifier = replace(verifier, loaded=loaded, reference=unknown)  # type: ignore[arg-type]
     precision = llama_cpp_dtype_name(verifier.loaded.base.dtype)
     place = replace(place, name=place.name or getattr(facts, "name", None), precision=precision)
     return verify_place(verifier, place, find_nearest_lora_error_tolerance(facts))
@@ -157,18 +156,6 @@ def _make_report(
     return AdapterReport(str(path), passed, file, checks, repair)
 
 
-@dataclass(frozen=True)
-class ExportEngineCheck:
-    """A comparison of a run's export with the trained adapter."""
-
-    name: str  # what is compared
-    precision: str  # of its weights
-    open_engine: Callable[[], InferenceEngine]
-    open_base: Callable[[Any], InferenceEngine] | None = None  # the untouched base in the same engine
-    tolerance: EngineTolerance | None = None  # None: that of the precision
-    are_chats_compared: bool = False  # whether the engine renders chats by what it read from the export
-
-
 @dataclass
 class ExportVerifier:
     """Opens engines on what a run exports to, and compares each with the trained adapter; arguments as for `verify`."""
@@ -191,14 +178,7 @@ class ExportVerifier:
     def verify_run(self) -> list[EngineVerdict]:
         """Export to every format that is compared for a run, and check each."""
         formats = (EXPORT_FORMATS.load(name)() for name in EXPORT_FORMATS.names())
-        checks = [check for each in formats for check in each.list_run_checks(self)]
-        verdicts, started = [], time.monotonic()
-        for number, check in enumerate(checks, 1):
-            verdicts.append(self.verify_engine(**vars(check)))
-            if number < len(checks):
-                after = format_duration(time.monotonic() - started)
-                self.log(f"{number} of {len(checks)} exports checked after {after}")
-        return verdicts
+        return [verdict for each in formats for verdict in each.verify_run(self)]
 
     def verify_export(self, folder: Path, manifest: ExportManifest) -> EngineVerdict:
         """Check what an export folder contains."""
@@ -231,11 +211,6 @@ class ExportVerifier:
         verdict = self.verify_engine(name, precision, open_engine, tolerance, InProcessLlamaCppEngine.without_adapter)
         if served.unproven and verdict.passed:
             verdict = replace(verdict, passed=None, reason=f"it is right beside the trained base; {served.unproven}")
-        return self.note_quantized_base(verdict)
-
-    def verify_in_running_server(self, name: str, engine: InProcessLlamaCppEngine, precision: str) -> EngineVerdict:
-        """Check the adapter in a llama.cpp that runs already, beside a base whose weights have a precision."""
-        verdict = self.verify_engine(name, precision, lambda: engine, None, InProcessLlamaCppEngine.without_adapter)
         return self.note_quantized_base(verdict)
 
     def note_quantized_base(self, verdict: EngineVerdict) -> EngineVerdict:

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -126,7 +127,9 @@ def start_llama_cpp_server(
             for index, ((name, run), trained) in enumerate(zip(runs.items(), loaded, strict=True) if verify else ()):
                 model.set_adapter(trained.adapter_name, inference_mode=True)
                 verifier = ExportVerifier(trained, run, folder, log=progress)
-                check = verifier.verify_in_running_server(f"llama.cpp, {name}", engine.with_adapter(index), weights)
+                open_adapter, open_base = partial(engine.with_adapter, index), InProcessLlamaCppEngine.without_adapter
+                check = verifier.verify_engine(f"llama.cpp, {name}", weights, open_adapter, None, open_base)
+                check = verifier.note_quantized_base(check)
                 if check.passed is False:
                     hint = "--precision f32 or q8_0, or --engine torch"
                     raise RunError(f"llama.cpp differs from the adapter of {run}: {check.reason}", check.limit, hint)

@@ -78,29 +78,25 @@ def find_placement_faults(placement: KeyPlacement, adapter: ForeignAdapter) -> I
     total = len(adapter.tensors)
     for what, keys in placement.renamed.items():
         yield make_finding("key-prefix", f"in {len(keys)} of {total} keys {what}", keys)
-    if placement.older:
-        yield make_finding("older-names", f"{len(placement.older)} of {total} keys have older names", placement.older)
-    if keys := placement.other_expert_layout:
-        yield make_finding("expert-layout", f"{len(keys)} of {total} keys are of experts in another layout", keys)
-    if keys := [key for key in placement.untargeted if "lora_magnitude_vector" not in key]:
-        yield make_finding("untargeted", f"{len(keys)} of {total} keys are of modules that the config leaves out", keys)
-    if keys := [key for key, name in placement.other_method.items() if name not in _FLAGGED_TENSORS]:
-        names = format_names(sorted({placement.other_method[key] for key in keys}), 4)
-        found = f"{len(keys)} of {total} tensors are none of the config's method: {names}"
-        yield make_finding("another-method", found, keys)
-    if others := placement.other_projections:
-        yield make_finding(
-            "projection-layout", f"the file has {' and '.join(dict.fromkeys(others.values()))}", [*others]
-        )
-    if keys := placement.unknown:
-        found = f"{len(keys)} of {total} keys are of no module of the base"
-        there, here = (
-            sorted({int(m[1]) for key in some if (m := re.search(r"\.(\d+)\.", key))})
-            for some in (adapter.tensors, placement.expected)
-        )
-        if there and here and there[-1] > here[-1]:
-            found += f"; the file has layers {there[0]} to {there[-1]}, the base {here[0]} to {here[-1]}"
-        yield make_finding("unknown-modules", found, keys)
+    other = {key: name for key, name in placement.other_method.items() if name not in _FLAGGED_TENSORS}
+    joined = placement.other_projections
+    there, here = (
+        sorted({int(m[1]) for key in some if (m := re.search(r"\.(\d+)\.", key))})
+        for some in (adapter.tensors, placement.expected)
+    )
+    layers = ""
+    if there and here and there[-1] > here[-1]:
+        layers = f"; the file has layers {there[0]} to {there[-1]}, the base {here[0]} to {here[-1]}"
+    for code, keys, what in (
+        ("older-names", placement.older, "have older names"),
+        ("expert-layout", placement.other_expert_layout, "are of experts in another layout"),
+        ("untargeted", placement.untargeted, "are of modules that the config leaves out"),
+        ("another-method", [*other], f"are none of the config's method: {format_names(sorted({*other.values()}), 4)}"),
+        ("projection-layout", [*joined], f"are {' and '.join(dict.fromkeys(joined.values()))}"),
+        ("unknown-modules", placement.unknown, f"are of no module of the base{layers}"),
+    ):
+        if keys:
+            yield make_finding(code, f"{len(keys)} of {total} keys {what}", keys)
     yield from _find_missing(placement)
 
 
