@@ -248,7 +248,8 @@ class AdapterReference:
                 parts = text.prompt_and_answer_ids[at + 1 : at + 2], text.prompt_and_answer_ids[max(0, at - 7) : at + 1]
                 token, before = map(self.engine.tokenizer.decode, parts)
                 found.append(TokenDifference(token, before, expected[at].item(), given.token_log_probs[at].item()))
-        return sorted(found, key=lambda each: -abs(each.found - each.expected))[:count]
+        found.sort(key=lambda each: abs(each.found - each.expected))
+        return list({(each.token, each.after): each for each in found}.values())[: -count - 1 : -1]  # once each
 
     def diagnose(self, differences: Tensor, tolerance: EngineTolerance, base: Tensor | None) -> EngineDiagnosis:
         """Return what an engine with these differences computes instead of the trained adapter.
