@@ -48,7 +48,7 @@ def make(folder):
     def recipe(name, url="", *, task=None, **train_settings):
         settings = {
             "model": {"name": str(folder / "base"), "dtype": "float32", "device": "cpu"},
-            "data": {"train": str(folder / "prompts.jsonl"), "validation_fraction": 0.0},
+            "data": {"train": str(folder / "prompts.jsonl"), "validation_fraction": 0.2},
             "task": {
                 "name": "grpo", "rewards": [f"{folder}/rewards.py:variety"], "num_generations": 4, "temperature": 0.8,
                 "max_completion_length": 8, "vllm_server_base_url": url, **(task or {}),

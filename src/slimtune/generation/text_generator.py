@@ -455,7 +455,8 @@ class TextGenerator(BaseAnswerQueue):
         if params.top_logprobs == 0 and logp is not None:
             logprobs = (TokenLogprob(token, logp, []),)
         elif params.top_logprobs is not None:
-            scores = logits / params.temperature if params.logprobs_at_temperature else logits
+            is_warm = params.logprobs_at_temperature and params.temperature > 0
+            scores = logits / params.temperature if is_warm else logits
             log_probs = scores.log_softmax(-1).clamp_min(-9999.0)  # JSON has no -Inf
             values, ids = log_probs.topk(params.top_logprobs)
             top = list(zip(ids.tolist(), values.tolist(), strict=True))
