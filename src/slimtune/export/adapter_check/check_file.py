@@ -30,8 +30,10 @@ from .foreign_adapter import ForeignAdapter, open_foreign_adapter
 from .key_placement import KeyPlacement, group_lora_pairs, place_keys, place_no_keys
 
 BASE_WEIGHTS_UNPROVEN = "whether the base has the weights of the training: only its config was compared"
-RUNTIME_BYTES = 350 << 20
-"""Memory of a process with torch and transformers imported."""
+RUNTIME_BYTES = 470 << 20
+"""Memory of a process with torch and transformers imported, and a file checked."""
+LOGIT_BYTES = 3 * 64 * 4
+"""For each entry of the vocabulary: three float32 copies of the logits of a text of 64 tokens."""
 _PATTERN_FIELDS = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "target_parameters")
 
 
@@ -253,7 +255,8 @@ def _estimate_bytes(config: Any) -> int:
     text = config.get_text_config()
     width, layers = getattr(text, "hidden_size", 0) or 0, getattr(text, "num_hidden_layers", 0) or 0
     inner = getattr(text, "intermediate_size", None) or 4 * width
-    parameters = layers * (4 * width * width + 3 * width * inner) + (getattr(text, "vocab_size", 0) or 0) * width
+    vocabulary = getattr(text, "vocab_size", 0) or 0
+    parameters = layers * (4 * width * width + 3 * width * inner) + vocabulary * width
     stored = getattr(config.dtype, "itemsize", 4)
     widened = 4 if stored < 4 and parameters < SMALL_MODEL else 0
-    return RUNTIME_BYTES + parameters * (stored + widened)
+    return RUNTIME_BYTES + vocabulary * LOGIT_BYTES + parameters * (stored + widened)
