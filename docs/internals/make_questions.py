@@ -71,7 +71,7 @@ ROWS = (
     Row("What does this word mean?", page="`slimtune explain 'what is an epoch'`, or the [glossary](glossary.md)"),
     Row("How many rows do I need?", page="100 to 500 for a tone, more for a format or a domain: "
         "[Quick answers](quick_answers.md#how-many-rows-do-i-need)"),
-    Row("My Ollama model answers nonsense. Why?", "explain 'my Ollama model answers nonsense'", "^template|export "),
+    Row("My Ollama model answers nonsense. Why?", "explain template-mismatch", "^template|export "),
     Row("Which rank, how many rows, how long?", page="[Quick answers](quick_answers.md)"),
     Row("Has anybody example rows and prompts?", page="[Starters](starters.md)"),
     Row("What has changed?", page="`CHANGELOG.md` in the source"),

@@ -4,14 +4,16 @@ import json
 import re
 from pathlib import Path
 
+import peft
 import pytest
 from models_zoo import llama
 from safetensors.torch import load_file
 from transformers import MambaConfig
 
 from slimtune import get_peft_model
-from slimtune.core.adapters.method_registry import METHODS, get_method_config_class, list_methods
+from slimtune.core.adapters.method_registry import METHODS, MISSING, get_method_config_class, list_methods
 from slimtune.core.config.method_settings import fill_recipe_defaults
+from slimtune.errors import ConfigError
 
 DOCS = Path(__file__).parents[2] / "docs/methods"
 
@@ -119,3 +121,12 @@ def test_index_page_has_a_line_for_each_method(described):
     built_in = METHODS.built_in_names()
     assert lines == [f"- [{name}]({name}.md): {described[name]['summary']}" for name in built_in]
     assert [name for name in built_in if not (DOCS / f"{name}.md").is_file()] == [], "pages that are missing"
+
+
+def test_a_method_that_peft_alone_has_is_named_as_such():
+    missing = {name for names in MISSING.values() for name in names}
+    assert missing == {kind.value.lower() for kind in peft.PeftType} - set(list_methods())
+    assert MISSING.keys() - {""} <= set(list_methods())
+    with pytest.raises(ConfigError) as error:
+        get_method_config_class("FourierFT")
+    assert error.value.code == "peft-name-missing"

@@ -109,9 +109,10 @@ def _list_titles(pages: list[ErrorPage]) -> list[PageTitle]:
 
 def _print_answers(answers: AnswerAndNearPages) -> None:
     screen, found = make_console(), answers.found
-    if found is None:
-        nearest = ". Perhaps:" if answers.near else "; `slimtune explain` lists them."
-        screen.print(Text(f"no page is about this{nearest}", "bold"))
+    if found is None and answers.near:
+        screen.print(Text("nothing answers this exactly; nearest:", "bold"))
+    elif found is None:
+        screen.print(Text("no page is about this; `slimtune explain` lists them.", "bold"))
     elif isinstance(found, ErrorPage):
         screen.print(Text(f"{found.code}: {found.title}", "bold"))
         _print_markdown(screen, found.body)
@@ -124,9 +125,10 @@ def _print_answers(answers: AnswerAndNearPages) -> None:
         screen.print(Text("\nSee also", "bold"))
     if answers.near:
         names = [
-            (f"  {each.code}", each.title) if isinstance(each, ErrorPage) else (f"  {each.answer}", "")
+            (f"  {each.code}", each.title) if isinstance(each, ErrorPage)
+            else (f"  {each.answer}", "" if found else re.split(r"(?<=[.:])\s", each.what, maxsplit=1)[0])
             for each in answers.near
-        ]
+        ]  # fmt: skip
         screen.print(make_table("", "", text_column_indices=(1,), rows=names))
 
 

@@ -20,6 +20,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "pissa": ("lora", {"init_lora_weights": "pissa"}),
 }
 """Names of papers about one setting of a method: the method, and the setting."""
+MISSING = {
+    "bitfit": ("beft",), "oft": ("boft", "hra", "psoft", "road"), "prefix_tuning": ("cartridge",),
+    "lora": ("adamss", "delora", "glora", "gralora", "lily", "poly", "xlora"),
+    "prompt_tuning": ("cpt", "multitask_prompt_tuning"), "vera": ("pvera", "randlora", "tinylora", "unilora", "vblora"),
+    "": ("c3a", "deft", "fourierft", "frod", "osf", "peanut", "shadow", "supertuning", "waveft"),
+}  # fmt: skip
+"""PEFT's methods that are not here, by the method here that is nearest in kind; "": none is."""
 
 
 @cache
@@ -40,6 +47,11 @@ def require_known_method_name(name: str) -> str:
         flags = "".join(f" --set method.{k}={str(v).lower()}" for k, v in settings.items())
         flags += " --quantization nf4" if method == "qlora" else ""
         raise ConfigError(f"there is no method {name!r}: it is a setting", f"--method {variant_of}{flags}")
+    for near, missing in MISSING.items():
+        if method in missing and method not in known:
+            hint = f"nearest in kind: {near}" if near else "none here is of its kind; PEFT itself trains it"
+            message = f"{method!r} is a method of PEFT; slimtune lacks this method"
+            raise ConfigError(message, "", hint, code="peft-name-missing")
     if method not in known:
         raise ConfigError(f"there is no method {name!r}{suggest(method, known)}", f"one of {format_names(known)}")
     return method

@@ -8,23 +8,23 @@ linear time.
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 
 from .guides import QuestionGuide, find_section_by_exact_heading, load_docs_sections_by_heading
-from .question_words import WordingIndex
+from .question_words import RankedAnswers, WordingIndex
 
 MOST_TEXT = 50_000
 """Characters of a text that are searched: the last ones, where a traceback says what went wrong."""
 _MOST_QUESTION = 300
 """Characters of a question; a longer text is a log, which only patterns find."""
 _GAP = 300
-_LEAST_CONFIDENCE, _LEAST_CONFIDENCE_ABOUT_ERRORS, _SURE_SCORE, _LEAST_NEAR = 0.62, 0.85, 0.9, 0.55
-"""The confidence, between 0 and 1, from which on an answer is given, and given to a text that names an exception; the
-score from which on an answer outweighs a pattern, and from which on it is perhaps meant."""
-_EXCEPTION = re.compile(r"\b[A-Za-z_.]*(?:Error|Exception)\b\s*:")
+_LEAST_CONFIDENCE, _SURE, _LEAST_NEAR, _LEAST_RELATED = 0.85, 0.9, 0.9, 1.2
+"""The confidence from which on an answer is given; the likeness to a wording from which on it is given in any case; the
+scores from which on another is named: where nothing is surely meant, and beside an answer."""
+_EXCEPTION = re.compile(r"\b[A-Za-z_.]*(?:Error|Exception|Warning)\b\s*:")
 _WARNINGS_PAGE = "harmless-warning"
 """The page of texts that stand in many logs beside the error that counts: any other page comes before it."""
 _QUOTES = str.maketrans("", "", "\"'`\\")
@@ -79,15 +79,16 @@ class AnswerAndNearPages:
     """Related answers, the nearest first; if none was found, those that are perhaps meant."""
 
 
-def find_answers(text: str, max_near: int = 2) -> AnswerAndNearPages:
+def find_answers(text: str, max_near: int = 3) -> AnswerAndNearPages:
     """Find what answers a text: a code, a heading of the docs, a question, an error, or a whole traceback."""
     pages = load_error_pages()
     if (code := text.strip().lower().replace(" ", "-")) in pages:
         return AnswerAndNearPages(pages[code], ())
-    scores = _score_questions(text)
-    ranked = sorted(scores, key=lambda name: scores[name], reverse=True)
-    if len(text) <= _MOST_QUESTION and (headed := find_section_by_exact_heading(text)):
+    is_question = len(text) <= _MOST_QUESTION
+    if is_question and (headed := find_section_by_exact_heading(text)):
         return AnswerAndNearPages(headed, ())
+    ranked = rank_answers(text) if is_question else None
+    scores = ranked.scores if ranked else {}
     fits = {
         code: (_score_patterns(text, page.patterns), _score_patterns(text, page.hints)) for code, page in pages.items()
     }
@@ -96,35 +97,22 @@ def find_answers(text: str, max_near: int = 2) -> AnswerAndNearPages:
         key=lambda code: (code != _WARNINGS_PAGE and fits[code][0] > 0, fits[code]),
         reverse=True,
     )
-    is_sure = bool(ranked) and scores[ranked[0]] >= _SURE_SCORE
-    if by_pattern and fits[by_pattern[0]][0] and not is_sure:
-        first, *others = by_pattern
-        others += [name for name in ranked if scores[name] >= _LEAST_NEAR]
-    elif is_sure or _is_likely_right(text, ranked, scores):
-        first, *others = (name for name in ranked if name == ranked[0] or scores[name] >= _LEAST_NEAR)
-    else:
-        first, others = "", [*by_pattern, *(name for name in ranked if scores[name] >= _LEAST_NEAR)]
+    first = ""
+    if ranked and ranked.nearest >= _SURE:
+        first = next(iter(scores))
+    elif by_pattern and fits[by_pattern[0]][0]:
+        first = by_pattern[0]
+    elif ranked and ranked.confidence >= _LEAST_CONFIDENCE and not _EXCEPTION.search(text):
+        first = next(iter(scores))
+    least = _LEAST_RELATED if first else _LEAST_NEAR
+    others = [*by_pattern, *(name for name, score in scores.items() if score >= least)]
     near = list(dict.fromkeys(name for name in others if name != first))[:max_near]
     return AnswerAndNearPages(_get_answers([first])[0] if first else None, _get_answers(near))
 
 
-def _is_likely_right(text: str, ranked: Sequence[str], scores: Mapping[str, float]) -> bool:
-    """Return whether the first answer is given: to a text that names an exception a page of errors alone, if surer."""
-    if not ranked:
-        return False
-    has_exception = _EXCEPTION.search(text) is not None
-    if has_exception and ranked[0] not in load_error_pages():
-        return False
-    least = _LEAST_CONFIDENCE_ABOUT_ERRORS if has_exception else _LEAST_CONFIDENCE
-    return _estimate_confidence(text, ranked, scores) >= least
-
-
-def _estimate_confidence(question: str, ranked: Sequence[str], scores: Mapping[str, float]) -> float:
-    """Estimate the probability that the first answer is right, from its score, its lead over the next one about
-    something else, and the words of the question that it has and that nothing has."""
-    first, *others = ranked
-    rival = next((scores[name] for name in others if not _are_linked(first, name)), 0.0)
-    return _build_index().estimate_confidence(question, first, scores[first], scores[first] - rival)
+def rank_answers(question: str) -> RankedAnswers | None:
+    """Rank all answers by how near a question is to their wordings; None if it shares no word with any."""
+    return _build_index().rank(question, _are_linked)
 
 
 def _are_linked(first: str, second: str) -> bool:
@@ -138,15 +126,11 @@ def _get_answers(names: list[str]) -> tuple[ErrorPage | QuestionGuide, ...]:
     return tuple(pages[name] if name in pages else sections[name].guide for name in names)
 
 
-def _score_questions(text: str) -> dict[str, float]:
-    return _build_index().score(text) if len(text) <= _MOST_QUESTION else {}
-
-
 @cache
 def _build_index() -> WordingIndex:
     pages, sections = load_error_pages(), load_docs_sections_by_heading()
     wordings = {code: (page.title, code.replace("-", " "), *page.asked) for code, page in pages.items()}
-    return WordingIndex(wordings | {name: section.wordings for name, section in sections.items()}, _load_texts())
+    return WordingIndex(wordings | {name: section.wordings for name, section in sections.items()})
 
 
 @cache

@@ -2,14 +2,17 @@
 
 Words are compared by their stems; words that mean the same here ("sample" and "row") have one stem. A rare word says
 more than a frequent one. A word of the question that no answer has counts against every answer, so that a question
-about something else finds none.
+about something else finds none. Two measures rank the answers: the nearest wording, and BM25 over all wordings of an
+answer.
 """
 
 import difflib
 import math
+import operator
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 
 _STOP_WORDS_TEXT = (
@@ -34,24 +37,6 @@ _NAMES_TEXT = (
 )
 _NAMES = frozenset(_NAMES_TEXT.split())
 """Names of models and tools, which seldom tell what a question is about."""
-_JARGON_TEXT = (
-    "adapter attn bf16 bfloat16 bitsandbyt ckpt checkpoint cuda dpo eo epoch finetun float16 fp16 gguf gpu huggingface "
-    "hyperparameter kaggl kto llama llm lora lr mlx moe mps mxfp4 nan nf4 ollama oom overfit peft pretrain qlora "
-    "multiturn quantiz rocm sft sfttrainer sglang tgi token tokenizer torch transformer trl unsloth vllm vram wandb"
-)
-_JARGON = frozenset(_JARGON_TEXT.split())
-"""Stems that only a question about language models has, or two of these: stems that have another meaning elsewhere."""
-_AMBIGUOUS_JARGON_TEXT = (
-    "train model loss dataset row answer prompt memory merge rate rank template base inferenc infer"
-)
-_AMBIGUOUS_JARGON = frozenset(_AMBIGUOUS_JARGON_TEXT.split())
-_ANY_JARGON = _JARGON | _AMBIGUOUS_JARGON
-_OTHER_SUBJECTS_TEXT = (
-    "android angular css django flask git html javascript kubernet laravel matplotlib migr npm panda postgr "
-    "react retriever selenium sql vectorstor vue webpack yarn"
-)
-_OTHER_SUBJECTS = frozenset(_OTHER_SUBJECTS_TEXT.split())
-"""Stems that make a question without jargon one about something else."""
 _SAME_WORDS = (
     "row sample example record datapoint pair instance",
     "dataset data corpus",
@@ -141,16 +126,16 @@ _PHRASES = (
     (r"\b(?:memory|vram) (?:is )?full\b|outofmemory\w*", "oom"),
 )
 
-_SMALL, _NAME, _UNASKED, _TELLING = 0.04, 0.12, 0.4, 0.45
-"""Weights, as shares of the weight of the rarest word of the wordings: of a small word, of a name, of a word that only
-the texts of answers have, and from which on a word tells what a question is about."""
-_UNKNOWN = (1.6, 0.6, 0.2)
-"""The same of a word that nothing has, in a question without jargon, with ambiguous jargon, and with jargon."""
-_CONFIDENCE = (-4.66, 4.89, 3.83, -1.56, 0.18, -0.8, 0.85, 0.06)
-"""Weights of what the confidence of an answer depends on: a constant, its score, its lead, the share of unknown words,
-whether the question is surely about language models, whether it has no jargon, telling words and all words."""
-_LEAST_SCORE_OUTSIDE_JARGON = 0.6
-"""The sum of score and lead below which a question that may be about something else has no answer."""
+_SMALL, _NAME, _VAGUE, _UNKNOWN = 0.08, 0.3, 0.3, 0.6
+"""Weights, as shares of the weight of the rarest word: of a small word, of a name, of a number or a word such as
+"error", and of a word that no wording has."""
+_MOST_LEAD = 0.6
+"""A larger lead over the next answer says no more."""
+_SATURATION, _LENGTH = 1.2, 0.75
+"""BM25's k1 and b."""
+_CONFIDENCE = (-2.0, 1.56, 3.4, -2.08)
+"""Weights of what the confidence of an answer depends on: a constant, its score, its lead and the share of unknown
+words. benchmarks/asked.py fits them."""
 _SIZE = re.compile(r"\d+(?:b|gb?|k|x)?")
 
 
@@ -188,106 +173,89 @@ for _group in _SAME_WORDS:
         _SYNONYMS.setdefault(_strip_ending(_word), _first)
 
 
-def _rate_jargon(stems: set[str]) -> int:
-    """Return 2 if a question is surely about language models by its words, 1 if it may be, else 0."""
-    return 2 if stems & _JARGON else int(len(stems & _AMBIGUOUS_JARGON) > 1)
+@dataclass(frozen=True)
+class RankedAnswers:
+    """The answers that share a word with a question, the nearest first."""
+
+    scores: dict[str, float]
+    """The score of each, 0 to 3: how alike the question and its nearest wording are, and twice its share of BM25."""
+    nearest: float
+    """How alike the question and the nearest wording of the first answer are, 0 to 1."""
+    features: tuple[float, ...]
+    """What the confidence depends on."""
+
+    @property
+    def confidence(self) -> float:
+        """The estimated probability that the first answer is right."""
+        return 1 / (1 + math.exp(-sum(map(operator.mul, _CONFIDENCE, self.features))))
 
 
 class WordingIndex:
-    """Finds the answers whose wordings are nearest to a question.
+    """Ranks answers by their wordings; `wordings` has for each answer the ways in which it is asked for."""
 
-    `wordings` has for each answer the ways in which it is asked for, `texts` what it says. The score of an answer is
-    between 0 and 1: mostly how alike the question and the nearest wording are (the weight of the words that both have,
-    over the geometric mean of their weights), and to smaller parts which share of the question's words is in any of
-    the answer's wordings, and in its text.
-    """
-
-    def __init__(self, wordings: Mapping[str, Sequence[str]], texts: Mapping[str, str]) -> None:
+    def __init__(self, wordings: Mapping[str, Sequence[str]]) -> None:
         self.wordings = {
-            name: [set(split_into_stems_marking_small_words(each)) for each in asked]
+            name: [frozenset(split_into_stems_marking_small_words(each)) for each in asked]
             for name, asked in wordings.items()
         }
-        self.known = {name: set().union(*asked) for name, asked in self.wordings.items()}
-        self.texts = {
-            name: words | set(split_into_stems_marking_small_words(texts[name])) for name, words in self.known.items()
+        self.counts = {
+            name: Counter(word for words in asked for word in words if word[0] != "~")
+            for name, asked in self.wordings.items()
         }
-        counts = Counter(word for words in self.known.values() for word in words if word[0] != "~")
-        self.weights = {word: math.log(1 + len(counts) / count) for word, count in counts.items()}
-        most = max(self.weights.values())
-        self.weights |= dict.fromkeys(("#", "not", "error", "require"), 0.3 * most)
-        self.least_telling = _TELLING * most
-        self.unknown_weights = [share * most for share in _UNKNOWN]
-        self.weights |= {f"~{word}": _SMALL * most for word in _STOP_WORDS} | dict.fromkeys(_NAMES, _NAME * most)
-        for word in set().union(*self.texts.values()):
-            self.weights.setdefault(word, _UNASKED * most)
-        self.long_words = [word for word in (*counts, *_SYNONYMS) if len(word) >= 5]
-        self.corrected: dict[str, str] = {}
+        answers = Counter(word for words in self.counts.values() for word in words)
+        weights = {word: math.log(1 + len(wordings) / count) for word, count in answers.items()}
+        self.most = max(weights.values())
+        weights |= dict.fromkeys(("#", "not", "error", "require"), _VAGUE * self.most)
+        weights |= dict.fromkeys(_NAMES, _NAME * self.most)
+        self.weights = weights | {f"~{word}": _SMALL * self.most for word in _STOP_WORDS}
+        self.sizes = {name: sum(words.values()) for name, words in self.counts.items()}
+        self.mean_size = sum(self.sizes.values()) / len(self.sizes)
+        self.long_words = [word for word in (*answers, *_SYNONYMS) if len(word) >= 5]
 
-    def score(self, question: str) -> dict[str, float]:
-        """Return the score of each answer that shares a word with a question."""
-        asked = self._split(question)
-        unknown = {word for word in asked if word not in self.weights}
-        unknown_weight = self.unknown_weights[_rate_jargon(asked)]
-        total = self._weigh(asked - unknown) + sum(self._weigh_unknown(word, unknown_weight) for word in unknown)
-        asked -= unknown
-        scores: dict[str, float] = {}
-        for name, wordings in self.wordings.items():
-            if near := max(
-                (self._compare(asked, words, total, bool(unknown)) for words in wordings if words), default=0.0
-            ):
-                known, told = (self._weigh(asked & words[name]) / total for words in (self.known, self.texts))
-                scores[name] = 0.7 * near + 0.2 * known + 0.1 * told
-        return scores
+    def rank(self, question: str, are_linked: Callable[[str, str], bool]) -> RankedAnswers | None:
+        """Rank the answers to a question; None if none shares a word with it.
 
-    def estimate_confidence(self, question: str, answer: str, score: float, lead: float) -> float:
-        """Estimate the probability that an answer is right; `lead` is by how much its score exceeds the next one's.
-
-        The weights are those of a logistic regression over labelled questions, and over the wordings, each of them
-        asked as if nobody had written it down.
+        `are_linked` says whether one of two answers leads to the other: then they are no rivals.
         """
-        asked = self._split(question)
-        jargon = _rate_jargon(asked)
-        if jargon < 2 and (asked & _OTHER_SUBJECTS or score + lead < _LEAST_SCORE_OUTSIDE_JARGON):
-            return 0.0
-        unknown = {word for word in asked if word not in self.weights}
-        unknown_weight = sum(self._weigh_unknown(word, self.unknown_weights[jargon]) for word in unknown)
-        total = self._weigh(asked - unknown) + unknown_weight
-        telling = sum(self.weights[word] >= self.least_telling for word in asked & self.known[answer])
-        features = (
-            1.0, score, min(lead, 0.4), unknown_weight / total, jargon == 2, not asked & _ANY_JARGON, min(telling, 4),
-            sum(word[0] != "~" for word in asked),
-        )  # fmt: skip
-        return 1 / (1 + math.exp(-sum(weight * each for weight, each in zip(_CONFIDENCE, features, strict=True))))
+        asked = {self._correct(word) for word in split_into_stems_marking_small_words(question)}
+        known = asked & self.weights.keys()
+        unknown = sum(_VAGUE if any(map(str.isdigit, word)) else _UNKNOWN for word in asked - known) * self.most
+        total = self._weigh(known) + unknown
+        near = {name: likeness for name in self.wordings if (likeness := self._compare(name, known, total))}
+        if not near:
+            return None
+        scores = {name: near[name] + 2 * self._score_bm25(name, known) / total for name in near}
+        first, *others = sorted(scores, key=lambda name: scores[name], reverse=True)
+        rival = next((scores[name] for name in others if not are_linked(first, name)), 0.0)
+        features = (1.0, scores[first], min(scores[first] - rival, _MOST_LEAD), unknown / total)
+        return RankedAnswers({name: scores[name] for name in (first, *others)}, near[first], features)
 
-    def _split(self, question: str) -> set[str]:
-        return {self._correct(word) for word in split_into_stems_marking_small_words(question)}
+    def _compare(self, name: str, known: set[str], total: float) -> float:
+        """Return how alike a question and the nearest wording of an answer are, 0 to 1: the weight of the words that
+        both have, over the geometric mean of their weights; 0 if they share small words alone."""
+        return max(
+            (
+                self._weigh(known & words) / math.sqrt(total * self._weigh(words))
+                for words in self.wordings[name]
+                if any(word[0] != "~" for word in known & words)
+            ),
+            default=0.0,
+        )
 
-    def _compare(self, asked: set[str], words: set[str], total: float, has_unknown: bool) -> float:
-        """Return how alike two sets of words are, 0 to 1; one common word, or common ones that are all frequent in
-        wordings ("model", "train"), say little among others."""
-        common = {word for word in asked & words if word[0] != "~"}
-        if not common:
-            return 0.0
-        alike = self._weigh(asked & words) / math.sqrt(total * self._weigh(words))
-        is_telling = max(self.weights[word] for word in common) >= self.least_telling
-        is_whole = not has_unknown and common == {word for word in asked | words if word[0] != "~"}
-        if (is_telling and (is_whole or len(common - {"#", "not"}) > 1)) or (asked == words and not has_unknown):
-            return alike
-        return 0.7 * alike
+    def _score_bm25(self, name: str, known: set[str]) -> float:
+        """Return BM25 of an answer, at most the weight of the question's words."""
+        counts, size = self.counts[name], self.sizes[name] / self.mean_size
+        damping = _SATURATION * (1 - _LENGTH + _LENGTH * size)
+        return sum(self.weights[word] * counts[word] / (counts[word] + damping) for word in known if word in counts)
 
+    @cache  # noqa: B019 - one index lives as long as the program
     def _correct(self, word: str) -> str:
         """Return a known stem for a long word that differs from it by a typing error."""
         if word in self.weights or len(word) < 6:
             return word
-        if word not in self.corrected:
-            alike = [each for each in self.long_words if each[0] == word[0] and abs(len(each) - len(word)) < 4]
-            near = difflib.get_close_matches(word, alike, 1, 0.8)
-            self.corrected[word] = _SYNONYMS.get(near[0], near[0]) if near else word
-        return self.corrected[word]
+        alike = [each for each in self.long_words if each[0] == word[0] and abs(len(each) - len(word)) < 4]
+        near = difflib.get_close_matches(word, alike, 1, 0.8)
+        return _SYNONYMS.get(near[0], near[0]) if near else word
 
-    def _weigh_unknown(self, word: str, weight: float) -> float:
-        """Return the weight of a word that nothing here has; beside jargon it is a detail, else another subject."""
-        return self.weights["#"] if any(sign.isdigit() for sign in word) else weight  # 8b, t4
-
-    def _weigh(self, words: set[str]) -> float:
+    def _weigh(self, words: set[str] | frozenset[str]) -> float:
         return sum(self.weights[word] for word in words)
