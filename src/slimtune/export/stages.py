@@ -34,7 +34,13 @@ from ..extras.adapter_strength import AdapterTensorInterpolator
 from ..extras.gguf_loading import load_gguf
 from ..generation.inference_engines import TextTokenScores, TransformersInferenceEngine
 from ..generation.mlx_engine import MlxEngine, is_mlx_lm_installed
-from .expected_logps import TOLERANCES, AdapterReference, EngineTolerance, judge_engine_against_adapter
+from .expected_logps import (
+    TOLERANCES,
+    AdapterReference,
+    EngineTolerance,
+    get_loosest_tolerance,
+    judge_engine_against_adapter,
+)
 from .export_results import EngineVerdict
 from .kept_gain import sum_supervised_nats
 from .llama_cpp_tools import resolve_gguf_precision
@@ -259,10 +265,12 @@ class _StageChain:
         return self.gguf
 
     def verify_llama_cpp(self) -> EngineVerdict:
-        """Compare llama.cpp with what its file's weights give."""
+        """Compare llama.cpp, which also rounds what it multiplies few bits with, with what its file's weights give."""
+        base_difference = get_loosest_tolerance(self.files.precision).base_difference
+        tolerance = replace(ENGINE_ARITHMETIC, base_difference=base_difference)
         return self.compare(
             "llama.cpp", self.files.precision, lambda: self.verifier.open_llama_cpp(self.get_quantized().file),
-            ENGINE_ARITHMETIC, lambda _: self.verifier.open_llama_cpp(self.get_quantized().base_file),
+            tolerance, lambda _: self.verifier.open_llama_cpp(self.get_quantized().base_file),
             are_chats_compared=True,
         )  # fmt: skip
 
