@@ -128,7 +128,8 @@ def test_completions(client, generator):
     ("field", "value", "message"),
     [
         ("model", "sailer", "there is no model 'sailer'; did you mean 'sailor'?"),
-        ("top_k", 3, "does not support the field 'top_k'; did you mean 'top_p'?"),
+        ("top_pp", 3, "does not support the field 'top_pp'; did you mean 'top_p'?"),
+        ("top_k", 3, "the server does not support top_k 3; it takes only 0 and -1"),
         ("guided_regex", "a", "does not support the field 'guided_regex'; structured_outputs has regex"),
         ("temperature", 3, "temperature: input should be less than or equal to 2"),
         ("max_tokens", "5", "max_tokens: input should be a valid integer"),
