@@ -11,7 +11,7 @@ from slimtune.core.training.optimizer import build_optimizer
 from slimtune.core.training.train import train
 from slimtune.errors import UsageError
 from slimtune.export.merge import merge
-from slimtune.extras.stochastic_rounding import store_rounded_stochastically
+from slimtune.extras.stochastic_rounding import round_steps_stochastically, store_rounded_stochastically
 
 OPTIMIZERS = ["adamw", "adamw-8bit"]
 
@@ -57,7 +57,7 @@ def test_a_thousand_small_steps_are_those_of_fp32(name):
     def train_weights(dtype: torch.dtype) -> torch.Tensor:
         model = torch.nn.Linear(8192, 1, bias=False, dtype=dtype)
         torch.nn.init.ones_(model.weight)
-        optimizer = build_optimizer(model, name, lr=1e-4)
+        optimizer = round_steps_stochastically(build_optimizer(model, name, lr=1e-4))
         for _ in range(1000):
             model.weight.grad = torch.ones_like(model.weight)
             optimizer.step()

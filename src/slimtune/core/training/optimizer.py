@@ -29,8 +29,8 @@ def build_optimizer(model: Any, name: str = "adamw", *, lr: float = 1e-4, weight
     groups = parameter_groups(model, lr, weight_decay, decayed)
     # PyTorch's default instead of `fused`, `foreach`, takes temporary tensors of all parameters at once.
     built = torch.optim.AdamW(groups, lr=lr, fused=True) if name == "adamw" else OPTIMIZERS.load(name)(groups, lr=lr)
-    in_bf16 = any(p.dtype == torch.bfloat16 for group in groups for p in group["params"])
-    return STEP_ROUNDINGS.load("stochastic")(built) if in_bf16 else built
+    in_fp32 = all(config.copies_in_fp32 for config in getattr(model, "peft_config", {}).values())
+    return built if in_fp32 else STEP_ROUNDINGS.load("stochastic")(built)
 
 
 def parameter_groups(
