@@ -99,10 +99,8 @@ PARTS: dict[str, dict[str, str]] = {
     "slimtune.data_reports": {"rows": "slimtune.evaluation.data_report.report_builder:DataReportBuilder"},
     "slimtune.general_texts": {"files": "slimtune.evaluation.general_text:load_general_text"},
     "slimtune.run_locks": {"files": "slimtune.extras.run_lock:RunLock"},
-    "slimtune.policy_samplers": {
-        "model": "slimtune.generation.policy_sampler:sample_policy_answers",
-        "server": "slimtune.generation.server_sampler:ServerSampler",
-    },
+    "slimtune.policy_samplers": {"model": "slimtune.generation.policy_sampler:sample_policy_answers"},
+    "slimtune.server_samplers": {"http": "slimtune.generation.server_sampler:ServerSampler"},
     "slimtune.memory_probes": {"longest": "slimtune.planning.memory_probe:probe_memory_and_write_plan"},
     "slimtune.export_support": {"formats": "slimtune.export.export_support:get_export_support_flags"},
     "slimtune.weight_roundings": {"gguf": "slimtune.export.gguf_roundings:find_weight_roundings"},

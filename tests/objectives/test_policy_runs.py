@@ -1,6 +1,7 @@
 """Runs on sampled answers: the sampler is the model that trains, faults are caught, killed runs resume bit for bit."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -146,61 +147,61 @@ def change_weights(model, change):
 
 
 @fault
-def adapter_off(model, tokenizer, prompts, **how):
-    return sample(model, tokenizer, prompts, **{**how, "adapter_or_base": BASE_ROW})
+def adapter_off(model, tokenizer, prompts, how):
+    return sample(model, tokenizer, prompts, replace(how, adapter_or_base=BASE_ROW))
 
 
 @fault
-def one_step_old(model, tokenizer, prompts, **how):
+def one_step_old(model, tokenizer, prompts, how):
     restore = change_weights(model, lambda p: p.copy_(model.weights_before[id(p)]))
-    found = sample(model, tokenizer, prompts, **how)
+    found = sample(model, tokenizer, prompts, how)
     restore()
     return found
 
 
 @fault
-def scale_wrong(model, tokenizer, prompts, **how):
+def scale_wrong(model, tokenizer, prompts, how):
     restore = change_weights(model, lambda p: p.mul_(2**0.5))
-    found = sample(model, tokenizer, prompts, **how)
+    found = sample(model, tokenizer, prompts, how)
     restore()
     return found
 
 
 @fault
-def other_adapter(model, tokenizer, prompts, **how):
+def other_adapter(model, tokenizer, prompts, how):
     restore = change_weights(model, lambda p: p.copy_(p.flip(0)))
-    found = sample(model, tokenizer, prompts, **how)
+    found = sample(model, tokenizer, prompts, how)
     restore()
     return found
 
 
 @fault
-def other_dtype(model, tokenizer, prompts, **how):
+def other_dtype(model, tokenizer, prompts, how):
     with torch.autocast("cpu", torch.bfloat16):
-        return sample(model, tokenizer, prompts, **how)
+        return sample(model, tokenizer, prompts, how)
 
 
 @fault
-def position_offset_after_the_prefix(model, tokenizer, prompts, **how):
+def position_offset_after_the_prefix(model, tokenizer, prompts, how):
     def shift(module, args, kwargs):
         positions = kwargs.pop("position_ids", args[-1])
         return (args[0], positions + (positions.shape[1] == 1)), kwargs
 
     (rotary,) = [m for name, m in model.named_modules() if name.endswith("rotary_emb")]
     hook = rotary.register_forward_pre_hook(shift, with_kwargs=True)
-    found = sample(model, tokenizer, prompts, **how)
+    found = sample(model, tokenizer, prompts, how)
     hook.remove()
     return found
 
 
 @fault
-def temperature_forgotten(model, tokenizer, prompts, **how):
-    return sample(model, tokenizer, prompts, **{**how, "temperature": 1.0})
+def temperature_forgotten(model, tokenizer, prompts, how):
+    return sample(model, tokenizer, prompts, replace(how, temperature=1.0))
 
 
 @fault
-def template_twice(model, tokenizer, prompts, **how):
-    return sample(model, tokenizer, [[*ids[:6], *ids] for ids in prompts], **how)
+def template_twice(model, tokenizer, prompts, how):
+    return sample(model, tokenizer, [[*ids[:6], *ids] for ids in prompts], how)
 
 
 LEARNING_FAULTS = {
@@ -214,10 +215,10 @@ FAULTY_STEP = 3
 def test_fault_of_the_sampler_is_caught_in_its_step(name, make, monkeypatch):
     calls = []
 
-    def sample_faulty(model, tokenizer, prompts, **how):
+    def sample_faulty(model, tokenizer, prompts, how):
         calls.append(prompts)
         now = FAULTS[name] if len(calls) == FAULTY_STEP else sample
-        found = now(model, tokenizer, prompts, **how)
+        found = now(model, tokenizer, prompts, how)
         model.weights_before = {id(p): p.detach().clone() for p in model.parameters() if p.requires_grad}
         return found
 

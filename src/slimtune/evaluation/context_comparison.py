@@ -19,7 +19,7 @@ from ..core.foundation.progress_bars import using_progress_prefix
 from ..generation.model_runner import GenerationRow, MultiAdapterRunner
 from ..generation.policy_sampler import sample_policy_answers
 from ..objectives.context import Context
-from ..objectives.sampled_answers import PROMPTS_AT_ONCE
+from ..objectives.sampled_answers import PROMPTS_AT_ONCE, AnswerSampling
 from ..objectives.teacher_rows import TEACHER_KEYS, TeacherRows, split_at_last_answer
 from .eval_result import ContextMeasures, SFTMeasures
 from .model_comparison import RowFigures
@@ -97,11 +97,13 @@ class ContextEvaluator(SupervisedLossEvaluator):
                 self.model,
                 self.tokenizer,
                 [split_at_last_answer(rows.teacher_rows.read(i)).prompt for i in numbers],
-                adapter_or_base=BASE_ROW,
-                count=1,
-                temperature=float(objective.temperature),
-                max_new_tokens=objective.max_completion_length,
-                seed=(self.seed << 32) + start,
+                AnswerSampling(
+                    BASE_ROW,
+                    count=1,
+                    temperature=float(objective.temperature),
+                    max_new_tokens=objective.max_completion_length,
+                    seed=(self.seed << 32) + start,
+                ),
             )
             found += [group[0].token_ids for group in sampled]
         return found

@@ -18,7 +18,7 @@ from ..extras.rewards.reward_workers import RewardWorkers
 from ..generation.policy_sampler import sample_policy_answers
 from ..objectives.policy_objective import PolicyObjective
 from ..objectives.reward_probes import DESCRIPTIONS, score_probes
-from ..objectives.sampled_answers import PROMPTS_AT_ONCE, make_answers_to_score
+from ..objectives.sampled_answers import PROMPTS_AT_ONCE, AnswerSampling, make_answers_to_score
 from .estimate import Estimate
 from .eval_result import PolicyEvalResult, PolicyMeasures, RewardProbe
 from .model_comparison import ModelComparison, RowFigures
@@ -81,11 +81,13 @@ class SampledAnswerComparison(ModelComparison[PolicyMeasures]):
                 self.model,
                 self.tokenizer,
                 [e["input_ids"] for e in prompts],
-                adapter_or_base=adapter_or_base,
-                count=objective.num_generations,
-                temperature=float(objective.temperature),
-                max_new_tokens=objective.max_completion_length,
-                seed=(self.seed << 32) + start * objective.num_generations,
+                AnswerSampling(
+                    adapter_or_base,
+                    objective.num_generations,
+                    float(objective.temperature),
+                    objective.max_completion_length,
+                    seed=(self.seed << 32) + start * objective.num_generations,
+                ),
             )
             rewards = workers.score(make_answers_to_score(prompts, sampled, str(self.rows_source)))
             found = workers.sum_weighted(torch.tensor(rewards, dtype=torch.float64))

@@ -129,8 +129,8 @@ def _verify_place_of_export(verifier: "ExportVerifier", place: ServedPlace, fact
     """Compare what serves an export, whose manifest has `facts`, or a run (None), on the base as it is served."""
     dtype, base = getattr(facts, "dtype", None), verifier.loaded.base
     if dtype and (base.quantization or dtype != dtype_name(base.dtype)):  # its other rounding is no fault
-        loaded, unknown = merging.load_run_for_export(verifier.run, dtype), None
-        verifier = replace(verifier, loaded=loaded, reference=unknown)  # type: ignore[arg-type]
+        loaded = merging.load_run_for_export(verifier.run, dtype)
+        verifier = replace(verifier, loaded=loaded, reference=None)  # type: ignore[arg-type]
     precision = llama_cpp_dtype_name(verifier.loaded.base.dtype)
     place = replace(place, name=place.name or getattr(facts, "name", None), precision=precision)
     return verify_place(verifier, place, find_nearest_lora_error_tolerance(facts))

@@ -19,7 +19,7 @@ from typing import Any
 
 from ..core.adapters.adapter_files import WEIGHTS_FILE
 from ..errors import RunError, SlimtuneError
-from ..objectives.sampled_answers import SampledAnswer
+from ..objectives.sampled_answers import AnswerSampling, SampledAnswer
 from .generation_models import make_generation_model
 from .http_engines import KEY_VARIABLE, get_http_status
 from .incremental_detokenizer import IncrementalDetokenizer
@@ -90,18 +90,9 @@ class ServerSampler:
         return name
 
     def __call__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        prompts: Sequence[Sequence[int]],
-        *,
-        adapter_or_base: str,
-        count: int,
-        temperature: float,
-        max_new_tokens: int,
-        seed: int,
+        self, model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], how: AnswerSampling
     ) -> list[list[SampledAnswer]]:
-        """Return `count` answers of the adapter to each prompt, which is token ids.
+        """Return answers of the adapter to each prompt, which is token ids.
 
         Each answer has the seed that it has where the model that trains samples; `slimtune serve` draws the same tokens
         with it as far as both compute the same logits.
@@ -110,18 +101,19 @@ class ServerSampler:
             RunError: the server does not answer, refuses the adapter or a request, or gives no token ids.
         """
         name = self.deliver(model)
-        ends = make_generation_model(model, tokenizer, adapter_or_base).end_tokens
+        ends = make_generation_model(model, tokenizer, how.adapter_or_base).end_tokens
         body: dict[str, Any] = NEUTRAL | {
             "model": name,
-            "max_tokens": max_new_tokens,
-            "temperature": temperature,
+            "max_tokens": how.max_new_tokens,
+            "temperature": how.temperature,
             "logprobs": 0,
             "logprobs_mode": "processed_logprobs",
             "return_token_ids": True,
             "stop_token_ids": sorted(ends),
         }
+        count = how.count
         requests: list[dict[str, Any]] = [
-            body | {"prompt": [list(ids)], "n": min(MOST_ANSWERS, count - first), "seed": seed + n * count + first}
+            body | {"prompt": [list(ids)], "n": min(MOST_ANSWERS, count - first), "seed": how.seed + n * count + first}
             for n, ids in enumerate(prompts)
             for first in range(0, count, MOST_ANSWERS)
         ]

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +21,7 @@ from ..errors import RunError, UsageError
 from ..extras.rewards.reward_workers import RewardWorkers
 from .policy_losses import estimate_token_kl
 from .reward_probes import describe_fired_probes, score_probes
-from .sampled_answers import SampledAnswer, make_answers_to_score
+from .sampled_answers import AnswerSampling, SampledAnswer, make_answers_to_score
 from .sampler_check import LARGEST_DIFFERENCES, SamplerCheck
 
 if TYPE_CHECKING:
@@ -34,12 +35,14 @@ EVENT = "answers"
 """Value of `event` in the lines of metrics.jsonl with the best and the worst answer of a step."""
 
 
-SampleAnswers = Callable[..., list[list[SampledAnswer]]]
-"""`sample(model, tokenizer, prompts, adapter_or_base=…, count=…, temperature=…, max_new_tokens=…, seed=…)`.
-
-Returns `count` answers to each prompt, which are token ids.
-"""
+SampleAnswers = Callable[[Any, Any, Sequence[Sequence[int]], AnswerSampling], list[list[SampledAnswer]]]
+"""`sample(model, tokenizer, prompts, how)` returns the answers to each prompt, which is token ids."""
 POLICY_SAMPLERS: Registry[SampleAnswers] = Registry("slimtune.policy_samplers", "sampler")
+"""Of the model that trains."""
+SERVER_SAMPLERS: Registry[Callable[[str, Path, float], SampleAnswers]] = Registry(
+    "slimtune.server_samplers", "sampler on a server"
+)
+"""From a server's address, a folder for the adapters that it gets, and the seconds that a request may take."""
 
 
 @dataclass(frozen=True)
@@ -124,12 +127,11 @@ class PolicyRun:
                 "leave --sampler out",
                 field="task.vllm_server_base_url",
             )
-        make: Any = POLICY_SAMPLERS.load("server")
         folder = self.prepared.run.path / SAMPLER_FOLDER
-        sample: SampleAnswers = make(url, folder, float(self.objective.vllm_server_timeout))
-        prompt, temperature = self.prepared.data.train[:1][0]["input_ids"], float(self.objective.temperature)
-        how: dict[str, Any] = {"adapter_or_base": "default", "count": 1, "max_new_tokens": 1, "seed": 0}
-        sample(self.model, self.tokenizer, [prompt], temperature=temperature, **how)
+        sample = SERVER_SAMPLERS.load("http")(url, folder, float(self.objective.vllm_server_timeout))
+        prompt = self.prepared.data.train[:1][0]["input_ids"]
+        how = AnswerSampling("default", 1, float(self.objective.temperature), max_new_tokens=1, seed=0)
+        sample(self.model, self.tokenizer, [prompt], how)
         return sample
 
     # --- a step -------------------------------------------------------------------------------------------------------
@@ -219,11 +221,7 @@ class PolicyRun:
             self.model,
             self.tokenizer,
             [e["input_ids"] for e in prompts],
-            adapter_or_base="default",
-            count=count,
-            temperature=temperature,
-            max_new_tokens=self.objective.max_completion_length,
-            seed=seed,
+            AnswerSampling("default", count, temperature, self.objective.max_completion_length, seed),
         )
         rewards = self.workers.score(make_answers_to_score(prompts, sampled, str(self.file)))
         return [

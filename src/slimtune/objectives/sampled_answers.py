@@ -12,6 +12,17 @@ PROMPTS_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
+class AnswerSampling:
+    """How answers are sampled."""
+
+    adapter_or_base: str  # the adapter's name, or BASE_ROW
+    count: int  # answers to each prompt
+    temperature: float
+    max_new_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True)
 class SampledAnswer:
     """An answer as it was sampled."""
 

@@ -21,8 +21,8 @@ from ..core.training.objective import Example
 from ..core.training.prepared_run import PreparedRun
 from ..errors import RunError, UsageError
 from ..extras.row_digest import hash_rows
-from .policy_run import POLICY_SAMPLERS, SampleAnswers, mix_seed
-from .sampled_answers import PROMPTS_AT_ONCE
+from .policy_run import POLICY_SAMPLERS, mix_seed
+from .sampled_answers import PROMPTS_AT_ONCE, AnswerSampling
 from .teacher_rows import TeacherRows, make_teacher_example, split_at_last_answer
 
 if TYPE_CHECKING:
@@ -166,17 +166,15 @@ class TeacherRun:
         """Return the tokens of one answer to each prompt; each process samples a part of them."""
         world, rank = distributed.world_size(), distributed.rank()
         own = prompts[rank::world]
-        sampler: SampleAnswers = POLICY_SAMPLERS.load("model")
-        sampled = sampler(
-            self.prepared.model,
-            self.prepared.base.tokenizer,
-            own,
-            adapter_or_base=adapter_or_base,
+        how = AnswerSampling(
+            adapter_or_base,
             count=1,
             temperature=float(self.objective.temperature),
             max_new_tokens=self.objective.max_completion_length,
             seed=mix_seed(self.prepared.settings.seed, what) + (rank << 20),
-        ) if own else []  # fmt: skip
+        )
+        sample = POLICY_SAMPLERS.load("model")
+        sampled = sample(self.prepared.model, self.prepared.base.tokenizer, own, how) if own else []
         answers = [group[0].token_ids for group in sampled]
         if world == 1:
             return answers

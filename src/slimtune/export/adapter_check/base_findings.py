@@ -51,10 +51,8 @@ def find_config_faults(adapter: ForeignAdapter, config: PeftConfig) -> Iterator[
         yield make_finding("saved-module-missing", "the file has no rows of the tokens in trainable_token_indices")
     if is_init_subtracted_from_base(settings.init_lora_weights):
         yield make_finding("start-in-base", f"init_lora_weights is {settings.init_lora_weights!r}")
-    places = [
-        *modules,
-        *(f"model.{name}" for name in settings.target_parameters or []),
-    ]  # PEFT writes patterns for experts' parameters, too
+    # PEFT writes patterns for experts' parameters, too.
+    places = [*modules, *(f"model.{name}" for name in settings.target_parameters or [])]
     for name in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(settings, name)
         if unused := [p for p in patterns if not any(find_matching_pattern([p], place) for place in places)]:
@@ -146,10 +144,10 @@ def find_placed_shape_faults(
 def group_misshapen_keys(placement: KeyPlacement, adapter: ForeignAdapter) -> dict[str, list[str]]:
     """Return the keys of placed tensors that have another shape than their module, by the code of the finding."""
     found: dict[str, list[str]] = defaultdict(list)
-    for key, (there, here) in _pair_placed_shapes(placement, adapter).items():
+    shapes = _pair_placed_shapes(placement, adapter)
+    for key, (there, here) in shapes.items():
         if there != here and len(there) == len(here) and 0 not in there:
             found[_classify_shape(key, there, here)].append(key)
-    shapes = _pair_placed_shapes(placement, adapter)
     swapped = [
         key
         for a, b in group_lora_pairs(dict.fromkeys([*found["transposed"], *found["another-shape"]])).values()

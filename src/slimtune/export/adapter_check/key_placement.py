@@ -66,7 +66,7 @@ class KeyPlacement:
 
     @property
     def names(self) -> dict[str, str]:
-        """The key that PEFT writes, by key of the file, of all that have a place under another name or their own."""
+        """The key as PEFT writes it, by key of the file; the base's own weights are left out if theirs is right."""
         return self.placed | self.weight_names
 
     def count_placed_by_own_name(self) -> int:

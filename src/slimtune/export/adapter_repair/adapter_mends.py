@@ -189,6 +189,7 @@ def _convert_projections(contents: AdapterContents, check: FileCheck, answers: R
             "merge it into the base that it was trained on",
         )
     modules = {key.partition(".lora_")[0] for key in check.placement.other_projections}
+    of_base = dict(check.model.named_modules())
     for parent in sorted({module.rpartition(".")[0] for module in modules}):
         for joined, parts in JOINED_PROJECTIONS.items():
             there = [name for name in (joined, *parts) if f"{parent}.{name}" in modules]
@@ -199,7 +200,7 @@ def _convert_projections(contents: AdapterContents, check: FileCheck, answers: R
             rows = {
                 name: module.out_features
                 for name in (joined, *parts)
-                if (module := dict(check.model.named_modules()).get(f"{parent}.{name}".removeprefix(PREFIX)))
+                if (module := of_base.get(f"{parent}.{name}".removeprefix(PREFIX)))
             }
             if joined in pairs:
                 A, B = pairs[joined]
