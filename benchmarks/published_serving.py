@@ -5,7 +5,15 @@ it decodes or reads a prompt, the tokens in the context (decoding) or in the pro
 `file_gib`, where the file's mixture of types has no name; `ubatch`, where it is not llama.cpp's own.
 Points with `"seen": false`, whose source was not found, and those with `excluded`, a reason, are shown and not counted.
 The fits of planning/serving_speed.py are to them and to those of data/serving_points_second.json. Those of
-data/serving_points_third.json judge the fits, which have not seen them.
+data/serving_points_third.json and, later, data/serving_points_fourth.json judge the fits, which have not seen them.
+
+What counts in the fourth was decided before any of it was predicted: one GPU or Mac that holds all weights, one
+request, no speculative decoding, a precision that is named, llama.cpp, Ollama, LM Studio or MLX themselves, a date.
+Of a source and a machine each base, precision and engine once, the first that is listed: decoding at the shortest
+published context, prompts nearest 512 tokens, of at least 256; of a group at most four, evenly spread over the
+source's own order. UD-Q4_K_XL counts as Q4_K_M, likewise Q6 and Q8. Left out are speeds by the clock of whole requests,
+tokens guessed from words, cached prompts, rounded "about" speeds, speeds above the memory's bandwidth, laptops on
+battery or throttled, and runs reported as a defect.
 
 Runs of MLX are predicted as llama.cpp would run weights of the same size: nothing is fitted to them, no plan has MLX,
 and the exit code leaves them out, as it does the two runs of vLLM.
@@ -48,6 +56,8 @@ SECOND_POINTS = json.loads((Path(__file__).parent / "data" / "serving_points_sec
 """Runs of further sources, which judged the first fits and are fitted to since."""
 THIRD_POINTS = json.loads((Path(__file__).parent / "data" / "serving_points_third.json").read_text(encoding="utf-8"))
 """Runs of sources that were collected after all of these, and written down before any of them was predicted."""
+FOURTH_POINTS = json.loads((Path(__file__).parent / "data" / "serving_points_fourth.json").read_text(encoding="utf-8"))
+"""The same, collected after the fits were changed by what the third showed."""
 EARLIER_POINTS = 249
 """The first points of the file, to which the first fits were made."""
 GROUPS = ("dense", "mixtures", "hybrids", "prompts")
@@ -65,9 +75,9 @@ GAESSLER = {"4766", "15131", "15525", "15631", "17505", "24127", "25441"}
 def name_source(text: str) -> str:
     """Return the author, site or repository that a point's source is of.
 
-    Of GitHub it is the owner, and of llama.cpp's own repository the author or the thread.
+    Of GitHub and Hugging Face it is the owner, and of llama.cpp's own repository the author or the thread.
     """
-    github = re.match(r"github\.com/([\w.-]+)/", text)
+    github = re.match(r"(?:github\.com|gist\.github\.com|huggingface\.co/datasets)/([\w.-]+)", text)
     if github is None:
         first = text.split(" ")[0]
         return first.split("/")[0] if "." in first else text
