@@ -3,15 +3,15 @@
     python benchmarks/grpo.py [--rounds 4] [--prompts 2] [--kinds short long] [--ways NAME …]
 
     ours          `slimtune train --task grpo`
-    trl           GRPOTrainer, PEFT's LoRA, transformers' `generate`; all answers of a step learned in `--parts` passes
+    trl           GRPOTrainer, PEFT's LoRA, transformers' `generate`
     trl-paged     the same with transformers' continuous batching
 
 Each way is a process of its own that waits while another one runs; a round runs each way for one whole step, and the
 order turns from round to round. All have the same prompts, K = 8, the same longest answer, temperature, base in the
 same dtype, r = 16 on all linear maps, AdamW, no weight on the KL divergence (ours measures it, TRL does not), nothing
-checkpointed, and a reward that takes no time. Figures are medians over rounds, ratios are taken round by round, and the
-first round warms up. Processor time is of the whole process; peak memory is each process's own, libraries and the
-base's weights included.
+checkpointed, and a reward that takes no time. The answers of a step are learned in `--parts` passes. Figures are
+medians over rounds, ratios are taken round by round, and the first round warms up. Processor time is of the whole
+process; peak memory is each process's own, libraries and the base's weights included.
 
 A last line is of decoding alone: a token for each of 16 answers, beside the bare products of the frozen weights with 16
 rows, in turns in one process. They read every weight from memory once, so no way of decoding in this dtype is faster.
@@ -75,6 +75,15 @@ class Step:
         )
 
 
+def count_tokens_of_a_pass(spec: dict[str, Any]) -> int:
+    """Return the tokens of `--parts` of a step's prompts with all their answers: TRL learns as many in a pass."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(spec["base"])
+    prompts = (tokenizer.apply_chat_template(p, add_generation_prompt=True)["input_ids"] for p in spec["prompts"])
+    return (max(map(len, prompts)) + NUM_GENERATIONS * MAX_COMPLETION_LENGTH) * spec["batch"] // spec["parts"]
+
+
 def run_ours(spec: dict[str, Any], turns: Turns) -> None:
     """Run the loop of `slimtune train`, a step at a time."""
     from slimtune.core.config import Recipe
@@ -94,6 +103,7 @@ def run_ours(spec: dict[str, Any], turns: Turns) -> None:
             "method": {"name": "lora", "r": LORA["r"], "lora_alpha": LORA["lora_alpha"]},
             "train": {
                 "batch_size": spec["batch"],
+                "max_tokens_per_micro_batch": count_tokens_of_a_pass(spec),
                 "max_steps": spec["steps"],
                 "learning_rate": LEARNING_RATE,
                 "forgetting_budget": None,
@@ -278,7 +288,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="float32", help="of the base's weights")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--prompts", type=int, default=2, help="prompts a step, each with 8 answers")
-    parser.add_argument("--parts", type=int, default=2, help="passes in which TRL learns the answers of a step")
+    parser.add_argument("--parts", type=int, default=2, help="passes in which the answers of a step are learned")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=[*KINDS])
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=["ours", "trl"])
     parser.add_argument("--threads", type=int, help="of each way; default: what it takes by itself")

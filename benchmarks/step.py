@@ -5,7 +5,7 @@
 Every way is a process of its own (`step_ways/`), the peers' in an environment of theirs without slimtune. All train
 r = 16 on all linear maps but the head, with AdamW, on the same rows in the same steps; all wait while one runs. A
 round runs each way once, in an order that turns from round to round, so a machine that slows down slows all of them;
-figures are medians over rounds, ratios are taken round by round, and the first round warms up. Three groups run one
+figures are medians over rounds, ratios are those of two medians, and the first round warms up. Three groups run one
 after the other, each beside ours: the peers at their best with fp32 adapters, the quick tours, and the peers at their
 best with 16-bit adapters, beside ours with such. All ways' first losses have to agree, or the run ends: they are of the
 same rows from the same start.

@@ -50,7 +50,7 @@ OF_TORCH = (
     torch.zeros(1).untyped_storage(),
     os,
 )
-OF_TORCH_OBJECTS = {"_overloadpacket", "_use_count", "_orig_mod", "_compiled_call_impl"}
+OF_TORCH_OBJECTS = {"_linear_pointwise", "_overloadpacket", "_use_count", "_orig_mod", "_compiled_call_impl"}
 OF_NAMED_TUPLES = {"_asdict", "_replace"}
 OWN = {"_joined", "_virtual_tokens"}  # set on objects of other libraries
 OWN |= {"_checkpoint_conversion_mapping"}  # of models written for transformers 4

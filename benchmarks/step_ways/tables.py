@@ -47,17 +47,13 @@ def figures(said: dict[str, Any], rounds: Rounds) -> dict[str, Any]:
     }
 
 
-def faster(than: Rounds, ours: Rounds) -> float:
-    """Return the median over rounds of how many times the first way's time ours goes into."""
-    return statistics.median(t["seconds"] / o["seconds"] for t, o in zip(than[1:], ours[1:], strict=True))
-
-
 def compare(found: dict[str, dict[str, Any]], own: str) -> None:
-    """Put into each way's figures how much faster `own`, ours, is."""
+    """Put into each way's figures the speed of `own`, ours, in the same turns, and how much faster that is."""
     for name, way in found.items():
         beside = REFERENCE.get(name, own)
         way["beside"] = beside = beside if beside in found else own
-        way["ours_is_faster_by"] = faster(way["rounds"], found[beside]["rounds"])
+        way["beside_rows_per_second"] = found[beside]["rows_per_second"]
+        way["ours_is_faster_by"] = way["beside_rows_per_second"] / way["rows_per_second"]
 
 
 def check(found: dict[str, dict[str, Any]], allowed: float) -> None:

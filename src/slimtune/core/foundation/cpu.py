@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 from pathlib import Path
 
 CPU_SETTINGS = {"GOMP_SPINCOUNT": "8000", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "32"}
@@ -26,6 +27,14 @@ def read_linux_cpu_flags_or_none() -> list[str] | None:
     if not _CPUINFO.is_file():
         return None
     return (_read_cpu_line("flags") or _read_cpu_line("Features")).split()
+
+
+def read_amd_family() -> int:
+    """Return the number of the family of a processor by AMD, 25 for Zen 3 and 4; 0 for other makers."""
+    if _read_cpu_line("vendor_id") == "AuthenticAMD":
+        return int(_read_cpu_line("cpu family") or 0)
+    found = re.search(r"Family (\d+) .*AuthenticAMD", platform.processor())  # Windows
+    return int(found[1]) if found else 0
 
 
 def _read_cpu_line(name: str) -> str:

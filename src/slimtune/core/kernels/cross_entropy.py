@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from ..foundation.device import get_real_or_simulated_device_type
+from .frozen_product import multiply_by_transposed_weight, multiply_by_weight
 
 Head = Callable[[Tensor], Tensor]
 """A map of hidden states `(n, d)` to logits `(n, vocabulary)`."""
@@ -96,7 +97,7 @@ class _CrossEntropy(torch.autograd.Function):
         losses = []
         for start in range(0, h.shape[0], chunk):
             rows, wanted = h[start : start + chunk], targets[start : start + chunk, None]
-            logits = scale_and_cap_logits(F.linear(rows, weight, bias).to(_wide_dtype(h)), scale, cap)
+            logits = scale_and_cap_logits(multiply_by_weight(rows, weight, bias).to(_wide_dtype(h)), scale, cap)
             cap_slope = None if cap is None or grad is None else 1 - (logits / cap).square()
             # The largest probability is at least 1 / vocabulary, so its logarithm is safe and softmax is enough.
             largest, index = logits.max(-1, keepdim=True)
@@ -107,7 +108,7 @@ class _CrossEntropy(torch.autograd.Function):
                 p.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=p.dtype))
                 if cap_slope is not None:
                     p *= cap_slope
-                torch.mm(p.to(h.dtype), weight, out=grad[start : start + chunk])
+                multiply_by_transposed_weight(p.to(h.dtype), weight, out=grad[start : start + chunk])
                 if scale != 1:
                     grad[start : start + chunk] *= scale
         ctx.save_for_backward(grad)

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
+from .frozen_product import FrozenLinear
+
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 ReadWeight = nn.MultiheadAttention | NonDynamicallyQuantizableLinear
 """Modules whose weight is read without a call of the module; the second class is that of the first one's `out_proj`."""
@@ -31,7 +33,7 @@ def get_base_layer_type(module: nn.Module) -> Literal["linear", "embedding", "co
 
 def is_plain_linear_forward(forward_partial: Any) -> bool:
     """Return whether `forward_partial`, a partial, is the forward of an unquantized linear layer and nothing else."""
-    return getattr(forward_partial, "func", None) in (nn.Linear.forward, Conv1D.forward)
+    return getattr(forward_partial, "func", None) in (nn.Linear.forward, FrozenLinear.forward, Conv1D.forward)
 
 
 def is_weight_transposed(module: nn.Module) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .dropout import fork_rng, get_rng_state
+from .frozen_product import multiply_by_transposed_weight, multiply_by_weight
 from .rms_norm import find_rms_norm_node, recompute_rms_norm_output
 
 
@@ -34,7 +35,7 @@ def low_rank_linear(
     if needs_unfused_operations(x):
         return add_low_rank_update(F.linear(x, weight, bias), x, A, B, scale, dropout)
     if not (dropout or torch.is_grad_enabled()):  # the same products, without what autograd costs for each token
-        out = F.linear(x, weight, bias)
+        out = multiply_by_weight(x, weight, bias)
         _flatten(out).addmm_(_flatten(x) @ A.to(x.dtype).t(), B.to(x.dtype).t(), alpha=scale)
         return out
     return _LowRankLinear.apply(x, None, weight, bias, A, B, scale, dropout)
@@ -78,7 +79,7 @@ class _LowRankLinear(torch.autograd.Function):
         z = _flatten(_drop(x, dropout) if dropout else x) @ A.to(x.dtype).t()
         if y is None:
             assert weight is not None
-            out = F.linear(x, weight, bias)
+            out = multiply_by_weight(x, weight, bias)
             _flatten(out).addmm_(z, B.to(x.dtype).t(), alpha=scale)
         else:
             out = torch.addmm(_flatten(y), z, B.to(y.dtype).t(), alpha=scale).view_as(y)
@@ -101,7 +102,7 @@ class _LowRankLinear(torch.autograd.Function):
         if need_x or need_A:
             grad_z = (g @ B.to(g.dtype)).mul_(ctx.scale)
         if need_x:
-            grad_x = g @ weight if weight is not None else None
+            grad_x = multiply_by_transposed_weight(g, weight) if weight is not None else None
             if ctx.dropout:
                 with fork_rng(ctx.rng_state, g.device):
                     update = _drop((grad_z @ A.to(g.dtype)).view(ctx.shape), ctx.dropout).view(-1, A.shape[1])

@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from ...errors import ModelError, UsageError, format_names, suggest
 from ..foundation.chat_rendering import CHAT_TEMPLATE_SETTERS
 from ..foundation.fingerprint import config_fingerprint
+from ..kernels.frozen_product import use_faster_frozen_products
 from .base_config import PreparedBase, get_hidden_size, load_config_and_convert_base
 from .dtype import pick_device, pick_dtype
 from .load_errors import silence_and_translate_load_errors
@@ -134,6 +135,8 @@ def load_base(
     if quantization is not None and quantization in BASE_QUANTIZATIONS.names():
         BASE_QUANTIZATIONS.load(quantization).prevent_cpu_weight_repacking(model)
     _check_weights(model, tokenizer, info, opened.source, task, warn=head is None)
+    if device.type == "cpu":
+        use_faster_frozen_products(model)
     for config in (model.config, model.config.get_text_config(), getattr(model, "generation_config", None)):
         if config is not None and getattr(config, "pad_token_id", None) is None:
             config.pad_token_id = tokenizer.pad_token_id  # for classification heads and `generate`
