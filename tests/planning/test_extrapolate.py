@@ -154,20 +154,30 @@ def test_peak_of_a_merge():
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text"])
 def test_layers_that_share_keys_are_planned_without_them(family):
-    """A model of two or three layers shares none, so the plan of one that does must come from all its layers."""
+    """A model of the first two or three layers shares none, so this one is planned from all its layers."""
     base = tiny_families.build(family, num_hidden_layers=4, num_kv_shared_layers=2)
     job = MicroBatchWorkload(base.config, LORA, torch.float32, (16,), device="cpu")
     model = job.build_model()
+    job = replace(job, layer_kinds=extrapolation.find_layer_kinds(job, model))
     without = replace(job, base_config=tiny_families.build(family, num_hidden_layers=4).config).build_model()
     assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in without.parameters())
-    trace, extrapolated = trace_training_step(job), extrapolate_step_trace(job, model)
-    assert extrapolated.state_bytes_by_part == trace.state_bytes_by_part
+    trace, extrapolated = trace_training_step(job), extrapolate_step_trace(job)  # as advice is, without a model
+    assert extrapolated.bytes_by_phase_and_part == trace.bytes_by_phase_and_part
     assert extrapolated.counts_by_operator_cost == trace.counts_by_operator_cost
 
 
 HYBRID = {
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 32, "linear_value_head_dim": 32,
     "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 4, "num_hidden_layers": 16,
+}  # fmt: skip
+OWN_HEADS = {
+    "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 3, "num_hidden_layers": 18, "sliding_window": 64,
+    "global_head_dim": 32, "hidden_size_per_layer_input": 0,
+}  # fmt: skip
+SHARED_KEYS = {
+    "layer_types": (["sliding_attention"] * 4 + ["full_attention"]) * 8, "num_hidden_layers": 40, "sliding_window": 64,
+    "global_head_dim": 32, "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 256,
+    "num_kv_shared_layers": 20, "use_double_wide_mlp": True,
 }  # fmt: skip
 LATENT = {
     "moe_intermediate_size": 32, "n_routed_experts": 4, "num_experts_per_tok": 2, "kv_lora_rank": 16, "q_lora_rank": 16,
@@ -180,6 +190,8 @@ LATENT = {
     [
         ("glm4_moe_lite", LATENT, [3, 4]),  # the first layer has no experts
         pytest.param("qwen3_5_text", HYBRID, [4, 5, 5], marks=pytest.mark.slow),
+        pytest.param("gemma4_text", OWN_HEADS, [4, 5, 5], marks=pytest.mark.slow),  # full attention has larger heads
+        pytest.param("gemma4_text", SHARED_KEYS, [6, 7, 7, 7, 7], marks=pytest.mark.slow),  # and the last have no keys
     ],
 )
 def test_layers_of_several_kinds(monkeypatch, family, sizes, traced_layers):
@@ -201,5 +213,7 @@ def test_layers_of_several_kinds(monkeypatch, family, sizes, traced_layers):
     computed = extrapolation.extrapolate_step_trace(job, model)
     assert traced == traced_layers
     assert computed.state_bytes == whole.state_bytes
-    assert computed.peaks == pytest.approx(whole.peaks, rel=0.01)
+    assert computed.peak == pytest.approx(whole.peak, rel=0.001)
+    # In a base this small the evaluation and the first layer's backward pass peak at one kind of layer or another.
+    assert computed.peaks == pytest.approx(whole.peaks, rel=0.08)
     assert computed.counts_by_operator_cost.total() == whole.counts_by_operator_cost.total()

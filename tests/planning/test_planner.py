@@ -17,6 +17,8 @@ from slimtune.core.data.example_lengths import DatasetRowComposition, measure_ex
 from slimtune.core.models.base_config import LoadedBaseConfig, load_base_config
 from slimtune.core.training.train import train
 from slimtune.errors import UsageError
+from slimtune.planning import planner
+from slimtune.planning.extrapolation import fit_memory_formula
 from slimtune.planning.gpu_specs import GpuSpec, make_gpu_with_memory, require_gpu_by_name
 from slimtune.planning.memory_trace import estimate_sharding_savings_and_uncertainty, make_dummy_examples
 from slimtune.planning.packed_lengths import remove_prefix_sharing, resize_example_rows
@@ -108,6 +110,19 @@ def test_split_batch():
     split = plan_tiny(SMALL, batch_size=8192)
     assert split.verdict == "fits"
     assert split.batch * split.micro_batches >= 8192
+
+
+@pytest.mark.slow
+def test_a_batch_is_split_again_where_the_trace_takes_more_than_the_formula(monkeypatch):
+    def fit_half(job, model):
+        formula = fit_memory_formula(job, model)
+        return replace(formula, coefficients={phase: c / 2 for phase, c in formula.coefficients.items()})
+
+    right = plan_tiny(SMALL, batch_size=8192)
+    monkeypatch.setattr(planner, "fit_memory_formula", fit_half)
+    wrong = plan_tiny(SMALL, batch_size=8192)
+    assert wrong.verdict == right.verdict == "fits"
+    assert 1 < wrong.batch <= right.batch
 
 
 @pytest.mark.slow

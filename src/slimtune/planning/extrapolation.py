@@ -14,6 +14,7 @@ of an MLP tile, and of a chunk of logits, it is an upper bound.
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Self
@@ -40,6 +41,8 @@ TOKENS = 1024
 """Shortest pack that the formula is fitted to."""
 MOST_TOKENS = 1 << 14
 """Most tokens that it is fitted to for the sake of a chunk of logits."""
+_COMPUTES_DIFFERENTLY_FIELDS = ("activation_sparsity_pattern",)
+"""Fields of configs with a number for each layer that does not show in the shapes of its weights."""
 
 
 def extrapolate_step_trace(
@@ -117,20 +120,24 @@ def _get_phase(phase: str, traced: StepTrace) -> dict[str, int]:
 def find_layer_kinds(job: MicroBatchWorkload, model: Any) -> tuple[int, ...]:
     """Return a number for each layer of a job's model, the same for layers whose weights have the same shapes.
 
-    () if all layers are alike, or if a base of some of them would not have these layers.
+    () if all layers are alike. If a base of some of the layers would not have these layers, each is a kind of its own,
+    so that the base is traced whole.
     """
-    if (shapes := _list_layer_shapes(model, job.num_layers)) is None or len(different := {*shapes}) == 1:
+    if (shapes := _list_layer_shapes(model, job.num_layers)) is None:
         return ()
-    numbers = {shape: i for i, shape in enumerate(sorted(different, key=shapes.index))}
-    kinds = tuple(numbers[shape] for shape in shapes)
+    text = job.base_config.get_text_config()
+    numbers = (getattr(text, name, None) or [None] * len(shapes) for name in _COMPUTES_DIFFERENTLY_FIELDS)
+    settings = [*zip(shapes, *numbers, strict=True)]
+    if len(different := [*dict.fromkeys(settings)]) == 1:
+        return ()
+    kinds = tuple(map(different.index, settings))
     if samples := _choose_layers(kinds):
         _, indices = samples[0]
-        try:
+        with suppress(Exception):  # a config that cannot have these layers fails in transformers' code in many ways
             few = _list_layer_shapes(job.with_layers(indices).build_model(), len(indices))
-        except Exception:  # a config that cannot have these layers fails in transformers' code in many ways
-            return ()
-        return kinds if few == [shapes[i] for i in indices] else ()
-    return ()
+            if few == [shapes[i] for i in indices]:
+                return kinds
+    return tuple(range(len(shapes)))
 
 
 def _list_layer_shapes(model: Any, num_layers: int) -> list[Any] | None:
@@ -160,7 +167,7 @@ def _choose_layers(kinds: Sequence[int]) -> list[tuple[int, list[int]]]:
 
     The first sample has the first layer, the last one, and the last of each kind between them, because a step takes
     most memory at the first or the last layer, or at the most expensive kind between them. Each other sample has one
-    more layer of a kind.
+    more layer of a kind: its first, which stands before that most expensive one as nearly all others do.
     """
     last = len(kinds) - 1
     common = {0, last, *(max(i for i in range(last) if kinds[i] == kind) for kind in kinds[:last])}
@@ -168,7 +175,7 @@ def _choose_layers(kinds: Sequence[int]) -> list[tuple[int, list[int]]]:
     for kind in dict.fromkeys(kinds):
         others = [i for i, other in enumerate(kinds) if other == kind and i not in common]
         if others:
-            samples.append((len(others), sorted({*common, others[-1]})))
+            samples.append((len(others), sorted({*common, others[0]})))
     samples[0] = (1 - sum(factor for factor, _ in samples[1:]), samples[0][1])
     return samples if sum(len(indices) for _, indices in samples) < len(kinds) else []
 

@@ -89,6 +89,7 @@ class MicroBatchWorkload:
         """Return the job for a base with only the layers at these places, in this order."""
         config = copy.deepcopy(self.base_config)
         text, num_layers = config.get_text_config(), self.num_layers
+        own_fields = {int(i): fields for i, fields in (text.to_dict().get("per_layer_config") or {}).items()}
         for name, value in list(vars(text).items()):
             if isinstance(value, list) and len(value) == num_layers:
                 setattr(text, name, [value[i] for i in indices])
@@ -96,8 +97,10 @@ class MicroBatchWorkload:
             if isinstance(first := getattr(text, name, None), int):
                 setattr(text, name, sum(i < first for i in indices))
         text.num_hidden_layers = len(indices)
-        if getattr(text, "num_kv_shared_layers", 0):  # the last layers read the keys and values of earlier ones
-            text.num_kv_shared_layers = 0
+        if shared := getattr(text, "num_kv_shared_layers", 0):  # the last layers read the keys of earlier ones
+            text.num_kv_shared_layers = sum(i >= num_layers - shared for i in indices)
+        if own_fields:
+            text.per_layer_config = {place: own_fields[i] for place, i in enumerate(indices) if i in own_fields}
         return replace(self, base_config=config, layer_kinds=())
 
     def build_model(self) -> Any:
