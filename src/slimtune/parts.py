@@ -74,7 +74,9 @@ PARTS: dict[str, dict[str, str]] = {
     "slimtune.base_quantizations": dict.fromkeys(("nf4", "int8", "fp4"), "slimtune.extras.bitsandbytes_loading")
     | {
         "mxfp4": "slimtune.extras.mxfp4_quantizer",
-        **{name: f"slimtune.extras.stored_quantizations:{name.upper()}" for name in ("fp8", "gptq", "awq")},
+        "fp8": "slimtune.extras.stored_quantizations:FP8",
+        "compressed-tensors": "slimtune.extras.stored_quantizations:COMPRESSED_TENSORS",
+        **dict.fromkeys(("gptq", "awq"), "slimtune.extras.integer_checkpoints"),
     },
     "slimtune.base_readers": {"gguf": "slimtune.extras.gguf_loading"},
     "slimtune.config_checks": {"damage": "slimtune.extras.damaged_config"},

@@ -16,7 +16,7 @@ from slimtune.core.training.nonfinite import find_nonfinite_weights
 from slimtune.core.training.train import train
 from slimtune.errors import UsageError
 from slimtune.export.merge import merge
-from slimtune.extras.quantized_experts import QuantizedExperts
+from slimtune.extras.quantized_weight import QuantizedWeight
 from slimtune.planning.memory_trace import trace_training_step
 from slimtune.planning.plan_request import MicroBatchWorkload
 
@@ -51,7 +51,7 @@ def test_a_checkpoint_stays_packed_and_computes_what_transformers_computes(folde
     expected = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, quantization_config=Mxfp4Config(dequantize=True)
     ).eval()
-    experts = {n: p for n, p in base.model.named_parameters() if isinstance(p, QuantizedExperts)}
+    experts = {n: p for n, p in base.model.named_parameters() if isinstance(p, QuantizedWeight)}
     assert len(experts) == 4
     for name, packed in experts.items():
         assert torch.equal(packed.dequantized(), expected.get_parameter(name))
@@ -60,13 +60,13 @@ def test_a_checkpoint_stays_packed_and_computes_what_transformers_computes(folde
         logits = base.model(tokens()).logits
         assert torch.equal(logits, expected(tokens()).logits)
         plain = dequantize_model(base.model, dtype)
-        assert not any(isinstance(p, QuantizedExperts) for p in plain.parameters())
+        assert not any(isinstance(p, QuantizedWeight) for p in plain.parameters())
         assert torch.equal(plain(tokens()).logits, logits)
 
 
 def test_the_check_for_nan_dequantizes_nothing(folder, monkeypatch):
     model = load_base(str(folder), dtype="float32").model
-    monkeypatch.setattr(QuantizedExperts, "dequantized", None)
+    monkeypatch.setattr(QuantizedWeight, "dequantized", None)
     assert find_nonfinite_weights(model) == []
     model.lm_head.weight.data[0] = torch.nan
     assert find_nonfinite_weights(model) == ["lm_head.weight"]

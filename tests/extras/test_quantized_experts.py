@@ -21,9 +21,9 @@ from slimtune.core.training.run_dir import RunDir
 from slimtune.core.training.train import train
 from slimtune.core.training.trained_model import load_run
 from slimtune.export.merge import load_run_for_export, merge
-from slimtune.extras import quantized_experts
+from slimtune.extras import quantized_weight
 from slimtune.extras.nf4_experts import is_expert_parameter, quantize_experts_to_nf4
-from slimtune.extras.quantized_experts import QuantizedExperts
+from slimtune.extras.quantized_weight import QuantizedWeight
 
 pytestmark = [
     pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"),
@@ -39,7 +39,7 @@ def make(family, implementation="grouped_mm", dtype=torch.float32, *, dequantize
     for name, weight in list(model.named_parameters()):
         if is_expert_parameter(model, name):
             packed = quantize_experts_to_nf4(weight.float())
-            packed = QuantizedExperts(packed.packed, packed.format, packed.sizes, dtype)
+            packed = QuantizedWeight(packed.packed, packed.format, packed.sizes, dtype)
             module, _, leaf = name.rpartition(".")
             new = nn.Parameter(packed.dequantized() if dequantized else packed, requires_grad=False)
             model.get_submodule(module)._parameters[leaf] = new
@@ -86,7 +86,7 @@ def test_real_sizes_take_4_13_bits():
 def test_logits_and_gradients_equal_those_of_the_dequantized_model(
     family, implementation, dtype, tolerance, monkeypatch
 ):
-    monkeypatch.setattr(quantized_experts, "GROUP_BYTES", 3 * 4 * 32 * 32)  # groups of some experts, the last smaller
+    monkeypatch.setattr(quantized_weight, "GROUP_BYTES", 3 * 4 * 32 * 32)  # groups of some experts, the last smaller
     expected, their_grads = run_step(make(family, implementation, dtype, dequantized=True))
     logits, grads = run_step(make(family, implementation, dtype))
     assert (logits - expected).abs().max() <= tolerance * expected.abs().max()
@@ -118,7 +118,7 @@ def folder(request, tmp_path, tiny_tokenizer):
 def test_a_base_is_loaded_with_experts_in_4_bits(folder):
     model = load_base(str(folder), dtype="float32", quantization="nf4").model
     plain = load_base(str(folder), dtype="float32").model
-    experts = {n: p for n, p in model.named_parameters() if isinstance(p, QuantizedExperts)}
+    experts = {n: p for n, p in model.named_parameters() if isinstance(p, QuantizedWeight)}
     assert experts.keys() == {n for n, p in plain.named_parameters() if p.dim() == 3}
     for name, weight in experts.items():
         assert torch.equal(weight.dequantized(), quantize_experts_to_nf4(plain.get_parameter(name)).dequantized())

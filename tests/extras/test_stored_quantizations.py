@@ -1,4 +1,4 @@
-"""Checkpoints in FP8, made by transformers' own code, GPTQ and AWQ."""
+"""Checkpoints in FP8, made by transformers' own code, and of compressed-tensors."""
 
 import json
 from importlib.util import find_spec
@@ -62,11 +62,9 @@ def test_a_run_on_fp8_is_trained_and_merged(folder, tmp_path):
     assert load_base(str(tmp_path / "merged"), dtype="float32").quantization is None
 
 
-@pytest.mark.skipif(find_spec("gptqmodel") is not None, reason="gptqmodel is installed")
-@pytest.mark.parametrize("method", ["gptq", "awq"])
-def test_a_checkpoint_whose_library_is_missing_is_refused_by_name(method, tmp_path, tiny_tokenizer):
-    settings = {"quant_method": method, "bits": 4, "group_size": 32}
-    folder = write_base(tmp_path / "base", "qwen3", tiny_tokenizer, settings)
-    with pytest.raises(ModelError, match=f"{method}.*gptqmodel") as caught:
+@pytest.mark.skipif(find_spec("compressed_tensors") is not None, reason="compressed-tensors is installed")
+def test_a_checkpoint_whose_library_is_missing_is_refused_by_name(tmp_path, tiny_tokenizer):
+    folder = write_base(tmp_path / "base", "qwen3", tiny_tokenizer, {"quant_method": "compressed-tensors"})
+    with pytest.raises(ModelError, match=r"compressed-tensors.*compressed_tensors") as caught:
         load_base(str(folder))
-    assert "pip install gptqmodel" in caught.value.hint
+    assert "pip install compressed-tensors" in caught.value.hint

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .quantized_experts import QuantizedExperts
+from .quantized_weight import QuantizedWeight, WeightFormat
 
 
-class Mxfp4Format:
+class Mxfp4Format(WeightFormat):
     """MXFP4; see the top of this file."""
 
     def dequantize(self, packed: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype) -> Tensor:
@@ -22,7 +22,7 @@ class Mxfp4Format:
         return convert_moe_packed_tensors(packed["blocks"], packed["scales"], dtype=dtype).mT
 
 
-def pack_mxfp4_experts(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> QuantizedExperts:
+def pack_mxfp4_experts(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> QuantizedWeight:
     """Return experts `(experts, in, out)`, as gpt-oss multiplies by them, from the tensors of a checkpoint."""
     sizes = (blocks.shape[1], blocks.shape[2] * blocks.shape[3] * 2)
-    return QuantizedExperts({"blocks": blocks, "scales": scales}, Mxfp4Format(), sizes, dtype, is_transposed=True)
+    return QuantizedWeight({"blocks": blocks, "scales": scales}, Mxfp4Format(), sizes, dtype, is_transposed=True)

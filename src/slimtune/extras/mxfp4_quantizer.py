@@ -1,7 +1,7 @@
 """transformers' quantizer of checkpoints in MXFP4, made to keep the experts packed.
 
 transformers runs such a checkpoint with kernels that have no backward pass, or dequantizes it as it is loaded. Here
-each product dequantizes some of the experts (`quantized_experts.py`), so adapters train on the checkpoint as it is.
+each product dequantizes some of the experts (`quantized_weight.py`), so adapters train on the checkpoint as it is.
 """
 
 from typing import Any
@@ -23,7 +23,7 @@ PACKED_MXFP4 = "slimtune_packed_mxfp4"
 
 
 class _KeepPacked(ConversionOps):
-    """Loads the two packed tensors of a parameter as `QuantizedExperts`."""
+    """Loads the two packed tensors of a parameter as `QuantizedWeight`."""
 
     def __init__(self, hf_quantizer: Any) -> None:
         self.hf_quantizer = hf_quantizer

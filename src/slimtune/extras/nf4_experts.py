@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .quantized_experts import QuantizedExperts
+from .quantized_weight import QuantizedWeight, WeightFormat
 
 BLOCK, SCALE_BLOCK = 64, 256
 
 
-class Nf4Format:
+class Nf4Format(WeightFormat):
     """Double-quantized NF4; see the top of this file."""
 
     def dequantize(self, packed: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype) -> Tensor:
@@ -57,7 +57,7 @@ class Nf4Format:
 NF4 = Nf4Format()
 
 
-def quantize_experts_to_nf4(weight: Tensor) -> QuantizedExperts:
+def quantize_experts_to_nf4(weight: Tensor) -> QuantizedWeight:
     """Quantize experts `(experts, m, n)` in float32, bfloat16 or float16, each as a matrix of its own."""
     from bitsandbytes import functional as bnb
 
@@ -70,7 +70,7 @@ def quantize_experts_to_nf4(weight: Tensor) -> QuantizedExperts:
         for name, tensor in zip(each, (values.flatten(), absmax, nested.absmax, offset), strict=True):
             each[name].append(tensor)
     packed = {name: torch.stack(tensors) for name, tensors in each.items()}
-    return QuantizedExperts(packed, NF4, tuple(weight.shape[1:]), weight.dtype)
+    return QuantizedWeight(packed, NF4, tuple(weight.shape[1:]), weight.dtype)
 
 
 def is_expert_parameter(model: nn.Module, name: str) -> bool:

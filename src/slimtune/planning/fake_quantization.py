@@ -4,7 +4,7 @@
     nf4-single  n/2 bytes and an fp32 scale for every 64 values: no second quantization
     int8        n bytes and an fp32 scale for every row
 
-The stacked experts of a mixture have their real class and products (`extras/quantized_experts.py`); only bitsandbytes'
+The stacked experts of a mixture have their real class and products (`extras/quantized_weight.py`); only bitsandbytes'
 functions are replaced, and tokens are spread evenly over the experts.
 
 The layers of bitsandbytes quantize real weights, so they can be built neither on meta nor of fake tensors. What these
@@ -27,12 +27,14 @@ from transformers.pytorch_utils import Conv1D
 from ..core.foundation.device import get_real_or_simulated_device_type
 from ..core.kernels.linear_layers import get_in_and_out_features
 from ..core.models.quantization import KINDS as LOADED
-from ..core.models.quantization import get_stored_quantization
+from ..core.models.quantization import get_quantization_settings, get_stored_quantization
 from ..errors import ModelError, UsageError, format_names, suggest
 from ..extras.bitsandbytes_loading import list_modules_not_quantized
+from ..extras.integer_checkpoints import METHODS, IntegerCheckpoint, read_integer_checkpoint
 from ..extras.mxfp4_experts import Mxfp4Format
 from ..extras.nf4_experts import BLOCK, SCALE_BLOCK, Nf4Format, is_expert_parameter
-from ..extras.quantized_experts import QuantizedExperts
+from ..extras.quantized_weight import QuantizedLinear, QuantizedWeight
+from ..extras.stored_quantizations import DEQUANTIZED
 
 STORED = (*LOADED, "fp4")
 """Quantizations in which bitsandbytes can store a checkpoint."""
@@ -147,22 +149,22 @@ class FakeNf4Format(Nf4Format):
         return scales.new_empty(shape, dtype=dtype)
 
 
-class FakeQuantizedExperts(QuantizedExperts):
-    """Experts that have the same number of tokens each: which token goes where is not known to a plan."""
+class FakeQuantizedWeight(QuantizedWeight):
+    """A packed weight whose experts have the same number of tokens: which token goes where is not known to a plan."""
 
     def list_group_ends(self, offs: Tensor, rows: int) -> list[int]:
         return [rows * (expert + 1) // len(offs) for expert in range(len(offs))]
 
 
-def fake_mxfp4_experts(weight: Tensor) -> FakeQuantizedExperts:
+def fake_mxfp4_experts(weight: Tensor) -> FakeQuantizedWeight:
     """Return experts `(experts, in, out)` in MXFP4, without values."""
     experts, into, out = weight.shape
     new = partial(torch.empty, dtype=torch.uint8, device=weight.device)
     packed = {"blocks": new(experts, out, into // 32, 16), "scales": new(experts, out, into // 32)}
-    return FakeQuantizedExperts(packed, Mxfp4Format(), (out, into), weight.dtype, is_transposed=True)
+    return FakeQuantizedWeight(packed, Mxfp4Format(), (out, into), weight.dtype, is_transposed=True)
 
 
-def fake_nf4_experts(weight: Tensor) -> FakeQuantizedExperts:
+def fake_nf4_experts(weight: Tensor) -> FakeQuantizedWeight:
     """Return experts `(experts, m, n)` in double-quantized NF4, without values."""
     experts, values = len(weight), weight[0].numel()
     blocks = -(-values // BLOCK)
@@ -174,7 +176,21 @@ def fake_nf4_experts(weight: Tensor) -> FakeQuantizedExperts:
         "nested": new(experts, scale_blocks),
         "offset": new(experts, 1),
     }
-    return FakeQuantizedExperts(packed, FakeNf4Format(), tuple(weight.shape[1:]), weight.dtype)
+    return FakeQuantizedWeight(packed, FakeNf4Format(), tuple(weight.shape[1:]), weight.dtype)
+
+
+def fake_integer_weight(weight: Tensor, stored: IntegerCheckpoint) -> FakeQuantizedWeight:
+    """Return a weight `(out, in)`, or of experts `(experts, out, in)`, in GPTQ or AWQ, without values."""
+    *experts, out, into = weight.shape
+    count, groups = experts[0] if experts else 1, stored.count_groups(into)
+    packed = {
+        name: torch.empty(count, *shape, dtype=torch.float16 if name == "scales" else torch.int32, device=weight.device)
+        for name, shape in stored.format.list_shapes(into, out, groups).items()
+    }
+    if groups > 1 and (stored.desc_act or into % groups):
+        packed["g_idx"] = torch.empty(count, into, dtype=torch.int32, device=weight.device)
+    how = {"is_single": not experts, "is_transposed": True}
+    return FakeQuantizedWeight(packed, stored.format, (into, out), weight.dtype, **how)
 
 
 class _Matmul(torch.autograd.Function):
@@ -203,7 +219,7 @@ EXPERTS_ONLY = ("mxfp4",)
 
 
 def resolve_quantization_kind(config: PreTrainedConfig, requested: str | None = None) -> str | None:
-    """Return the one of `KINDS` or `EXPERTS_ONLY` that a base will be loaded in: requested, or of its checkpoint.
+    """Return the one of `KINDS`, `EXPERTS_ONLY` or `METHODS` that a base is loaded in: requested, or its checkpoint's.
 
     Raises:
         UsageError: the checkpoint contradicts the request.
@@ -216,15 +232,17 @@ def resolve_quantization_kind(config: PreTrainedConfig, requested: str | None = 
         raise UsageError(f"the checkpoint is stored in {stored}, not in {requested}", f"{stored}, or nothing")
     if stored in EXPERTS_ONLY:
         return stored
-    if stored == "fp8":
-        return None  # dequantized as it is loaded
+    if stored in DEQUANTIZED:
+        return None
+    settings = get_quantization_settings(config)
+    if stored in METHODS:
+        read_integer_checkpoint(stored, settings)
+        return stored
     if stored not in STORED:
-        expected = f"16 or 32 bits, {format_names((*STORED, *EXPERTS_ONLY))}"
+        expected = f"16 or 32 bits, {format_names((*STORED, *EXPERTS_ONLY, *METHODS, *DEQUANTIZED))}"
         raise ModelError(
             f"the checkpoint is stored in {stored}, which cannot be planned", expected, code="quantized-base"
         )
-    settings: Any = config.quantization_config
-    settings = settings if isinstance(settings, dict) else settings.to_dict()
     if stored != "int8" and not settings.get("bnb_4bit_use_double_quant"):
         return "nf4-single"
     return "nf4" if stored == "fp4" else stored  # fp4 takes what nf4 takes
@@ -239,7 +257,7 @@ def fake_quantize_model(model: Any, quantization: str) -> None:
     Raises:
         UsageError: the kind is none of `KINDS`, or the model has no layer to quantize.
     """
-    if quantization not in (*KINDS, *EXPERTS_ONLY):
+    if quantization not in (*KINDS, *EXPERTS_ONLY, *METHODS):
         raise UsageError(
             f"{quantization!r} is no quantization{suggest(quantization, KINDS)}", f"one of {format_names(KINDS)}"
         )
@@ -248,9 +266,21 @@ def fake_quantize_model(model: Any, quantization: str) -> None:
         _fake_quantize_experts(model, fake_nf4_experts if quantization == "nf4" else fake_mxfp4_experts)
     if quantization in KINDS:
         _fake_quantize_layers(model, quantization)
+    if quantization in METHODS:
+        _fake_pack_integers(model, read_integer_checkpoint(quantization, get_quantization_settings(model.config)))
 
 
-def _fake_quantize_experts(model: Any, pack: Callable[[Tensor], FakeQuantizedExperts]) -> None:
+def _fake_pack_integers(model: Any, stored: IntegerCheckpoint) -> None:
+    """Pack stacked experts and linear layers but the head, which is dequantized as it is loaded."""
+    _fake_quantize_experts(model, partial(fake_integer_weight, stored=stored))
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear and module is not head and stored.has_layer(name):
+            module.__class__ = QuantizedLinear
+            module._parameters["weight"] = nn.Parameter(fake_integer_weight(module.weight, stored), requires_grad=False)
+
+
+def _fake_quantize_experts(model: Any, pack: Callable[[Tensor], FakeQuantizedWeight]) -> None:
     for name, weight in list(model.named_parameters()):
         if is_expert_parameter(model, name):
             module, _, leaf = name.rpartition(".")

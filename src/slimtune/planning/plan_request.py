@@ -20,9 +20,11 @@ from ..core.data.example_lengths import (
 )
 from ..core.models.base_config import LoadedBaseConfig, get_max_positions, load_base_config
 from ..core.models.dtype import pick_dtype
-from ..core.models.quantization import get_stored_quantization
+from ..core.models.quantization import get_quantization_settings, get_stored_quantization
 from ..core.training.loss import TOKENS_ON_CPU, TOKENS_ON_GPU
 from ..errors import UsageError
+from ..extras.integer_checkpoints import METHODS, read_integer_checkpoint
+from ..extras.stored_quantizations import DEQUANTIZED
 from ..objectives.teacher_objective import TeacherObjective
 from .fake_quantization import fake_quantize_model, resolve_quantization_kind
 from .gpu_specs import GpuSpec, require_trainable_gpu
@@ -233,10 +235,15 @@ def build_plan_request(
             message = f"rows of {longest} tokens, and {info.name} has {positions} positions"
             raise UsageError(message, "rows within the base's positions", f"--max-seq-len {positions}")
         seq_len, notes = positions, [f"Rows have at most {positions} tokens: {info.name} has no more positions."]
-    if get_stored_quantization(info.config) == "fp8":
+    stored = get_stored_quantization(info.config)
+    quantization = resolve_quantization_kind(info.config, model.quantization)
+    if stored in DEQUANTIZED:
         notes.append(
-            "The checkpoint is stored in FP8; it is dequantized as it is loaded, and takes what is planned here."
+            f"The checkpoint is stored in {stored}; it is dequantized as it is loaded, and takes what is planned here."
         )
+    elif stored in METHODS:
+        held_in = read_integer_checkpoint(stored, get_quantization_settings(info.config)).describe()
+        notes.append(f"The checkpoint is stored in {held_in}; its weights stay so, and each product dequantizes one.")
     max_tokens = train.max_tokens_per_micro_batch
     if max_tokens == "auto":
         max_tokens = TOKENS_ON_GPU if gpu.device == "cuda" else TOKENS_ON_CPU
@@ -266,7 +273,7 @@ def build_plan_request(
             row_composition,
         ),
         dtype=model.dtype,
-        quantization=resolve_quantization_kind(info.config, model.quantization),
+        quantization=quantization,
         split_batch=train.max_tokens_per_micro_batch == "auto",
         lengths=tuple(heapq.nlargest(train.batch_size, example_lengths, key=count_tokens_with_shared_prompt)),
         quantiles=pick_length_quantiles(sorted(example_lengths, key=count_tokens_with_shared_prompt), QUANTILES)

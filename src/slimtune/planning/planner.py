@@ -22,9 +22,11 @@ from ..core.data.example_lengths import (
 from ..core.foundation.dtype_names import dtype_name
 from ..core.foundation.formatting import format_bytes
 from ..core.models.base_config import get_max_positions
+from ..core.models.quantization import get_stored_quantization
 from ..core.training.loss import make_collator
 from ..errors import ModelError, SlimtuneError, is_out_of_memory
-from ..extras.quantized_experts import QuantizedExperts
+from ..extras.integer_checkpoints import METHODS
+from ..extras.quantized_weight import QuantizedWeight
 from .extrapolation import (
     MemoryFormula,
     count_allocated_model_bytes,
@@ -34,6 +36,7 @@ from .extrapolation import (
     find_layer_kinds,
     fit_memory_formula,
 )
+from .fake_quantization import KINDS
 from .gpu_specs import GpuSpec
 from .interval import Interval
 from .memory_trace import StepTrace, apply_sharding_savings, estimate_sharding_savings_and_uncertainty
@@ -428,7 +431,7 @@ def list_memory_saving_changes(job: MicroBatchWorkload, gpu: GpuSpec) -> list[tu
     quantizations = [
         (f"--quantization {kind}", partial(replace, quantization=kind))
         for kind in ("nf4", "int8")
-        if job.quantization != "nf4"
+        if job.quantization != "nf4" and get_stored_quantization(job.base_config) is None
     ]
     if gpu.quantization_is_proven:
         changes += quantizations
@@ -500,7 +503,7 @@ def describe_gpu_dtype_and_software_limits(request: PlanRequest, job: MicroBatch
         notes.append(note)
     if job.dtype == torch.bfloat16 and rates and "bfloat16" not in rates:
         notes.append(f"{gpu.name} emulates bfloat16: the speed is that of float32, and may be lower.")
-    if request.quantization not in (None, "mxfp4") and not gpu.quantization_is_proven:
+    if request.quantization in KINDS and not gpu.quantization_is_proven:
         notes.append(f"Whether bitsandbytes quantizes on {gpu.name} is not known to a plan.")
     if job.device == "mps" and request.dtype == "auto" and gpu.auto_bf16 is None:
         notes.append("Before macOS 14 a Mac trains in float32, which takes twice the memory.")
@@ -517,8 +520,9 @@ def describe_how_experts_are_held(model: Any, request: PlanRequest) -> list[str]
     notes = []
     if experts and request.quantization:
         size, held_in = format_bytes(sum(p.nbytes for p in experts)), dtype_name(experts[0].dtype)
-        if isinstance(experts[0], QuantizedExperts):
-            notes.append(f"The experts ({size}) are held in 4 bits; each product dequantizes some at a time.")
+        if isinstance(experts[0], QuantizedWeight):
+            bits = "few" if request.quantization in METHODS else "4"
+            notes.append(f"The experts ({size}) are held in {bits} bits; each product dequantizes some at a time.")
         else:
             notes.append(f"The experts ({size}) stay in {held_in}: --quantization nf4 of a base in 16 or 32 bits "
                          "holds them in 4 bits.")  # fmt: skip

@@ -16,7 +16,7 @@ MAX_PLANNED_BASES = 2
 """Bases that are planned in search of one that fits; each takes seconds."""
 WEIGHT_FRACTION = 0.75
 """Largest share of the GPU's memory that the weights of a base to try may take."""
-BYTES_PER_PARAMETER = {"nf4": 0.7, "nf4-single": 0.75, "int8": 1.15}
+BYTES_PER_PARAMETER = {"nf4": 0.7, "nf4-single": 0.75, "int8": 1.15, "gptq": 0.75, "awq": 0.75}
 """Of a base with its 16-bit embeddings, by quantization."""
 _EXPERT_FIELDS = (*FACTS["experts"].split(), "moe_num_experts")
 

@@ -54,7 +54,7 @@ def require_bitsandbytes_installed(feature: str) -> None:
 
 def get_stored_quantization(config: PreTrainedConfig) -> str | None:
     """Return a checkpoint's quantization: "nf4", "fp4", "int8" or the name of another method; None if it has none."""
-    settings = _get_settings(config)
+    settings = get_quantization_settings(config)
     if not settings or settings.get("load_in_8bit"):
         return "int8" if settings else None
     if settings.get("load_in_4bit"):
@@ -98,10 +98,10 @@ def resolve_quantization_and_load_args(
 def dequantize_model(model: Any, dtype: torch.dtype) -> Any:
     """Replace the quantized layers of a base without adapters by plain ones in `dtype`, in place; return the base."""
     for name, module in list(model.named_modules()):
-        for leaf, parameter in module._parameters.items():
-            if dequantizes_itself(parameter):
-                module._parameters[leaf] = nn.Parameter(parameter.dequantized().to(dtype), requires_grad=False)
         if get_base_layer_type(module) != "linear" or not is_quantized(module):
+            for leaf, parameter in module._parameters.items():
+                if dequantizes_itself(parameter):
+                    module._parameters[leaf] = nn.Parameter(parameter.dequantized().to(dtype), requires_grad=False)
             continue
         plain = nn.Linear(*get_in_and_out_features(module), bias=False, device="meta")
         plain.weight = nn.Parameter(get_dequantized_weight(module).to(dtype), requires_grad=False)
@@ -120,6 +120,7 @@ def remove_quantization_config(model: Any) -> None:
         vars(model).pop(name, None)
 
 
-def _get_settings(config: PreTrainedConfig) -> Mapping[str, Any]:
+def get_quantization_settings(config: PreTrainedConfig) -> Mapping[str, Any]:
+    """Return what a base's config says about how its checkpoint is quantized; {}: nothing."""
     settings = getattr(config, "quantization_config", None) or {}
     return settings if isinstance(settings, Mapping) else settings.to_dict()
