@@ -70,8 +70,8 @@ def test_one_alpha_leaves_B_unscaled(tmp_path):
     assert torch.equal(torch.tensor(B), own.detach())
 
 
-def compare(model: Any, tokenizer: Any, base: Path, adapter: Path | None) -> Any:
-    generator = torch.Generator().manual_seed(1)
+def compare(model: Any, tokenizer: Any, base: Path, adapter: Path | None, seed: int = 1) -> Any:
+    generator = torch.Generator().manual_seed(seed)
     rows = [torch.randint(3, 259, (40,), generator=generator).tolist() for _ in range(2)]
     reference = AdapterReference(model, tokenizer, [ReferenceText("Say something<|im_end|>", ids) for ids in rows])
     engine = InProcessLlamaCppEngine(base, adapter, max_tokens=128, threads=1)
@@ -106,8 +106,9 @@ def test_llama_cpp_agrees_with_the_adapter(kind, settings, tmp_path, tiny_tokeni
 @pytest.mark.slow
 @needs_llama_cpp
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
-@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
-def test_llama_cpp_agrees_with_an_adapter_on_experts_in_nf4(kind, tmp_path, tiny_tokenizer):
+# With seed 1 Mixtral's router scores the second and third expert of a token within 2e-4, and llama.cpp takes the third.
+@pytest.mark.parametrize(("kind", "seed"), [("qwen3_moe", 1), ("gpt_oss", 1), ("mixtral", 12)])
+def test_llama_cpp_agrees_with_an_adapter_on_experts_in_nf4(kind, seed, tmp_path, tiny_tokenizer):
     tokenizer, model, dequantized = tiny_tokenizer(), adapted(kind), model_of(kind, VOCABULARY)
     for name, weight in list(dequantized.named_parameters()):
         if is_expert_parameter(dequantized, name):
@@ -117,7 +118,7 @@ def test_llama_cpp_agrees_with_an_adapter_on_experts_in_nf4(kind, tmp_path, tiny
             weight.data = packed.dequantized()
     base = write(tmp_path / "base.gguf", dequantized, tokenizer)
     ours.write_adapter_gguf(tmp_path / "a.gguf", model)
-    verdict = compare(model, tokenizer, base, tmp_path / "a.gguf")
+    verdict = compare(model, tokenizer, base, tmp_path / "a.gguf", seed)
     assert verdict.passed, verdict.reason
     assert verdict.max_difference < 0.01
 
