@@ -4,10 +4,11 @@
     python benchmarks/sdft.py JOBS/shop-answers JOBS/json-orders JOBS/clinic-answers --out sdft.jsonl
     python benchmarks/sdft.py --table sdft.jsonl
 
-Both tasks train on the same rows with their defaults and without a budget of forgetting. Of each run a line of JSON
-has, for strengths from 0 to 1, the loss and the accuracy of the held-out answers, and forgetting: the rise of the loss
-on the kind of general text where it rises most. The table compares sdft with sft at the strength that gives sft the
-same gain, interpolated, so that a run is not called better because it learned less.
+Both tasks train on the same rows with their defaults and without a budget of forgetting. The answers that sdft
+samples have at most `--longest` tokens, a few more than those of the rows: the base goes on until it is stopped. Of
+each run a line of JSON has the loss and the accuracy of the held-out answers, and forgetting: the rise of the loss on
+the kind of general text where it rises most; of sft for strengths from 0 to 1. The table compares sdft with sft at
+the strength that gives sft the same gain, interpolated, so that a run is not called better because it learned less.
 """
 
 import argparse
@@ -27,7 +28,8 @@ from forgetting import measure_strengths
 from slimtune.core.training.datasets import load_eval_dataset_and_stats
 from slimtune.core.training.trained_model import load_run
 
-STRENGTHS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
+STRENGTHS = {"sft": (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)}
+"""Of which the loss is measured; of other tasks than sft the whole strength alone."""
 
 
 def run_job(job: Path, base: str, task: list[str]) -> dict[str, Any]:
@@ -46,8 +48,10 @@ def run_job(job: Path, base: str, task: list[str]) -> dict[str, Any]:
         assert trained.recipe is not None
         read = trained.recipe.data, trained.recipe.objective(), trained.base.tokenizer
         rows, _ = load_eval_dataset_and_stats(job / f"held_out.{flags['file']}", *read)
-        strengths = [s._asdict() for s in measure_strengths(trained, rows, STRENGTHS)]
-    return {"job": job.name, "base": base, "task": task, "rows": len(rows), "seconds": seconds, "strengths": strengths}
+        started = time.perf_counter()
+        strengths = [s._asdict() for s in measure_strengths(trained, rows, STRENGTHS.get(task[1], (0.0, 1.0)))]
+    spent = {"seconds": seconds, "seconds_of_measuring": time.perf_counter() - started}
+    return {"job": job.name, "base": base, "task": task, "rows": len(rows), **spent, "strengths": strengths}
 
 
 def get_forgetting_at_loss(strengths: list[dict[str, float]], loss: float) -> float | None:
@@ -90,11 +94,12 @@ def main() -> None:
     parser.add_argument("jobs", type=Path, nargs="*")
     parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--task", action="append", help="a task and its flags, in quotes; default: sft, then sdft")
+    parser.add_argument("--longest", type=int, default=64, help="tokens of the longest answer that sdft samples")
     parser.add_argument("--out", type=Path, default=Path("sdft.jsonl"))
     parser.add_argument("--table", type=Path, help="print the results of a file")
     args = parser.parse_args()
     for job in args.jobs:
-        for task in args.task or ["sft", "sdft"]:
+        for task in args.task or ["sft", f"sdft --set task.max_completion_length={args.longest}"]:
             words = ["--task", *task.split()]
             if all((r["job"], r["task"]) != (job.name, words) for r in read_results(args.out)):
                 result = run_job(job, args.base, words)

@@ -28,7 +28,7 @@ def _find_export_formats() -> dict[str, str]:
 OBJECTIVE_HELPERS = (
     "pair_objective", "reference_logps", "policy_objective", "policy_run", "policy_losses", "group_advantages",
     "sampler_check", "prompt_rows", "teacher_divergence", "teacher_rows", "teacher_objective", "teacher_run",
-    "reward_probes", "sampled_answers", "token_objective",
+    "teacher_logps", "reward_probes", "sampled_answers", "token_objective",
 )  # fmt: skip
 PARTS: dict[str, dict[str, str]] = {
     "slimtune.methods": _find_modules("methods"),
@@ -103,6 +103,7 @@ PARTS: dict[str, dict[str, str]] = {
     "slimtune.run_locks": {"files": "slimtune.extras.run_lock:RunLock"},
     "slimtune.policy_samplers": {"model": "slimtune.generation.policy_sampler:sample_policy_answers"},
     "slimtune.server_samplers": {"http": "slimtune.generation.server_sampler:ServerSampler"},
+    "slimtune.teacher_servers": {"http": "slimtune.generation.teacher_server:open_teacher_server"},
     "slimtune.memory_probes": {"longest": "slimtune.planning.memory_probe:probe_memory_and_write_plan"},
     "slimtune.export_support": {"formats": "slimtune.export.export_support:get_export_support_flags"},
     "slimtune.weight_roundings": {"gguf": "slimtune.export.gguf_roundings:find_weight_roundings"},

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from markupsafe import escape
 from row_files import write_jsonl
 from tiny_run import distance, metrics, recipe_of, train_in_two_parts, write_rows
@@ -12,11 +13,13 @@ from tiny_run import distance, metrics, recipe_of, train_in_two_parts, write_row
 from slimtune.core.config.objective_registry import load_objective_class
 from slimtune.core.data.example_lengths import DatasetRowComposition
 from slimtune.core.data.rows import Row
+from slimtune.core.models.loader import load_base
 from slimtune.core.training.train import train
 from slimtune.errors import DataError, RecipeError, RunError, UsageError
 from slimtune.evaluation.evaluate import EvalSettings, evaluate
 from slimtune.evaluation.result_lines import list_context_lines
 from slimtune.objectives import teacher_run
+from slimtune.objectives.teacher_logps import TopLogps
 from slimtune.planning.gpu_specs import require_gpu_by_name
 from slimtune.planning.memory_trace import trace_training_step
 from slimtune.planning.plan_request import build_plan_request
@@ -89,6 +92,25 @@ def test_distillation_comes_nearer_to_another_base_and_resumes_to_the_same_bits(
     assert distance(train(whole).run, train_in_two_parts(again, monkeypatch, 3).run) == 0
     found = metrics(whole.output_dir, "validation_loss")
     assert found[-1] < 0.9 * found[0]
+
+
+def test_teacher_on_a_server_teaches_what_it_teaches_here(make, teacher, monkeypatch):
+    model = load_base(str(teacher), dtype="float32", device="cpu").model
+
+    class Served:
+        requests_at_once = 1
+
+        @torch.no_grad()
+        def score(self, ids, start):
+            top = model(torch.tensor([ids])).logits[0, start - 1 : -1].log_softmax(-1).topk(model.config.vocab_size)
+            return TopLogps(top.indices.int().numpy(), top.values.numpy())
+
+    monkeypatch.setattr("slimtune.generation.teacher_server.open_teacher_server", lambda *_: Served())
+    plain = {"name": "distill", "context": None}
+    here = {"teacher_model_name_or_path": str(teacher), "lmbda": 0, "beta": 0, "temperature": 1}
+    there = {"teacher_model_server_url": "http://127.0.0.1:9"}
+    losses = [metrics(train(make(f"{i}", task=plain | task)).run, "train_loss") for i, task in enumerate((here, there))]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
 
 
 def test_teacher_with_another_tokenizer_is_refused_before_the_base_is_loaded(make, teacher, monkeypatch):

@@ -9,7 +9,7 @@ from slimtune.core.config.objective_registry import load_objective_class
 from slimtune.core.data.collator import Collator
 from slimtune.core.models.lm_head import LMHead
 from slimtune.core.training.loss import make_collator
-from slimtune.objectives.teacher_divergence import compute_token_divergences
+from slimtune.objectives.teacher_divergence import compute_token_divergences, compute_top_k_divergences
 from slimtune.objectives.teacher_rows import TeacherCollator, make_teacher_example
 
 BETAS = [0.0, 0.1, 0.5, 0.9, 1.0]
@@ -46,6 +46,47 @@ def test_divergence_of_capped_logits_in_chunks_has_the_gradient_of_finite_differ
     assert torch.autograd.gradcheck(
         lambda h: compute_token_divergences(h, head, teacher, head, beta), student, fast_mode=True
     )
+
+
+def take_top_k(head, teacher, k):
+    top = head.module(teacher).mul(head.scale).log_softmax(-1).topk(k)
+    return top.indices, top.values.detach()
+
+
+@pytest.mark.parametrize("k", [1, 5])
+def test_forward_kl_over_the_likeliest_tokens_and_its_gradient_are_those_of_trl(k):
+    from trl.experimental.server_distillation import server_distillation_trainer as trl
+
+    head, student, teacher = make_heads()
+    ids, logps = take_top_k(head, teacher, k)
+    logps[3, -1] = -torch.inf if k > 1 else logps[3, -1]  # one token fewer
+    valid = logps > -torch.inf
+    known = (head.module(student) * head.scale).log_softmax(-1).gather(-1, ids).masked_fill(~valid, -torch.inf)
+    (ours, mask), (theirs, _) = (trl._add_tail_bucket(x, valid) for x in (known, logps))
+    expected = trl._jsd_divergence(ours, theirs, 0, mask).sum(-1)
+    (slope,) = torch.autograd.grad(expected.sum(), student)
+    found = compute_top_k_divergences(student, head, ids.int(), logps)
+    torch.testing.assert_close(found, expected, atol=1e-9, rtol=0)
+    torch.testing.assert_close(torch.autograd.grad(found.sum(), student)[0], slope, atol=1e-9, rtol=0)
+
+
+def test_all_tokens_of_a_teacher_elsewhere_are_its_whole_distribution():
+    head, student, teacher = make_heads()
+    found = compute_top_k_divergences(student, head, *take_top_k(head, teacher, 53))
+    whole = compute_token_divergences(student, head, teacher, head, 0.0)
+    torch.testing.assert_close(found, whole, atol=1e-9, rtol=0)
+    slopes = [torch.autograd.grad(x.sum(), student)[0] for x in (found, whole)]
+    torch.testing.assert_close(*slopes, atol=1e-9, rtol=0)
+
+
+def test_tokens_that_the_student_lacks_are_left_out():
+    head, student, teacher = make_heads()
+    ids, logps = take_top_k(head, teacher, 5)
+    lacking = ids.clone()
+    lacking[:, -1] = 53
+    found = compute_top_k_divergences(student, head, lacking, logps)
+    others = logps[:, :4] - torch.log1p(-logps[:, 4:].exp())
+    torch.testing.assert_close(found, compute_top_k_divergences(student, head, ids[:, :4], others))
 
 
 def make_examples(shared):

@@ -5,6 +5,7 @@ import itertools
 import random
 import string
 
+import numpy as np
 import pytest
 from row_files import write_jsonl
 from tiny_run import recipe_of
@@ -12,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from slimtune.core.training import loss, training_loop
 from slimtune.core.training.train import train
+from slimtune.objectives.teacher_logps import TopLogps
 from slimtune.planning import memory_probe
 from slimtune.planning.plan_request import build_plan_request
 from slimtune.planning.planner import estimate_resources
@@ -21,12 +23,25 @@ TASKS = {
     "context": {"context": "You are a shop. Answer every customer in capital letters, and thank them. " * 4},
     "sdft": {"lmbda": 0, "seq_kd": False},
     "distill": {"lmbda": 0, "teacher_model_name_or_path": "BASE"},
+    "distill from a server": {"teacher_model_server_url": "http://127.0.0.1:9"},
 }
+
+
+class UniformTeacher:
+    """A server that gives its 20 likeliest tokens the same probability."""
+
+    requests_at_once = 1
+
+    def score(self, ids, start):
+        shape = (len(ids) - start, 20)
+        tokens = np.broadcast_to(np.arange(20, dtype=np.int32), shape)
+        return TopLogps(tokens, np.full(shape, np.log(1 / 20), np.float32))
 
 
 @pytest.fixture
 def plan_and_measure(tmp_path, tiny_llama, tiny_tokenizer, monkeypatch):
     """Plan a task and train it for two steps; return the planned bytes and those that its steps took at most."""
+    monkeypatch.setattr("slimtune.generation.teacher_server.open_teacher_server", lambda *_: UniformTeacher())
     for part in (tiny_llama(max_position_embeddings=2048), tiny_tokenizer()):
         part.save_pretrained(tmp_path / "base")
     draws = random.Random(0)
@@ -43,7 +58,7 @@ def plan_and_measure(tmp_path, tiny_llama, tiny_tokenizer, monkeypatch):
         recipe = recipe_of({
             "model": {"name": str(tmp_path / "base"), "dtype": "float32", "device": "cpu"},
             "data": {"train": str(tmp_path / "rows.jsonl")},
-            "task": {"name": task, **fields},
+            "task": {"name": task.partition(" ")[0], **fields},
             "method": {"name": "lora", "r": 4},
             "train": {"max_steps": 4, "batch_size": 8, "forgetting_budget": None},
             "output_dir": str(tmp_path / task),

@@ -1,14 +1,11 @@
 """Runs whose answers a server samples: the adapter that trains is what it answers with, or the run stops."""
 
-import json
 import shutil
-import threading
-from contextlib import contextmanager
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+from other_server import other_server
 from row_files import write_jsonl
 from serving_client import send
 from tiny_run import distance, metrics, recipe_of
@@ -16,7 +13,7 @@ from tiny_run import distance, metrics, recipe_of
 from slimtune.core.adapters.active_adapters import BASE_ROW
 from slimtune.core.training.train import train
 from slimtune.errors import RunError
-from slimtune.generation import server_sampler
+from slimtune.generation import http_engines, server_sampler
 from slimtune.serving.openai_protocol import ApiError
 
 pytestmark = pytest.mark.slow
@@ -137,7 +134,7 @@ def test_server_that_goes_is_one_message_and_the_run_resumes(make, server, monke
             raise ApiError(503, "loading")
         return load(name, path)
 
-    monkeypatch.setattr(server_sampler, "WAITS", (0.01,))
+    monkeypatch.setattr(http_engines, "WAITS", (0.01,))
     monkeypatch.setattr(loader, "load", load_while_up)
     recipe = make("gone", server.url)
     with pytest.raises(RunError) as caught:
@@ -147,39 +144,6 @@ def test_server_that_goes_is_one_message_and_the_run_resumes(make, server, monke
     resumed = train(recipe, resume=True)
     whole = train(make("not-gone", server.url))
     assert metrics(resumed.run, "reward") == metrics(whole.run, "reward")
-
-
-@contextmanager
-def other_server(**answers):
-    """A server of other software: each path has a status and a JSON, or hangs."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            found = answers.get(self.path.rpartition("/")[2], (404, {}))
-            if found == "hangs":
-                ended.wait(20)
-                return
-            status, value = found
-            self.send_response(status)
-            self.end_headers()
-            self.wfile.write(json.dumps(value).encode() if not isinstance(value, bytes) else value)
-
-        def do_POST(self):
-            self.rfile.read(int(self.headers["Content-Length"]))
-            self.do_GET()
-
-        def log_message(self, *_):
-            pass
-
-    ended = threading.Event()
-    found = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=found.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{found.server_port}/v1"
-    finally:
-        ended.set()
-        found.shutdown()
-        found.server_close()
 
 
 MODELS = (200, {"data": [{"id": "base"}]})
@@ -199,7 +163,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_server_that_cannot_sample_is_refused_before_anything_is_kept(name, make, monkeypatch, folder):
-    monkeypatch.setattr(server_sampler, "WAITS", (0.01,))
+    monkeypatch.setattr(http_engines, "WAITS", (0.01,))
     answers, said = OTHERS[name]
     with other_server(**answers) as url, pytest.raises(RunError) as caught:
         train(make("refused", url, task={"vllm_server_timeout": 1}))

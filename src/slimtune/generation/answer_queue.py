@@ -46,6 +46,9 @@ class SamplingParams:
     top_logprobs: int | None = None  # likeliest tokens to report at each position; None: no log-probabilities
     logprobs_at_temperature: bool = False  # report log-probabilities at the temperature, not at 1
     grammar: CompiledGrammar | None = None  # that the answer matches; None: any text
+    prompt_logprobs: int | None = (
+        None  # likeliest tokens to report of each token of the prompt; None: none, not its own
+    )
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -64,6 +67,15 @@ class TokenLogprob(NamedTuple):
 
     token: int
     logprob: float
+    top: list[tuple[int, float]]
+
+
+class PromptTokenLogprob(NamedTuple):
+    """A token of a prompt, given those before it, and the likeliest tokens there with their log-probabilities."""
+
+    token: int
+    logprob: float
+    rank: int  # 1: the likeliest
     top: list[tuple[int, float]]
 
 
@@ -104,6 +116,7 @@ class GeneratedAnswer:
     num_tokens: int = 0  # generated so far, including the one that ends it
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[PromptTokenLogprob] = field(default_factory=list)  # of all tokens but the first, if asked for
     finish_reason: str | None = None
     random: Any = None  # the torch.Generator of a sampled answer
     stream: IncrementalDetokenizer = field(init=False)
@@ -149,6 +162,8 @@ class BaseAnswerQueue:
 
     masks_tokens = True
     """Whether grammars are compiled for the tokens of a model, and not for bytes."""
+    scores_prompts = True
+    """Whether it gives log-probabilities of prompts."""
 
     def __init__(self, max_batch: int, max_waiting: int) -> None:
         self.max_batch, self.max_waiting = max_batch, max_waiting

@@ -9,11 +9,12 @@ others                 greedy answers                      weaker: no log p at a
 
 import itertools
 import math
+import time
 import urllib.error
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 import torch
@@ -25,6 +26,11 @@ from .json_client import JsonClient
 
 Evidence = Literal["log-probabilities", "log-probabilities of its answers", "greedy answers"]
 KEY_VARIABLE = "SLIMTUNE_SERVER_KEY"
+WAITS = (0.5, 1.0, 2.0)
+"""Seconds before a request is sent again to a server that refuses the connection or is busy."""
+BUSY = (429, 502, 503, 504)
+PROBE = "a b c"
+T = TypeVar("T")
 _NEUTRAL = {"temperature": 0.0, "top_p": 1.0, "seed": 0}
 
 
@@ -45,8 +51,23 @@ class HttpEngine:
     served_names: tuple[str, ...]
 
 
+def ask_until_not_busy(ask: Callable[[], T]) -> T:
+    """Return what `ask` returns; call it again after a while if the server is busy, or refuses the connection."""
+    for wait in WAITS:
+        try:
+            return ask()
+        except SlimtuneError as error:
+            reason = error.__cause__
+            if get_http_status(error) not in BUSY and not isinstance(
+                getattr(reason, "reason", reason), ConnectionError
+            ):
+                raise
+            time.sleep(wait)
+    return ask()
+
+
 @contextmanager
-def _explaining_status(url: str) -> Iterator[None]:
+def explaining_status(url: str) -> Iterator[None]:
     """Say what a server's refusal means, by the status of its answer."""
     try:
         yield
@@ -85,12 +106,9 @@ def open_http_engine(
         ModelError: nobody answers there, or not in time, or in another form.
         RunError: the server is loading its model.
     """
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UsageError(f"{url!r} is not the address of a server", "such as http://127.0.0.1:8000")
-    url = url.rstrip("/").removesuffix("/v1")
-    client = JsonClient("server", url, key, timeout, max_bytes=1 << 28, hint="start it, and wait until it is ready")
-    with _explaining_status(url):
+    client = _make_client(url, key, timeout)
+    url = client.url
+    with explaining_status(url):
         names = _list_models(client)
         if isinstance(_get(client, "/props"), dict):
             engine = LlamaServerClient(url, timeout=timeout, key=key)
@@ -98,11 +116,11 @@ def open_http_engine(
                 engine, "log-probabilities", engine.without_adapter() if engine.list_adapters() else None, ()
             )
         served = tuple(name for name, _ in names)
-        chosen = _choose_model(url, names, model)
+        chosen = _choose_model(url, names, model, "--name")
         if isinstance(_get(client, "/api/version"), dict):
             return _open_answering(OllamaClient(client, chosen.name, tokenizer), served)
         completions = CompletionsClient(client, chosen.name, tokenizer)
-        ids = tokenizer("a b c", add_special_tokens=False)["input_ids"]
+        ids = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
         base_name = chosen.parent if chosen.parent in served and chosen.parent != chosen.name else None
         if completions.has_prompt_logprobs(ids):
             base = VllmClient(url, base_name, timeout=timeout, key=key) if base_name else None
@@ -111,6 +129,33 @@ def open_http_engine(
             echo_base = CompletionsClient(client, base_name, tokenizer) if base_name else None
             return HttpEngine(completions, "log-probabilities", echo_base, served)
         return _open_answering(AnsweringCompletionsClient(client, chosen.name, tokenizer), served)
+
+
+def open_scoring_engine(
+    url: str, model: str | None, tokenizer: Any, name_flag: str, *, key: str | None = None, timeout: float = 60
+) -> LlamaServerClient | VllmClient | None:
+    """Return a client of a server that gives the likeliest tokens at each token of any text; None: it does not.
+
+    Arguments and errors as for `open_http_engine`; `name_flag` is what names the model, for messages.
+    """
+    client = _make_client(url, key, timeout)
+    with explaining_status(client.url):
+        names = _list_models(client)
+        if isinstance(_get(client, "/props"), dict):
+            return LlamaServerClient(client.url, timeout=timeout, key=key)
+        chosen = _choose_model(client.url, names, model, name_flag)
+        ids = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
+        if not CompletionsClient(client, chosen.name, tokenizer).has_prompt_logprobs(ids):
+            return None
+        return VllmClient(client.url, chosen.name, timeout=timeout, key=key)
+
+
+def _make_client(url: str, key: str | None, timeout: float) -> JsonClient:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UsageError(f"{url!r} is not the address of a server", "such as http://127.0.0.1:8000")
+    url = url.rstrip("/").removesuffix("/v1")
+    return JsonClient("server", url, key, timeout, max_bytes=1 << 28, hint="start it, and wait until it is ready")
 
 
 def _open_answering(engine: "AnsweringClient", served: tuple[str, ...]) -> HttpEngine:
@@ -140,19 +185,21 @@ def _list_models(client: JsonClient) -> list[ServedModelName]:
     ]
 
 
-def _choose_model(url: str, names: list[ServedModelName], model: str | None) -> ServedModelName:
+def _choose_model(url: str, names: list[ServedModelName], model: str | None, name_flag: str) -> ServedModelName:
     """Return the model with a name; without one, the only adapter, or the only model."""
     listed = [each.name for each in names]
     if model is not None:
         found = next((each for each in names if each.name in (model, f"{model}:latest")), None)
         if found is None and names:
             message = f"the server at {url} serves no model {model!r}{suggest(model, listed)}"
-            raise UsageError(message, f"one of {format_names(listed)}", "--name")
+            raise UsageError(message, f"one of {format_names(listed)}", name_flag)
         return found or ServedModelName(model, None)
     adapters = [each for each in names if each.parent is not None]
     if len(choices := adapters or names) != 1:
+        if not listed:
+            raise UsageError(f"the server at {url} lists no models", "one that does, or the model's name", name_flag)
         message = f"the server at {url} serves {len(listed)} models"
-        raise UsageError(message, f"one of {format_names(listed)}" if listed else "the adapter's name there", "--name")
+        raise UsageError(message, f"one of {format_names(listed)}", name_flag)
     return choices[0]
 
 

@@ -169,27 +169,33 @@ class LlamaServerClient:
         # If the template wrote a beginning-of-sequence token, too, llama.cpp's chat endpoint removes the template's.
         return plain if with_bos[1:] == plain and with_bos[:1] == plain[:1] else with_bos
 
-    @_translate_answer_errors("llama.cpp server")
     def score(self, ids: Sequence[int]) -> TextTokenScores:
-        return _make_scores([self._score_next(ids[:at], ids[at]) for at in range(1, len(ids))])
+        return self.score_from(ids, 1, TOP_K)
+
+    @_translate_answer_errors("llama.cpp server")
+    def score_from(self, ids: Sequence[int], start: int, top_k: int) -> TextTokenScores:
+        """Return log-probabilities of the tokens of a text from an index on, 1 or more, with `top_k` at each."""
+        return _make_scores([self._score_next(ids[:at], ids[at], top_k) for at in range(start, len(ids))])
 
     @_translate_answer_errors("llama.cpp server")
     def score_tokens(self, ids: Sequence[int], indices: Sequence[int]) -> Tensor:
         return torch.tensor([self._score_next(ids[:at], ids[at])[0] for at in indices], dtype=torch.float64)
 
-    def _score_next(self, before: Sequence[int], token: int) -> tuple[float, list[tuple[int, float]]]:
+    def _score_next(
+        self, before: Sequence[int], token: int, top_k: int = TOP_K
+    ) -> tuple[float, list[tuple[int, float]]]:
         """Return the log-probability of a token, and the likeliest tokens with theirs."""
-        forced, top_k = token, TOP_K
+        forced, listed = token, top_k
         for _ in range(2):
-            answer = self._complete(before, cache_prompt=len(before) > 1, n_probs=top_k, logit_bias=[[forced, 1e5]])
+            answer = self._complete(before, cache_prompt=len(before) > 1, n_probs=listed, logit_bias=[[forced, 1e5]])
             entries = answer.get("completion_probabilities")
             if entries and entries[0]["id"] == forced:
                 top = [(c["id"], c["logprob"]) for c in entries[0]["top_logprobs"]]
                 own = entries[0]["logprob"] if forced == token else dict(top).get(token)
                 if own is not None:
-                    return own, top[:TOP_K]
+                    return own, top[:top_k]
             # The server omits a token that ends inside a character. So another token is forced, and all are listed.
-            forced, top_k = self.tokenize("a")[-1], 1 << 22
+            forced, listed = self.tokenize("a")[-1], 1 << 22
         raise RunError(f"llama.cpp gives no probability of token {token}", "a token of its vocabulary")
 
     @_translate_answer_errors("llama.cpp server")
@@ -197,6 +203,12 @@ class LlamaServerClient:
         answer = self._complete(ids, n_predict=max_new_tokens, return_tokens=True)
         tokens = _require_token_ids(answer["tokens"])
         return tokens[:-1] if answer["stop_type"] == "eos" else tokens
+
+    @_translate_answer_errors("llama.cpp server")
+    def sample(self, ids: Sequence[int], max_new_tokens: int, temperature: float, seed: int) -> list[int]:
+        """Return an answer that is sampled from the whole vocabulary, with the token that ends it."""
+        drawn = {"temperature": temperature, "seed": seed % (2**32 - 1)}  # the last one means a random seed
+        return _require_token_ids(self._complete(ids, n_predict=max_new_tokens, return_tokens=True, **drawn)["tokens"])
 
     @_translate_answer_errors("llama.cpp server")
     def tokenize_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
@@ -376,16 +388,20 @@ class VllmClient:
         """Return the ids of a chat that the server renders by its own template, ready for an answer."""
         return _require_token_ids(self._post("/tokenize", model=self.model, messages=list(messages))["tokens"])
 
-    @_translate_answer_errors("vLLM server")
     def score(self, ids: Sequence[int]) -> TextTokenScores:
-        positions = self._complete(ids, 1, prompt_logprobs=VLLM_TOP_K)["prompt_logprobs"]
+        return self.score_from(ids, 1, VLLM_TOP_K)
+
+    @_translate_answer_errors("vLLM server")
+    def score_from(self, ids: Sequence[int], start: int, top_k: int) -> TextTokenScores:
+        """Return log-probabilities of the tokens of a text from an index on, 1 or more, with `top_k` at each."""
+        positions = self._complete(ids, 1, prompt_logprobs=top_k)["prompt_logprobs"]
         if positions is None or len(positions) != len(ids):
             raise RunError(f"the vLLM server at {self.url} gave no log-probabilities of the prompt", "prompt_logprobs")
         scores = []
-        for token, entries in zip(ids[1:], positions[1:], strict=True):
+        for token, entries in zip(ids[start:], positions[start:], strict=True):
             # The token itself is included even where it is not among the likeliest.
-            best = sorted((e["rank"], int(i), e["logprob"]) for i, e in entries.items() if e["rank"] <= VLLM_TOP_K)
-            scores.append((entries[str(token)]["logprob"], [(i, value) for _, i, value in best[:VLLM_TOP_K]]))
+            best = sorted((e["rank"], int(i), e["logprob"]) for i, e in entries.items() if e["rank"] <= top_k)
+            scores.append((entries[str(token)]["logprob"], [(i, value) for _, i, value in best[:top_k]]))
         return _make_scores(scores)
 
     def score_tokens(self, ids: Sequence[int], indices: Sequence[int]) -> Tensor:
@@ -393,12 +409,19 @@ class VllmClient:
 
     @_translate_answer_errors("vLLM server")
     def generate(self, ids: Sequence[int], max_new_tokens: int) -> list[int]:
-        choice = self._complete(ids, max_new_tokens, return_token_ids=True)
-        tokens = choice.get("token_ids")
-        if tokens is None:
+        tokens, reason = self._answer(ids, max_new_tokens)
+        return tokens[:-1] if reason == "stop" else tokens
+
+    @_translate_answer_errors("vLLM server")
+    def sample(self, ids: Sequence[int], max_new_tokens: int, temperature: float, seed: int) -> list[int]:
+        """Return an answer that is sampled from the whole vocabulary, with the token that ends it."""
+        return self._answer(ids, max_new_tokens, temperature=temperature, seed=seed, top_k=-1, min_p=0.0)[0]
+
+    def _answer(self, ids: Sequence[int], max_new_tokens: int, **settings: Any) -> tuple[list[int], str]:
+        choice = self._complete(ids, max_new_tokens, return_token_ids=True, **settings)
+        if choice.get("token_ids") is None:
             raise RunError(f"the vLLM server at {self.url} returns no token ids", "vLLM 0.11 or newer")
-        tokens = _require_token_ids(tokens)
-        return tokens[:-1] if choice["finish_reason"] == "stop" else tokens
+        return _require_token_ids(choice["token_ids"]), choice["finish_reason"]
 
     def close(self) -> None:
         """Do nothing: the server keeps running."""

@@ -11,7 +11,6 @@ import hashlib
 import math
 import os
 import shutil
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,15 +20,12 @@ from ..core.adapters.adapter_files import WEIGHTS_FILE
 from ..errors import RunError, SlimtuneError
 from ..objectives.sampled_answers import AnswerSampling, SampledAnswer
 from .generation_models import make_generation_model
-from .http_engines import KEY_VARIABLE, get_http_status
+from .http_engines import KEY_VARIABLE, ask_until_not_busy, get_http_status
 from .incremental_detokenizer import IncrementalDetokenizer
 from .json_client import JsonClient
 
 MOST_ANSWERS, REQUESTS_AT_ONCE = 16, 8
 """Answers of one request, as many as `slimtune serve` gives, and requests that are open at the same time."""
-WAITS = (0.5, 1.0, 2.0)
-"""Seconds before a request is sent again to a server that refuses the connection or is busy."""
-BUSY = (429, 502, 503, 504)
 NEUTRAL: dict[str, Any] = {"top_p": 1.0, "top_k": -1, "min_p": 0.0}
 NEUTRAL |= {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 """What a base's generation_config.json would otherwise change in vLLM."""
@@ -171,20 +167,13 @@ class ServerSampler:
 
     def _ask(self, path: str, body: Any = None) -> Any:
         """Send a request, again after a while if the server is busy or gone."""
-        wait: float | None
-        for wait in (*WAITS, None):
-            try:
-                return self._server.request(path, body)
-            except SlimtuneError as error:
-                status, reason = get_http_status(error), error.__cause__
-                is_waiting = status in BUSY or isinstance(getattr(reason, "reason", reason), ConnectionError)
-                if wait is not None and is_waiting:
-                    time.sleep(wait)
-                    continue
-                is_key_missing = status in (401, 403) and path == "/v1/models"
-                hint = f"set the variable {KEY_VARIABLE}" if is_key_missing else f"{START}; then train --resume"
-                raise self._fail(error.message, hint) from (reason if status else error)
-        raise AssertionError
+        try:
+            return ask_until_not_busy(lambda: self._server.request(path, body))
+        except SlimtuneError as error:
+            status, reason = get_http_status(error), error.__cause__
+            is_key_missing = status in (401, 403) and path == "/v1/models"
+            hint = f"set the variable {KEY_VARIABLE}" if is_key_missing else f"{START}; then train --resume"
+            raise self._fail(error.message, hint) from (reason if status else error)
 
     def _fail(self, message: str, hint: str = "") -> RunError:
         expected = "a server that samples answers with the adapter that trains"

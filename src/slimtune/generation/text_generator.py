@@ -32,6 +32,7 @@ from ..errors import AdapterError, ModelError, SlimtuneError, is_out_of_memory
 from .answer_grammar import AnswerMatcher, GrammarError
 from .answer_queue import CLOSE_SECONDS, AnswerPiece, BaseAnswerQueue, GeneratedAnswer, ServerClosing, TokenLogprob
 from .model_runner import CachedBatch, GenerationRow, MultiAdapterRunner
+from .prompt_scores import score_prompt
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -241,7 +242,7 @@ class TextGenerator(BaseAnswerQueue):
             tokens += len(first.prompt_ids)
             try:
                 with self.hang_detector.measure_step(len(first.prompt_ids)):
-                    logits, batch = self.runner.prefill(rows[0], first.prompt_ids)
+                    logits, batch = self._run_prompt(rows[0], first)
                     if rows[1:]:
                         batch.repeat(rows[1:])
                     self._add_tokens(batch, logits.expand(len(rows), -1))
@@ -251,6 +252,18 @@ class TextGenerator(BaseAnswerQueue):
                 self._join_shared_batch(batch)
                 continue
             self._end_or_run_alone(rows, failure)
+
+    def _run_prompt(self, row: GenerationRow, answer: GeneratedAnswer) -> tuple[Tensor, CachedBatch]:
+        """Run a prompt, and what was generated after it; return the next token's logits, and a batch of this row.
+
+        A prompt whose tokens are scored has an answer of one token, which needs no cache.
+        """
+        if answer.params.prompt_logprobs is None:
+            return self.runner.prefill(row, answer.prompt_ids, answer.token_ids)
+        answer.prompt_logprobs, logits = score_prompt(
+            self.runner, row.adapter_or_base, answer.prompt_ids, answer.params.prompt_logprobs
+        )
+        return logits, CachedBatch(row, None)
 
     def _join_shared_batch(self, batch: CachedBatch) -> None:
         """Move the rows of a batch to the shared one, if they can share it; else it becomes a batch of its own."""
@@ -299,7 +312,7 @@ class TextGenerator(BaseAnswerQueue):
                     continue
             try:
                 with self.hang_detector.measure_step(len(answer.prompt_ids) + len(answer.token_ids)):
-                    logits, batch = self.runner.prefill(row, answer.prompt_ids, answer.token_ids)
+                    logits, batch = self._run_prompt(row, answer)
                     self._add_tokens(batch, logits)
                 self._batches += [batch] if batch.rows else []
             except Exception as own_error:
@@ -315,6 +328,7 @@ class TextGenerator(BaseAnswerQueue):
                 if first is not None and not (
                     (answer.model.adapter_or_base, answer.prompt_ids) == (first.model.adapter_or_base, first.prompt_ids)
                     and self.runner.shares_batches(answer.model.adapter_or_base)
+                    and answer.params.prompt_logprobs is first.params.prompt_logprobs is None
                 ):
                     break
                 rows.append(GenerationRow(answer.model.adapter_or_base))

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ..core.data.collator import Collator
     from ..core.data.rows import Row
     from ..core.data.tokenized_dataset import TokenizedDataset
+    from ..core.models.lm_head import LMHead
     from ..core.training.datasets import RunDatasets
     from ..core.training.prepared_run import PreparedRun
     from .teacher_rows import TeacherRows
@@ -35,6 +36,13 @@ if TYPE_CHECKING:
 
 
 BETA_HELP = "divergence: 0 forward KL, 1 reverse KL, between them the generalized Jensen-Shannon divergence"
+
+
+def require_head(head: LMHead | None) -> LMHead:
+    """Return a base's head; raise UsageError if it has none that is known."""
+    if head is None:
+        raise UsageError("the base has no head of its own, which a teacher's distribution needs", "another base")
+    return head
 
 
 @dataclass
@@ -48,6 +56,11 @@ class TeacherObjective(TokenObjective):
     temperature: Number = config_field(1.0, "temperature of sampling and of both distributions", ge=0.01)
     seq_kd: bool = config_field(False, "learn the teacher's own answers, sampled once, in place of the rows'")
     max_completion_length: int = config_field(256, "longest sampled answer, in tokens", ge=1, le=10**6)
+
+    @property
+    def computes_teacher_here(self) -> bool:
+        """Whether the teacher's pass is part of a step; False: what it says is read from files."""
+        return True
 
     @property
     def run(self) -> TeacherRun | None:
@@ -164,10 +177,8 @@ class TeacherObjective(TokenObjective):
         if "layout" in taught:
             taught["layout"].clear_cache()
         head, states = get_head_and_supervised_hidden_states(model, batch)
-        if head is None or teacher_head is None:
-            raise UsageError("the base has no head of its own, which a teacher's distribution needs", "another base")
         heads = [
             replace(h, scale=h.scale / self.temperature, cap=h.cap and h.cap / self.temperature)
-            for h in (head, teacher_head)
+            for h in map(require_head, (head, teacher_head))
         ]
         return compute_token_divergences(states, heads[0], teacher_states, heads[1], float(self.beta))

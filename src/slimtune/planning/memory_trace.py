@@ -20,19 +20,17 @@ from ..core.adapters.adapter_module import MergeUnsupported
 from ..core.attention.attention_functions import using_packed_attention
 from ..core.data.collator import IGNORE_INDEX, Example
 from ..core.data.example_lengths import ExampleLength
-from ..core.data.tokenized_dataset import list_tokens_and_labels_by_row
 from ..core.foundation.device import collect_simulated_attention_flops, simulating_device_for_kernel_choice
 from ..core.models.lm_head import get_classifier_head, get_lm_head_with_scale_and_cap
 from ..core.training.loss import compute_token_nll_or_row_logits, forward_backward, make_collator
 from ..core.training.optimizer import build_optimizer
 from ..errors import UsageError
-from ..objectives.teacher_objective import TeacherObjective
-from ..objectives.teacher_rows import TeacherCollator, make_teacher_example
 from .fake_tensors import fake_tensor_mode, list_module_tensors, replace_meta_with_fake_cpu_tensors
 from .memory_tracker import MemoryTracker, iterate_nested_tensors
 from .meta_model import build_adapted_meta_model
-from .plan_request import MicroBatchWorkload, TeacherWorkload
+from .plan_request import MicroBatchWorkload
 from .plan_result import PARTS
+from .teacher_examples import add_dummy_teacher_rows, make_teacher_objective_and_collator
 from .traced_scans import tracing_scans_as_one_operator
 
 GATHERED_LAYERS = (1, 3)
@@ -116,7 +114,7 @@ def trace_training_step(job: MicroBatchWorkload, model: Any = None, *, stop_afte
         collator, objective = make_collator(model, 0, packing=job.packing), None
         examples = make_dummy_examples(job.lengths, job.supervised)
         if job.teacher is not None:
-            collator, objective = TeacherCollator(collator), TeacherObjective(beta=job.teacher.beta)
+            objective, collator = make_teacher_objective_and_collator(job.teacher, collator)
             examples = add_dummy_teacher_rows(examples, job.teacher)
         pack = collator(examples)
         other_packs = [
@@ -185,16 +183,6 @@ def make_dummy_examples(example_lengths: Sequence[ExampleLength], supervised_fra
                   for t in [IGNORE_INDEX] * (prefix + len(row) - n) + row[-n:]]  # fmt: skip
         examples.append({"input_ids": ids, "labels": labels, "row_lengths": [prefix + n for n in answers]})
     return examples
-
-
-def add_dummy_teacher_rows(examples: Sequence[Example], teacher: TeacherWorkload) -> list[Example]:
-    """Return the rows of examples, each an example of its own, with what a teacher reads in their place."""
-    context, found = [0] * teacher.prefix_tokens, []
-    for number, (ids, labels) in enumerate(row for e in examples for row in list_tokens_and_labels_by_row(e)):
-        start = next(t for t, label in enumerate(labels) if label != IGNORE_INDEX)
-        more = [*context, *[-number - 1] * teacher.row_tokens]
-        found.append(make_teacher_example(ids[:start], more + ids[:start], ids[start:], number))
-    return found
 
 
 def trace_merge_peak(job: MicroBatchWorkload, dtype: torch.dtype) -> int | None:

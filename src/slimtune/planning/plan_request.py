@@ -25,6 +25,7 @@ from ..core.training.loss import TOKENS_ON_CPU, TOKENS_ON_GPU
 from ..errors import UsageError
 from ..extras.integer_checkpoints import METHODS, read_integer_checkpoint
 from ..extras.stored_quantizations import DEQUANTIZED
+from ..objectives.distill import Distill
 from ..objectives.teacher_objective import TeacherObjective
 from .fake_quantization import fake_quantize_model, resolve_quantization_kind
 from .gpu_specs import GpuSpec, require_trainable_gpu
@@ -47,6 +48,7 @@ class TeacherWorkload:
     prefix_tokens: int  # before all rows, as a context
     row_tokens: int  # more in each row
     beta: float  # of the divergence: 0 forward KL, 1 reverse KL
+    top_k: int | None = None  # likeliest tokens that are known of a teacher elsewhere; None: it is computed here
 
 
 @dataclass(frozen=True)
@@ -190,13 +192,15 @@ def make_teacher_workload(objective: Any, composition: DatasetRowComposition) ->
     """Return what an objective's teacher reads; None if it has none."""
     if not isinstance(objective, TeacherObjective):
         return None
+    if isinstance(objective, Distill) and not objective.computes_teacher_here:
+        return TeacherWorkload(0, 0, 0.0, objective.loss_top_k)
     return TeacherWorkload(composition.teacher_prefix_tokens, composition.teacher_row_tokens, float(objective.beta))
 
 
 def count_teacher_bytes(recipe: Recipe, gpu: GpuSpec) -> int:
     """Return the bytes of the weights of a teacher that is another base; 0 if there is none."""
     name = recipe.task.settings.get("teacher_model_name_or_path")
-    if not name:
+    if not name or not recipe.objective().computes_teacher_here:
         return 0
     info = load_base_config(name, trust_remote_code=recipe.model.trust_remote_code)
     dtype = pick_dtype(recipe.model.dtype, has_bf16=None if gpu.kind == "cpu" else gpu.bf16)
@@ -249,6 +253,8 @@ def build_plan_request(
         max_tokens = TOKENS_ON_GPU if gpu.device == "cuda" else TOKENS_ON_CPU
     objective = recipe.objective()
     notes += objective.list_plan_notes()
+    if isinstance(objective, TeacherObjective) and not objective.computes_teacher_here:
+        row_composition = row_composition._replace(samples_answers=False)
     if not train.share_prefix:
         example_lengths, row_composition = (
             [*map(remove_prefix_sharing, example_lengths)],

@@ -175,6 +175,7 @@ class LlamaCppAnswerQueue(BaseAnswerQueue):
     """
 
     masks_tokens = False  # llama.cpp does, by the same library; a matcher of bytes checks it
+    scores_prompts = False
 
     def __init__(self, engines: Mapping[str, InProcessLlamaCppEngine], *, max_batch: int, max_waiting: int) -> None:
         super().__init__(max_batch, max_waiting)

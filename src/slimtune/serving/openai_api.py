@@ -1,4 +1,4 @@
-"""The HTTP endpoints: `/v1/chat/completions`, `/v1/completions`, `/v1/models`, `/health`, and those of adapters.
+"""The HTTP endpoints: `/v1/chat/completions`, `/v1/completions`, `/tokenize`, `/v1/models`, `/health`, of adapters.
 
 What a page in a browser on the same machine could do is refused: a request must name this host (a page's own domain may
 point to 127.0.0.1) and its body must be JSON by its content type (a page may send other types elsewhere without
@@ -38,6 +38,7 @@ from ..generation.generation_models import tokenize_chat_prompt
 from .adapter_loading import AdapterLoader
 from .openai_protocol import (
     MAX_ANSWERS,
+    MAX_PROMPT_LOGPROBS,
     ApiError,
     ChatAnswerFields,
     ChatChoiceFields,
@@ -48,11 +49,13 @@ from .openai_protocol import (
     GenerationRequest,
     LoadAdapterRequest,
     ServedModelFields,
+    TokenizeRequest,
     ToolCallDelta,
     UnloadAdapterRequest,
     format_server_sent_event,
     make_chat_logprobs,
     make_completion_logprobs,
+    make_prompt_logprobs,
     parse_request_body,
     require_served_model,
     to_api_error,
@@ -163,7 +166,10 @@ class CompletionResponseBuilder:
 
     def format_choice(self, choice: AnswerChoice) -> CompletionChoiceFields:
         """Return a finished answer."""
-        return self._format(choice, choice.text, choice.logprobs, 0, choice.finish_reason, choice.token_ids)
+        found = self._format(choice, choice.text, choice.logprobs, 0, choice.finish_reason, choice.token_ids)
+        if choice.answer.params.prompt_logprobs is not None:
+            found["prompt_logprobs"] = make_prompt_logprobs(choice.answer.prompt_logprobs)
+        return found
 
     def start_chunks(self, choice: AnswerChoice) -> list[CompletionChoiceFields]:
         """Return what a stream says before an answer begins: nothing."""
@@ -235,6 +241,7 @@ class OpenAiApi:
         routes = [
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
             Route("/v1/completions", self.complete, methods=["POST"]),
+            Route("/tokenize", self.tokenize, methods=["POST"]),
             Route("/v1/models", self.list_models, methods=["GET"]),
             Route("/v1/models/{name:path}", self.show_model, methods=["GET"]),
             Route("/health", self.health, methods=["GET"]),
@@ -355,10 +362,33 @@ class OpenAiApi:
             if not model.end_tokens.issuperset(asked.stop_token_ids or ()):
                 ends = f"the model {model.name!r} ends answers with {sorted(model.end_tokens)}, and with no other token"
                 raise ApiError(400, ends, "stop_token_ids", "unsupported_value")
+            if asked.prompt_logprobs is not None:
+                self._require_scorable_prompts(prompts, asked.prompt_logprobs, model)
             grammar = asked.make_grammar(json_on_one_line=not self.queue.masks_tokens)
             return TokenizedRequest(asked, form, prompts, asked.max_tokens or 16, asked.logprobs, grammar)
 
         return await self._answer(request, prepare)
+
+    async def tokenize(self, request: Request) -> Response:
+        """Answer the token ids of a text, or of a conversation."""
+
+        def respond(body: bytes) -> Response:
+            asked = parse_request_body(TokenizeRequest, body)
+            model = require_served_model(self.models, asked.model)
+            if asked.messages is not None:
+                chat = {"model": asked.model, "messages": asked.messages}
+                _, ids = _tokenize_chat(model, ChatRequest.model_validate(chat))
+            else:
+                special = asked.add_special_tokens is not False
+                ids = model.tokenizer(asked.prompt, add_special_tokens=special, verbose=False)["input_ids"]
+            return _make_response({"tokens": ids, "count": len(ids), "max_model_len": model.max_length})
+
+        try:
+            return await run_in_threadpool(respond, await _read_body(request))
+        except ClientDisconnect:
+            return Response(status_code=499)
+        except Exception as error:
+            raise _log_and_convert(error) from error
 
     async def _answer(self, request: Request, prepare: Callable[[bytes], TokenizedRequest]) -> Response:
         try:
@@ -405,6 +435,16 @@ class OpenAiApi:
         finally:
             if not is_streaming:
                 release()
+
+    def _require_scorable_prompts(self, prompts: Sequence[Sequence[int]], top_k: int, model: ServedModel) -> None:
+        """Raise ApiError if the server gives no log-probabilities of prompts, or not so many."""
+        if not self.queue.scores_prompts:
+            message = "llama.cpp gives no log-probabilities of a prompt; slimtune serve --engine torch does"
+            raise ApiError(400, message, "prompt_logprobs", "unsupported_value")
+        tokens, most = sum(map(len, prompts)), MAX_PROMPT_LOGPROBS
+        if tokens * (1 + min(top_k, model.vocab_size)) > most:
+            message = f"{top_k} log-probabilities of each of {tokens} tokens are more than {most:,} together"
+            raise ApiError(400, message, "prompt_logprobs", "invalid_value")
 
     async def _compile_grammar(self, prepared: TokenizedRequest) -> CompiledGrammar | None:
         """Compile the grammar of a request, in a thread that neither the model nor other requests wait for."""
@@ -457,6 +497,7 @@ class OpenAiApi:
                     top_logprobs=prepared.top_logprobs,
                     logprobs_at_temperature=getattr(asked, "logprobs_mode", None) == "processed_logprobs",
                     grammar=grammar,
+                    prompt_logprobs=getattr(asked, "prompt_logprobs", None),
                 )
                 index = len(choices)
 

@@ -21,10 +21,17 @@ from ..generation.answer_grammar import (
     make_json_schema_grammar,
     make_regex_grammar,
 )
-from ..generation.answer_queue import GenerationThreadEnded, QueueFull, ServerClosing, TokenLogprob
+from ..generation.answer_queue import (
+    GenerationThreadEnded,
+    PromptTokenLogprob,
+    QueueFull,
+    ServerClosing,
+    TokenLogprob,
+)
 from .served_models import ServedModel
 
 MAX_ANSWERS, MAX_LOGPROBS, MAX_STOPS, MAX_STOP_LENGTH, MAX_PROMPTS = 16, 20, 4, 256, 16
+MAX_PROMPT_LOGPROBS = 1 << 20  # of all tokens of a request's prompts together
 
 
 GUIDED_FIELDS = ("guided_regex", "guided_json", "guided_choice")
@@ -117,6 +124,13 @@ class ChatChunkFields(TypedDict):
     finish_reason: str | None
 
 
+class PromptLogprobFields(TypedDict):
+    """What `prompt_logprobs` says of a token at a position of the prompt."""
+
+    logprob: float
+    rank: int
+
+
 class CompletionChoiceFields(TypedDict):
     """An answer of a completion, or a piece of it."""
 
@@ -125,6 +139,7 @@ class CompletionChoiceFields(TypedDict):
     logprobs: CompletionLogprobs | None
     finish_reason: str | None
     token_ids: NotRequired[list[int]]
+    prompt_logprobs: NotRequired[list[dict[str, PromptLogprobFields] | None]]
 
 
 class ServedModelFields(TypedDict):
@@ -338,6 +353,28 @@ class CompletionRequest(GenerationRequest):
     return_token_ids: bool | None = None
     logprobs_mode: Annotated[str | None, accept_only("raw_logprobs", "processed_logprobs")] = None
     stop_token_ids: list[int] | None = None
+    prompt_logprobs: int | None = Field(None, ge=0)
+
+    @model_validator(mode="after")
+    def _require_one_token_after_scored_prompt(self) -> "CompletionRequest":
+        if self.prompt_logprobs is not None and (self.max_tokens != 1 or (self.n or 1) != 1 or self.stream):
+            raise PydanticCustomError("prompt_logprobs", "prompt_logprobs needs max_tokens 1 and n 1, and no stream")
+        return self
+
+
+class TokenizeRequest(_Fields):
+    """`POST /tokenize`, vLLM's: a text, or a conversation that ends before an answer."""
+
+    model: str
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = Field(None, min_length=1)
+    add_special_tokens: bool | None = None
+
+    @model_validator(mode="after")
+    def _require_prompt_or_messages(self) -> "TokenizeRequest":
+        if (self.prompt is None) == (self.messages is None):
+            raise PydanticCustomError("one_of", "it needs one of prompt and messages")
+        return self
 
 
 class LoadAdapterRequest(_Fields):
@@ -420,6 +457,15 @@ def make_completion_logprobs(
     top = [{served_model.tokenizer.decode([token]): value for token, value in one.top} for one in logprobs]
     values = [one.logprob for one in logprobs]
     return {"tokens": tokens, "token_logprobs": values, "top_logprobs": top, "text_offset": offsets}
+
+
+def make_prompt_logprobs(logprobs: list[PromptTokenLogprob]) -> list[dict[str, PromptLogprobFields] | None]:
+    """Return vLLM's `prompt_logprobs` of a choice: nothing for the first token, which nothing stands before."""
+    found: list[dict[str, PromptLogprobFields] | None] = [None]
+    for one in logprobs:
+        own: dict[str, PromptLogprobFields] = {str(one.token): {"logprob": one.logprob, "rank": one.rank}}
+        found.append(own | {str(t): {"logprob": v, "rank": rank} for rank, (t, v) in enumerate(one.top, 1)})
+    return found
 
 
 def format_server_sent_event(value: Mapping[str, object]) -> bytes:

@@ -96,6 +96,12 @@ class Objective(DeclaredSettings):
         """
         return rows
 
+    def require_servers(self, recipe: Recipe, data: RunDatasets) -> None:
+        """Raise SlimtuneError if a server that the run needs cannot serve it: nothing, unless overridden.
+
+        Called before the base is loaded, in the main process alone, with the rows that `prepare_datasets` returned.
+        """
+
     def prepare_run(self, prepared: PreparedRun) -> None:
         """Change the rows of a run in `prepared.data` before its first step: nothing, unless overridden.
 

@@ -83,6 +83,7 @@ def prepare_run(
         data = load_training_datasets(recipe, allow_faulty_rows)
         has_budget = get_forgetting_budget(recipe) is not None
         text = GENERAL_TEXTS.load("files")(recipe.data.general_text) if has_budget else None
+        distributed.runs_on_main_and_broadcasts(recipe.objective().require_servers)(recipe, data)
         lengths = data.lengths()
         plan = distributed.runs_on_main_and_broadcasts(planner)(recipe, lengths, data.train.content)
 
