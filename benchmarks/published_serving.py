@@ -15,8 +15,7 @@ source's own order. UD-Q4_K_XL counts as Q4_K_M, likewise Q6 and Q8. Left out ar
 tokens guessed from words, cached prompts, rounded "about" speeds, speeds above the memory's bandwidth, laptops on
 battery or throttled, and runs reported as a defect.
 
-Runs of MLX are predicted as llama.cpp would run weights of the same size: nothing is fitted to them, no plan has MLX,
-and the exit code leaves them out, as it does the two runs of vLLM.
+Runs of MLX are fitted with those of data/serving_points_other.json; the exit code leaves them and two of vLLM out.
 """
 
 import argparse
@@ -94,7 +93,7 @@ EARLIER_SOURCES = {name_source(point["source"]) for point in POINTS[:EARLIER_POI
 
 
 def is_held_out(point: dict[str, Any]) -> bool:
-    """Return whether a point judged the first fits of llama.cpp, and judges those of MLX.
+    """Return whether a point judged the first fits of llama.cpp and of MLX.
 
     A hash of its source's name decides, drawn before any error was looked at. Six in ten of the later sources are held
     out; the 6 in the hashed text is the first seed that leaves five sources on both sides of each group.
@@ -228,8 +227,8 @@ def main() -> None:
             f"| {r['band'].low:.0f} to {r['band'].high:.0f} | {100 * r['error']:+.0f} | {('no', 'yes')[r['inside']]} |"
         )
     counted = [r for r in rows if r["kind"][0] == "llama.cpp"]
-    third = compare_points(THIRD_POINTS)
-    print(f"\n{make_group_table(counted)}\n\n{make_group_table(third)}\n\n{make_hardware_table(counted)}\n")
+    third, fourth = compare_points(THIRD_POINTS), compare_points(FOURTH_POINTS)
+    print("", *map(make_group_table, (counted, third, fourth)), make_hardware_table(counted), sep="\n\n", end="\n\n")
     for point in POINTS:
         if not point["seen"] or "excluded" in point:
             print(f"not counted: {point['card']} {point['model']}: {point.get('excluded', 'its source was not found')}")

@@ -80,6 +80,7 @@ class GpuSpec:
     flash: bool = True  # flash attention runs on it
     watts: float | None = None  # power of the board (of a Mac: of the machine)
     unified: bool = False  # the memory is the system's, too
+    stacked_memory: bool = False  # HBM, which one request does not saturate
     source: str = ""  # where these numbers are from
     checked: str = ""  # when they were last checked, there or by their arithmetic, as 2026-11-25
     released: str = ""  # month in which it came out, as 2023-06
@@ -182,6 +183,7 @@ def _rows() -> list[tuple[list[str], GpuSpec]]:
                 flash=row["flash"] == "yes",
                 watts=float(row["watts"]) if row["watts"] else None,
                 unified=row["unified"] == "yes",
+                stacked_memory=row["vendor"] != "apple" and int(row["bus_bits"] or 0) > 1024,
             )
             rows.append(([gpu.name, row["name"], *filter(None, row["aliases"].split(";"))], gpu))
     return rows

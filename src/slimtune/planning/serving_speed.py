@@ -21,9 +21,6 @@ from .gpu_specs import GpuSpec
 from .interval import Interval
 from .weight_formats import ENGINES
 
-HBM = 1.4e12
-"""Bandwidth in bytes a second from which a datacentre GPU has stacked memory, which batch 1 does not saturate. Volta
-has it, too."""
 EXPERT_LAYER, RECURRENT_LAYER, CONVOLUTION_LAYER = 0.5, 0.4, -0.5
 """What a layer with experts, a recurrent one, or a short convolution instead of attention takes beside its traffic more
 than a layer of attention, in layers."""
@@ -112,10 +109,11 @@ DECODING = {
     ("llama.cpp", "amd hbm"): DecodingSpeedFit(0.50, 200e-6, Interval(0.55, 1.6), 1),
     ("llama.cpp", "amd unified"): DecodingSpeedFit(0.83, 93e-6, Interval(0.74, 1.30), 10),
     ("llama.cpp", "apple m1, m2"): DecodingSpeedFit(0.71, 134e-6, Interval(0.58, 1.45), 8),
+    ("llama.cpp", "apple m5"): DecodingSpeedFit(0.82, 85e-6, Interval(0.74, 1.35), 5),
     ("llama.cpp", "apple"): DecodingSpeedFit(0.86, 127e-6, Interval(0.79, 1.33), 8),
-    ("mlx", "apple m1, m2"): DecodingSpeedFit(0.83, 130e-6, Interval(0.60, 1.50), 4),
-    ("mlx", "apple m5"): DecodingSpeedFit(0.92, 95e-6, Interval(0.75, 1.35), 1),
-    ("mlx", "apple"): DecodingSpeedFit(0.92, 95e-6, Interval(0.80, 1.35), 5),
+    ("mlx", "apple m1, m2"): DecodingSpeedFit(0.84, 110e-6, Interval(0.60, 1.50), 4),
+    ("mlx", "apple m5"): DecodingSpeedFit(0.88, 60e-6, Interval(0.75, 1.35), 2),
+    ("mlx", "apple"): DecodingSpeedFit(0.84, 75e-6, Interval(0.75, 1.35), 6),
     # Two runs of vLLM were found (A100: 0.78 of the bandwidth, RTX 4090: 0.66), too few to fit.
     ("vllm", "nvidia"): DecodingSpeedFit(0.80, 40e-6, Interval(0.75, 1.15), 0),
     ("vllm", "nvidia hbm"): DecodingSpeedFit(0.78, 20e-6, Interval(0.75, 1.15), 0),
@@ -133,11 +131,12 @@ PREFILL = {
     ("llama.cpp", "amd hbm"): PrefillSpeedFit(0.72, "float32", Interval(0.5, 1.9), 0),
     ("llama.cpp", "amd unified"): PrefillSpeedFit(0.57, "float32", Interval(0.65, 1.4), 6),
     ("llama.cpp", "apple m1, m2"): PrefillSpeedFit(0.68, "float32", Interval(0.68, 1.28), 6),
-    ("llama.cpp", "apple"): PrefillSpeedFit(0.78, "float32", Interval(0.72, 1.25), 4),
-    ("mlx", "apple m1, m2"): PrefillSpeedFit(0.33, "float32", Interval(0.45, 1.70), 2),
     # The M5 has units for matrices, whose rate Apple does not say.
-    ("mlx", "apple m5"): PrefillSpeedFit(1.4, "float32", Interval(0.5, 1.9), 1),
-    ("mlx", "apple"): PrefillSpeedFit(0.56, "float32", Interval(0.48, 1.55), 2),
+    ("llama.cpp", "apple m5"): PrefillSpeedFit(2.4, "float32", Interval(0.60, 1.60), 3),
+    ("llama.cpp", "apple"): PrefillSpeedFit(0.78, "float32", Interval(0.72, 1.25), 4),
+    ("mlx", "apple m1, m2"): PrefillSpeedFit(0.53, "float32", Interval(0.60, 1.50), 2),
+    ("mlx", "apple m5"): PrefillSpeedFit(2.4, "float32", Interval(0.5, 1.9), 2),
+    ("mlx", "apple"): PrefillSpeedFit(0.87, "float32", Interval(0.60, 1.55), 3),
     ("vllm", "nvidia"): PrefillSpeedFit(0.5, "float16", Interval(0.6, 1.4), 0),
     ("vllm", "nvidia hbm"): PrefillSpeedFit(0.5, "float16", Interval(0.6, 1.4), 0),
     ("vllm", "nvidia hbm3"): PrefillSpeedFit(0.5, "float16", Interval(0.6, 1.4), 0),
@@ -168,12 +167,9 @@ def get_serving_fit_hardware_key(gpu: GpuSpec) -> str:
         return f"{gpu.vendor} unified"
     if gpu.architecture == "pascal":
         return "nvidia p100" if gpu.name == "p100" else "nvidia pascal"
-    if gpu.vendor == "amd" and gpu.kind == "datacentre":
-        return "amd hbm"
-    is_fast_datacentre = gpu.vendor == "nvidia" and gpu.kind == "datacentre" and (gpu.bandwidth or 0) > HBM
-    if is_fast_datacentre or gpu.architecture == "volta":
+    if gpu.stacked_memory:
         # From Hopper on, clocks are higher and kernels start sooner.
-        return "nvidia hbm" if gpu.architecture in ("volta", "ampere") else "nvidia hbm3"
+        return f"{gpu.vendor} hbm3" if gpu.architecture in ("hopper", "blackwell") else f"{gpu.vendor} hbm"
     return gpu.vendor
 
 
@@ -223,8 +219,6 @@ def estimate_decode_and_prefill_speed(
     if key not in DECODING or not gpu.rates or not gpu.bandwidth:
         return None
     decoding, prefill = DECODING[key], PREFILL[key]
-    if key[0] == "mlx":
-        structure = DENSE_LAYERS  # dense bases, mixtures and hybrids together are what it is fitted to
     kind = structure.kind
     # An expert sees few tokens of a batch, too few for the rate; the batch reads every expert once.
     tokens = batch_tokens * structure.expert_share
