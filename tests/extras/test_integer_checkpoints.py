@@ -9,14 +9,16 @@ import pytest
 import torch
 from models_zoo import tokens
 from safetensors.torch import load_file, save_file
-from tiny_run import recipe_of, settings_of_base
+from tiny_run import adapter, recipe_of, settings_of_base
 
 from slimtune import LoraConfig, get_peft_model
 from slimtune.core.models.loader import load_base
 from slimtune.core.models.quantization import dequantize_model
+from slimtune.core.training.run_dir import RunDir
 from slimtune.core.training.train import train
+from slimtune.core.training.trained_model import load_run
 from slimtune.errors import ModelError
-from slimtune.export.merge import merge
+from slimtune.export.merge import load_run_for_export, merge
 from slimtune.extras.quantized_weight import QuantizedLinear, QuantizedWeight
 from slimtune.planning.gpu_specs import require_gpu_by_name
 from slimtune.planning.memory_trace import trace_training_step
@@ -91,12 +93,22 @@ def test_gradients_equal_those_of_the_dequantized_model(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("folder", NAMES, indirect=True)
-def test_a_run_is_planned_trained_and_merged(folder, tmp_path):
-    recipe = recipe_of(settings_of_base(folder, tmp_path), max_steps=4)
+def test_a_run_is_planned_trained_resumed_and_merged(folder, tmp_path):
+    recipe, run = recipe_of(settings_of_base(folder, tmp_path), eval_steps=4), RunDir(tmp_path / "run")
     kind = train(recipe).quantization
-    proof = merge(tmp_path / "run", tmp_path / "merged").comparison
+    trained = adapter(run.path)
+    proof = merge(run.path, tmp_path / "merged").comparison
     assert proof.mean_difference < 1e-4 * proof.effect
-    assert load_base(str(tmp_path / "merged"), dtype="float32").quantization is None
+    merged = load_base(str(tmp_path / "merged"), dtype="float32")
+    assert merged.quantization is None
+    with torch.no_grad():
+        logits = load_run(run.path).model(tokens()).logits
+        for model in (load_run_for_export(run.path).model, merged.model):
+            assert (model(tokens()).logits - logits).abs().max() < 1e-4
+    shutil.rmtree(run.checkpoints / "checkpoint-8")
+    shutil.rmtree(run.adapter)
+    train(run.load_recipe(), resume=True)
+    assert all(torch.equal(adapter(run.path)[n], t) for n, t in trained.items())
     base = load_base(str(folder), dtype="float32").model
     job = MicroBatchWorkload(base.config, recipe.method_config(), torch.float32, (64,), quantization=kind)
     weights = trace_training_step(job).state_bytes_by_part["weights"]
