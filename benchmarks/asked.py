@@ -1,14 +1,15 @@
 """How many questions and errors of other people `slimtune explain` answers, by part and by kind.
 
     python benchmarks/asked.py                       # the parts that may be looked at
-    python benchmarks/asked.py --part test           # once, when everything else is done
+    python benchmarks/asked.py --part "second test"  # once, when everything else is done
     python benchmarks/asked.py --part development --list
     python benchmarks/asked.py --fit                 # the weights of the confidence
 
 benchmarks/data/asked_questions.jsonl has titles of issues, questions and error lines from threads of about 200
 repositories, shortened, each with its address and with the answers that are right ("none" if nothing is). They were
 labelled from the pages before `explain` saw them. The hash of the repository's name decides the part, so that a thread
-is never in two. Wordings were added for questions of "development" alone. A list of the nearest answers counts as no
+is never in two. Wordings were added for questions of "development" and "second development" alone; the second parts are
+of repositories that the first do not have, and were collected later. A list of the nearest answers counts as no
 answer. Texts that stood in older collections, or whose wordings the pages already had, were left out.
 """
 
@@ -22,7 +23,7 @@ from slimtune.diagnostics.knowledge import AnswerAndNearPages, ErrorPage, find_a
 from slimtune.diagnostics.knowledge.guides import QuestionGuide
 
 ASKED = Path(__file__).parent / "data" / "asked_questions.jsonl"
-OPEN_PARTS = ("development", "validation")
+OPEN_PARTS = ("development", "validation", "second development")
 
 
 def load_asked(parts: tuple[str, ...] = OPEN_PARTS) -> list[dict]:
@@ -30,17 +31,21 @@ def load_asked(parts: tuple[str, ...] = OPEN_PARTS) -> list[dict]:
     return [row for row in rows if row["part"] in parts]
 
 
+OUTCOMES = ("right", "beside", "wrong", "listed", "nothing")
+
+
 def name_answer(answer: ErrorPage | QuestionGuide | None) -> str:
-    return "none" if answer is None else answer.code if isinstance(answer, ErrorPage) else answer.answer
+    return "none" if answer is None else answer.name
 
 
 def judge(right: list[str], answers: AnswerAndNearPages) -> str:
-    """Return "right", "wrong", "listed" (no answer, and a right one among the nearest) or "nothing"."""
+    """Return "right", "beside" (a right one is named as what else may be meant), "wrong", "listed" (no answer, and a
+    right one among the nearest) or "nothing"."""
     name = name_answer(answers.found)
     if name in right:
         return "right"
     if name != "none":
-        return "wrong"
+        return "beside" if {each.name for each in answers.alternatives} & set(right) else "wrong"
     return "listed" if {name_answer(each) for each in answers.near} & set(right) else "nothing"
 
 
@@ -62,7 +67,7 @@ def print_figures(parts: tuple[str, ...], listed: bool) -> None:
             outcomes = count_outcomes(rows)
             shares = [
                 f"{name} {outcomes[name]} ({low:.0%} to {high:.0%})"
-                for name in ("right", "wrong", "listed", "nothing")
+                for name in OUTCOMES
                 for low, high in [wilson_interval(outcomes[name], len(rows))]
             ]
             print(f"{part}, {len(rows)} {kind}s: {', '.join(shares)}")
@@ -93,7 +98,8 @@ def fit_confidence() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--part", choices=(*OPEN_PARTS, "test"), help="one part; both open ones otherwise")
+    parts = (*OPEN_PARTS, "test", "second test")
+    parser.add_argument("--part", choices=parts, help="one part; all open ones otherwise")
     parser.add_argument("--list", action="store_true", help="name what was not right")
     parser.add_argument("--fit", action="store_true", help="fit the weights of the confidence")
     arguments = parser.parse_args()

@@ -3,6 +3,7 @@
 import re
 import sys
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -49,6 +50,8 @@ class ExplainResult:
     """What it is about."""
     text: str
     """The page in Markdown: cause, check and fix."""
+    alternatives: list[str]
+    """Codes and headings of what may be meant in place of this; empty: this surely is."""
     nearest: list[PageTitle]
     """Other pages that may be meant."""
     guides: list[QuestionGuide]
@@ -67,6 +70,8 @@ class NoPageResult:
     """Pages that may be meant."""
     guides: list[QuestionGuide]
     """What answers the text if it is a question and no error; empty if nothing does, with exit code 1."""
+    alternatives: list[str]
+    """Codes and headings of what may be meant in place of this; empty: this surely is."""
     related: list[str]
     """Headings of the docs that may be meant; `explain HEADING` prints what is under one."""
 
@@ -96,10 +101,10 @@ def explain_error(
     related = [each.answer for each in answers.near if isinstance(each, QuestionGuide)]
     if not as_json:
         _print_answers(answers)
-    found = answers.found
+    found, alternatives = answers.found, [each.name for each in answers.alternatives]
     if isinstance(found, ErrorPage):
-        return ExplainResult(found.code, found.title, found.body, nearest, [], related)
-    result = NoPageResult(None, nearest, [found] if found else [], related)
+        return ExplainResult(found.code, found.title, found.body, alternatives, nearest, [], related)
+    result = NoPageResult(None, nearest, [found] if found else [], alternatives, related)
     return result if found else NegativeVerdictResult(result)
 
 
@@ -121,14 +126,21 @@ def _print_answers(answers: AnswerAndNearPages) -> None:
         _print_markdown(screen, found.what)
     else:
         _print_markdown(screen, f"{found.answer}{'' if found.answer[-1] in '?.' else ':'} {found.what}")
+    if answers.alternatives:
+        screen.print(Text("\nIf that is not what you mean", "bold"))
+        _print_names(screen, answers.alternatives, with_summary=True)
     if found and answers.near:
         screen.print(Text("\nSee also", "bold"))
-    if answers.near:
-        names = [
-            (f"  {each.code}", each.title) if isinstance(each, ErrorPage)
-            else (f"  {each.answer}", "" if found else re.split(r"(?<=[.:])\s", each.what, maxsplit=1)[0])
-            for each in answers.near
-        ]  # fmt: skip
+    _print_names(screen, answers.near, with_summary=found is None)
+
+
+def _print_names(screen: Console, answers: Sequence[ErrorPage | QuestionGuide], with_summary: bool) -> None:
+    names = [
+        (f"  {each.code}", each.title) if isinstance(each, ErrorPage)
+        else (f"  {each.answer}", re.split(r"(?<=[.:])\s", each.what, maxsplit=1)[0] if with_summary else "")
+        for each in answers
+    ]  # fmt: skip
+    if names:
         screen.print(make_table("", "", text_column_indices=(1,), rows=names))
 
 

@@ -24,6 +24,9 @@ _GAP = 300
 _LEAST_CONFIDENCE, _SURE, _LEAST_NEAR, _LEAST_RELATED = 0.85, 0.9, 0.9, 1.2
 """The confidence from which on an answer is given; the likeness to a wording from which on it is given in any case; the
 scores from which on another is named: where nothing is surely meant, and beside an answer."""
+_PROBABLE, _MOST_UNKNOWN = 0.6, 0.1
+"""The confidence from which on, and the share of unknown words up to which, an answer is given together with what else
+may be meant."""
 _EXCEPTION = re.compile(r"\b[A-Za-z_.]*(?:Error|Exception|Warning)\b\s*:")
 _WARNINGS_PAGE = "harmless-warning"
 """The page of texts that stand in many logs beside the error that counts: any other page comes before it."""
@@ -40,6 +43,11 @@ class ErrorPage:
     hints: tuple[str, ...]
     asked: tuple[str, ...]
     body: str
+
+    @property
+    def name(self) -> str:
+        """What `slimtune explain` finds it by."""
+        return self.code
 
 
 @cache
@@ -75,6 +83,8 @@ class AnswerAndNearPages:
 
     found: ErrorPage | QuestionGuide | None
     """The answer; None if nothing is surely about the text."""
+    alternatives: tuple[ErrorPage | QuestionGuide, ...]
+    """What may be meant in place of `found`, the nearest first; empty: `found` surely is, or nothing was found."""
     near: tuple[ErrorPage | QuestionGuide, ...]
     """Related answers, the nearest first; if none was found, those that are perhaps meant."""
 
@@ -83,10 +93,10 @@ def find_answers(text: str, max_near: int = 3) -> AnswerAndNearPages:
     """Find what answers a text: a code, a heading of the docs, a question, an error, or a whole traceback."""
     pages = load_error_pages()
     if (code := text.strip().lower().replace(" ", "-")) in pages:
-        return AnswerAndNearPages(pages[code], ())
+        return AnswerAndNearPages(pages[code], (), ())
     is_question = len(text) <= _MOST_QUESTION
     if is_question and (headed := find_section_by_exact_heading(text)):
-        return AnswerAndNearPages(headed, ())
+        return AnswerAndNearPages(headed, (), ())
     ranked = rank_answers(text) if is_question else None
     scores = ranked.scores if ranked else {}
     fits = {
@@ -97,17 +107,20 @@ def find_answers(text: str, max_near: int = 3) -> AnswerAndNearPages:
         key=lambda code: (code != _WARNINGS_PAGE and fits[code][0] > 0, fits[code]),
         reverse=True,
     )
-    first = ""
+    first, rivals = "", list[str]()
     if ranked and ranked.nearest >= _SURE:
         first = next(iter(scores))
     elif by_pattern and fits[by_pattern[0]][0]:
         first = by_pattern[0]
-    elif ranked and ranked.confidence >= _LEAST_CONFIDENCE and not _EXCEPTION.search(text):
-        first = next(iter(scores))
+    elif ranked and not _EXCEPTION.search(text):
+        if ranked.confidence >= _LEAST_CONFIDENCE:
+            first = next(iter(scores))
+        elif ranked.confidence >= _PROBABLE and ranked.unknown_share <= _MOST_UNKNOWN:
+            first, *rivals = list(scores)[:max_near]
     least = _LEAST_RELATED if first else _LEAST_NEAR
     others = [*by_pattern, *(name for name, score in scores.items() if score >= least)]
-    near = list(dict.fromkeys(name for name in others if name != first))[:max_near]
-    return AnswerAndNearPages(_get_answers([first])[0] if first else None, _get_answers(near))
+    near = list(dict.fromkeys(name for name in others if name not in (first, *rivals)))[:max_near]
+    return AnswerAndNearPages(_get_answers([first])[0] if first else None, _get_answers(rivals), _get_answers(near))
 
 
 def rank_answers(question: str) -> RankedAnswers | None:

@@ -45,6 +45,11 @@ class QuestionGuide:
     what: str
     """What the command does, or the text of the section."""
 
+    @property
+    def name(self) -> str:
+        """What `slimtune explain` finds it by."""
+        return self.answer
+
 
 @dataclass(frozen=True)
 class DocsSection:

@@ -181,6 +181,8 @@ class RankedAnswers:
     """The score of each, 0 to 3: how alike the question and its nearest wording are, and twice its share of BM25."""
     nearest: float
     """How alike the question and the nearest wording of the first answer are, 0 to 1."""
+    unknown_share: float
+    """Share of the question's weight that lies in words which no wording has."""
     features: tuple[float, ...]
     """What the confidence depends on."""
 
@@ -228,7 +230,7 @@ class WordingIndex:
         first, *others = sorted(scores, key=lambda name: scores[name], reverse=True)
         rival = next((scores[name] for name in others if not are_linked(first, name)), 0.0)
         features = (1.0, scores[first], min(scores[first] - rival, _MOST_LEAD), unknown / total)
-        return RankedAnswers({name: scores[name] for name in (first, *others)}, near[first], features)
+        return RankedAnswers({name: scores[name] for name in (first, *others)}, near[first], unknown / total, features)
 
     def _compare(self, name: str, known: set[str], total: float) -> float:
         """Return how alike a question and the nearest wording of an answer are, 0 to 1: the weight of the words that
