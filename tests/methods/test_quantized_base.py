@@ -1,12 +1,14 @@
-"""Every method trains on a base in 4 or 8 bits; needs bitsandbytes."""
+"""Every method trains on a base in 4 or 8 bits, by bitsandbytes, which it needs, or as GPTQ stores it."""
 
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from method_cases import CASES
 from models_zoo import llama, run, tokens
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from slimtune import PeftModel, get_peft_model
 from slimtune.core.kernels.linear_layers import is_quantized
@@ -20,6 +22,7 @@ pytestmark = [
 ]
 
 METHODS = sorted(set(CASES) - {"full"})  # full fine-tuning refuses a quantized base
+GPTQ = Path(__file__).parents[1] / "extras" / "integer_checkpoints" / "gptq"
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +32,10 @@ def bases(tmp_path_factory):
     llama(dtype=torch.float32).save_pretrained(folder)
 
     def make(kind):
+        if kind == "gptq":
+            config = AutoConfig.from_pretrained(GPTQ)
+            _, told = resolve_quantization_and_load_args(config, None, torch.float32, torch.device("cpu"), "tiny")
+            return AutoModelForCausalLM.from_pretrained(GPTQ, config=config, dtype=torch.float32, **told).eval()
         model = llama(dtype=torch.float32)
         _, told = resolve_quantization_and_load_args(model.config, kind, torch.float32, torch.device("cpu"), "tiny")
         model = type(model).from_pretrained(folder, dtype=torch.float32, **told).eval()
@@ -60,9 +67,9 @@ def train(model):
     ("kind", "method"),
     [
         pytest.param(k, m, marks=[pytest.mark.slow] if k != "nf4" or "+" in m else [])
-        for k in KINDS
+        for k in (*KINDS, "gptq")
         for m in METHODS
-        if k == "nf4" or "+" not in m
+        if (k == "nf4" or "+" not in m) and (k != "gptq" or m != "adaption_prompt")  # Qwen3 normalizes its keys
     ],
 )
 def test_trains_loads_and_merges(method, kind, bases, tmp_path):
@@ -75,7 +82,7 @@ def test_trains_loads_and_merges(method, kind, bases, tmp_path):
     said = run(model)
     model.save_pretrained(tmp_path)
     assert (run(PeftModel.from_pretrained(bases(kind), tmp_path)) - said).abs().max() < 1e-5
-    if kind == "nf4":
+    if kind != "int8":
         plain = PeftModel.from_pretrained(dequantize_model(bases(kind), torch.float32), tmp_path)
         assert not any(map(is_quantized, plain.modules()))
         assert (run(plain) - said).abs().max() < 2e-5
