@@ -17,8 +17,9 @@ from slimtune.core.models.quantization import dequantize_model
 from slimtune.core.training.run_dir import RunDir
 from slimtune.core.training.train import train
 from slimtune.core.training.trained_model import load_run
-from slimtune.errors import ModelError
+from slimtune.errors import ConfigError, ModelError
 from slimtune.export.merge import load_run_for_export, merge
+from slimtune.extras.integer_checkpoints import read_integer_checkpoint
 from slimtune.extras.quantized_weight import QuantizedLinear, QuantizedWeight
 from slimtune.planning.gpu_specs import require_gpu_by_name
 from slimtune.planning.memory_trace import trace_training_step
@@ -35,6 +36,12 @@ def folder(request, tmp_path, tiny_tokenizer):
     folder = shutil.copytree(RECORDED / request.param, tmp_path / "base")
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def test_pattern_of_a_stranger_takes_bounded_time():
+    settings = {"bits": 4, "dynamic": {"-:(x|xx)+!": {}}}
+    with pytest.raises(ConfigError, match="takes too long"):
+        read_integer_checkpoint("gptq", settings).has_layer("x" * 100)
 
 
 def list_packed(model):

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedConfig
 
+from ..core.adapters.name_patterns import make_module_name_regex
 from ..core.models.quantization import LoadOptions
 from ..errors import ModelError
 from .integer_weights import IntegerFormat
@@ -42,7 +43,7 @@ class IntegerCheckpoint:
 
     def has_layer(self, name: str) -> bool:
         """Return whether a linear layer, by name, is quantized."""
-        if any(re.search(pattern, name) for pattern in self.skipped):
+        if any(make_module_name_regex(f".*(?:{pattern}).*").matches(name) for pattern in self.skipped):
             return False
         return not self.quantized or name.endswith(self.quantized)
 
