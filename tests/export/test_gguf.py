@@ -6,6 +6,7 @@ The converters ignore rsLoRA and alpha patterns, and exchange A and B for GPT-2;
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,8 @@ from models_zoo import shake
 from tiny_ggufs import MAKERS, model_of, write
 
 from slimtune import BottleneckConfig, IA3Config, LoraConfig, get_peft_model
+from slimtune.core.models.loader import load_base
+from slimtune.core.models.quantization import dequantize_model
 from slimtune.errors import AdapterError, UsageError
 from slimtune.export import gguf as ours
 from slimtune.export import llama_cpp_tools
@@ -35,6 +38,7 @@ needs_llama_cpp = pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is No
 LORA_CONVERTER = Path(os.environ.get("LLAMA_CPP", "."), "convert_lora_to_gguf.py")
 needs_converters = pytest.mark.skipif(not LORA_CONVERTER.is_file(), reason="LLAMA_CPP has no converters")
 VOCABULARY = 320
+INTEGER_CHECKPOINTS = Path(__file__).parents[1] / "extras" / "integer_checkpoints"
 FAST = ("llama",)
 PATTERNS = {
     "rank_pattern": {"o_proj|c_attn|dense|out_proj": 8},
@@ -121,6 +125,21 @@ def test_llama_cpp_agrees_with_an_adapter_on_experts_in_nf4(kind, seed, tmp_path
     verdict = compare(model, tokenizer, base, tmp_path / "a.gguf", seed)
     assert verdict.passed, verdict.reason
     assert verdict.max_difference < 0.01
+
+
+@pytest.mark.slow
+@needs_llama_cpp
+@pytest.mark.parametrize("name", ["gptq_act_order", "awq"])
+def test_llama_cpp_agrees_with_an_adapter_on_a_base_in_integers(name, tmp_path, tiny_tokenizer):
+    tokenizer, folder = tiny_tokenizer(), shutil.copytree(INTEGER_CHECKPOINTS / name, tmp_path / "base")
+    tokenizer.save_pretrained(folder)
+    packed, dequantized = (load_base(str(folder), dtype="float32").model for _ in range(2))
+    base = write(tmp_path / "base.gguf", dequantize_model(dequantized, torch.float32), tokenizer)
+    model = get_peft_model(packed, LoraConfig(r=4, lora_alpha=16, target_modules="all-linear"))
+    shake(model)
+    ours.write_adapter_gguf(tmp_path / "a.gguf", model.eval())
+    verdict = compare(model, tokenizer, base, tmp_path / "a.gguf")
+    assert verdict.passed, verdict.reason
 
 
 @pytest.mark.slow

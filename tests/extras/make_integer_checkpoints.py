@@ -28,6 +28,7 @@ GPTQ = {"bits": 4, "group_size": 32, "desc_act": False, "sym": True, "format": "
 CHECKPOINTS = {
     "gptq": ("qwen3", GPTQ),
     "gptq_act_order": ("qwen3", {**GPTQ, "desc_act": True, "sym": False, "format": "gptq_v2"}),
+    "gptq_2_bits": ("qwen3", {**GPTQ, "bits": 2}),
     "gptq_8_bits": ("qwen3", {**GPTQ, "bits": 8, "group_size": -1, "sym": False, "act_group_aware": False}),
     "gptq_experts": ("qwen3_moe", GPTQ),
     "awq": ("qwen3", {"bits": 4, "group_size": 32, "sym": False, "format": "gemm", "method": "awq"}),
