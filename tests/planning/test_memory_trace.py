@@ -232,3 +232,14 @@ def test_attention_grows_with_the_square_of_a_row(device, of_one, of_two):
     heads_times_size, layers = 64, 2
     assert long[FP32] == pytest.approx(layers * 14 * heads_times_size * 512**2 * of_one, rel=0.01)
     assert short[FP32] == pytest.approx(layers * 14 * heads_times_size * 512**2 * of_two, rel=0.01)
+
+
+def test_a_loop_over_tokens_is_refused_at_once():
+    sizes = {
+        "hidden_size": 64, "num_hidden_layers": 2, "num_experts": 2, "num_experts_per_tok": 1, "vocab_size": 64,
+        "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 256, "indexer_budget": 64,
+        "indexer_compress_ratio": 4, "layer_types": ["linear_attention", "indexed_attention"],
+    }  # fmt: skip
+    config = tf.AutoConfig.for_model("qwen4_exp_text", **sizes)
+    with pytest.raises(ModelError, match="QSAIndexer"):
+        trace_training_step(MicroBatchWorkload(config, CASES["lora"](), FP32, (1000,)))

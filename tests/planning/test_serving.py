@@ -62,6 +62,7 @@ PUBLISHED = {  # bytes of files made without an importance matrix, or whose type
                    "Q8_0": 2784495456},
     "gemma-3-270m": {"Q2_K": 237079584, "Q4_K_M": 253115424, "Q5_K_M": 260027424, "Q8_0": 291546144, "F16": 542835488},
     "phi-4-mini": {"Q4_K_M": 2491874688, "Q8_0": 4084611456},
+    "step-3.7-flash": {"Q4_K_S": 111500000000},  # as its README rounds it
     "phi-4": {"Q4_K_M": 9053114816, "Q6_K": 12030251456, "Q8_0": 15580500416},
 }  # fmt: skip
 
@@ -82,7 +83,8 @@ def plan(name="llama-3.1-8b", gpu=None, **settings):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_file_sizes(name):
     for precision, size in PUBLISHED[name].items():
-        planned = count_weight_and_embedding_bytes(model(name), precision)[0] + METADATA * model(name).config.vocab_size
+        vocab_size = model(name).config.get_text_config().vocab_size
+        planned = count_weight_and_embedding_bytes(model(name), precision)[0] + METADATA * vocab_size
         assert planned == pytest.approx(size, rel=0.03), precision
 
 
@@ -331,6 +333,19 @@ def test_compressed_attention_caches_as_little_as_published():
 def test_cache_of_lfm3_is_the_published_one():
     """1.6 GB for 128,000 tokens (huggingface.co/LiquidAI/LFM3-1.7B)."""
     assert count_request_kv_cache_bytes(config("lfm3-1.7b"), 128000, "llama.cpp") == pytest.approx(1.6e9, rel=0.03)
+
+
+def test_an_index_caches_a_key_of_its_own():
+    """Qwen3.8-Flash-Next: 54 KiB a token in float32 (docs/qwen38.md of github.com/JustVugg/colibri)."""
+    in_16_bits = count_request_kv_cache_bytes(config("qwen3.8-flash-next"), 4096, "llama.cpp")
+    assert 2 * in_16_bits / 4096 == pytest.approx(54 * 1024, rel=0.01)
+    sparse = count_request_kv_cache_bytes(config("minimax-m3"), 4096, "llama.cpp")
+    assert sparse == 4096 * 2 * (60 * 2 * 4 * 128 + 57 * 128)
+
+
+def test_delta_attention_keeps_a_matrix_for_each_head():
+    """Kimi Linear: 20 layers of 32 heads of 128 · 128, and the last 3 inputs of its convolution."""
+    assert count_recurrent_state_bytes(model("kimi-linear-48b-a3b")) == 20 * 4 * 32 * 128 * (128 + 3 * 3)
 
 
 def test_chunked_attention_caches_a_chunk():

@@ -69,13 +69,14 @@ def list_known_bases(family: str | None = None) -> list[KnownBaseFacts]:
 def _read_facts(chosen: Mapping[str, Mapping[str, Any]]) -> Iterator[KnownBaseFacts]:
     for name, facts in chosen.items():
         config = read_known_config(name, facts["hub"][0])
+        text = config.get("text_config", config)
         yield KnownBaseFacts(
             name=name,
             family=facts["family"],
             hub=facts["hub"][0],
             ollama=facts.get("ollama", []),
             params=facts["params"],
-            context=config.get("max_position_embeddings") or config.get("n_positions"),
+            context=text.get("max_position_embeddings") or text.get("n_positions"),
             licence=facts["licence"],
             gated=facts["gated"],
             released=facts["released"],

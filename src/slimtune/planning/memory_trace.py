@@ -24,7 +24,7 @@ from ..core.foundation.device import collect_simulated_attention_flops, simulati
 from ..core.models.lm_head import get_classifier_head, get_lm_head_with_scale_and_cap
 from ..core.training.loss import compute_token_nll_or_row_logits, forward_backward, make_collator
 from ..core.training.optimizer import build_optimizer
-from ..errors import UsageError
+from ..errors import ModelError, UsageError
 from .fake_tensors import fake_tensor_mode, list_module_tensors, replace_meta_with_fake_cpu_tensors
 from .memory_tracker import MemoryTracker, iterate_nested_tensors
 from .meta_model import build_adapted_meta_model
@@ -41,6 +41,8 @@ FLOAT32_MERGE_PARAMS = 1_000_000_000
 """Models with fewer parameters are merged in float32."""
 MAX_OPERATORS, MAX_OPERATORS_PER_LAYER = 150_000, 2_000
 """A layer runs 1,600 operators in a step; one of Mamba without its kernels runs 100,000 for 1024 tokens."""
+_LOOPS_OVER_TOKENS = {"Qwen4ExpTextQSAIndexer"}
+"""Modules of transformers that run some thirty operators for each token of a row."""
 TOTAL_STEPS = 1 << 20
 """Length of the run whose first step is traced; a method whose rank shrinks during training is at its largest."""
 BACKWARD = ("backward, last layer", "backward, between", "backward, first layer")
@@ -107,6 +109,12 @@ def trace_training_step(job: MicroBatchWorkload, model: Any = None, *, stop_afte
         ModelError: the step depends on tensor values.
     """
     model = job.build_model() if model is None else model
+    if looping := next((name for m in model.modules() if (name := type(m).__name__) in _LOOPS_OVER_TOKENS), None):
+        raise ModelError(
+            f"transformers' {looping} goes through a row token by token: a plan would take minutes, and a step hours",
+            "a step that processes all tokens of a row at once",
+            "`slimtune plan --serve` plans serving it",
+        )
     vocab_size = model.config.get_text_config().vocab_size
     with fake_tensor_mode() as operators, simulating_device_for_kernel_choice(job.device):
         replace_meta_with_fake_cpu_tensors(model)

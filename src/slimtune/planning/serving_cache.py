@@ -2,9 +2,10 @@
 
 An attention layer caches `2 · kv_heads · head_dim` numbers for each token; one with a sliding window or with chunks
 those of the window or the chunk alone. Latent attention (DeepSeek, GLM-4.7-Flash, Kimi) caches one compressed vector
-and one rotated key for all heads. DeepSeek V4 caches one vector, key and value in one, for each token of a window, one
-for each 4 or 128 tokens of the whole row, and an index of those for 4. A recurrent layer (Mamba, gated delta net, short
-convolution) caches the same for any number of tokens. `layer_types` of transformers says which layer is which.
+and one rotated key for all heads. An index that picks the tokens to attend to has a key of its own. DeepSeek V4 caches
+one vector, key and value in one, for each token of a window, one for each 4 or 128 tokens of the whole row, and an
+index of those for 4. A recurrent layer (Mamba, gated delta net, short convolution) caches the same for any number of
+tokens. `layer_types` of transformers says which layer is which.
 """
 
 from typing import Any
@@ -17,7 +18,11 @@ from .weight_formats import ENGINES
 
 UBATCH = 512
 """Tokens that llama.cpp computes at once (`--ubatch-size`)."""
-_WHOLE_ROW = {"full_attention", "hybrid", "indexed_attention"}
+_INDEXED = {"indexed_attention", "minimax_m3_sparse"}
+"""Kinds of layers that also cache a key of the index that picks the tokens to attend to."""
+_INDEX_FIELDS = ("index_head_dim", "indexer_head_dim")
+"""Fields of the numbers of that key."""
+_WHOLE_ROW = {"full_attention", "hybrid", *_INDEXED}
 """Kinds of layers that cache every token; "hybrid" has attention and a recurrent part."""
 _WINDOW_FIELDS = {
     "sliding_attention": "sliding_window",
@@ -83,16 +88,15 @@ def _count_cached_numbers_per_token(layer: Any, kind: str) -> int:
     """Return the numbers that a layer of this config caches for a token."""
     if getattr(layer, "compress_rates", None):
         return int(layer.head_dim)
+    index = next((n for field in _INDEX_FIELDS if (n := getattr(layer, field, None))), 0) if kind in _INDEXED else 0
     if rank := getattr(layer, "kv_lora_rank", None):
-        # The index that picks the tokens to attend to (DeepSeek V3.2, GLM 5) has a key of its own.
-        index = getattr(layer, "index_head_dim", 0) if kind == "indexed_attention" else 0
         return int(rank + layer.qk_rope_head_dim + index)
     attention_heads = getattr(layer, "num_attention_heads", None)
     if not attention_heads:
         raise ModelError("what its layers cache is not known: they have no attention heads", "a base of attention")
     heads = getattr(layer, "num_key_value_heads", None) or attention_heads
     key = getattr(layer, "head_dim", None) or layer.hidden_size // attention_heads
-    return int(heads * (key + (getattr(layer, "v_head_dim", None) or key)))
+    return int(heads * (key + (getattr(layer, "v_head_dim", None) or key)) + index)
 
 
 def count_recurrent_state_bytes(model: Any) -> int:
@@ -127,7 +131,7 @@ def _count_state_numbers(module: nn.Module) -> int:
         return int(fields["intermediate_size"] * fields["ssm_state_size"])
     if "head_k_dim" in fields:  # gated delta net (Qwen3-Next, Qwen3.5)
         return int(fields["num_v_heads"] * fields["head_k_dim"] * fields["head_v_dim"])
-    if "qkv_dim" in fields:  # Kimi delta attention
+    if {"qkv_dim", "conv_dim"} <= fields.keys():  # Kimi delta attention; its forget gate has no convolution
         return int(fields["num_heads"] * fields["head_dim"] ** 2)
     return 0
 

@@ -177,8 +177,9 @@ def check_known_base(alias):
     with torch.device("meta"):
         model = get_auto_class(info.config).from_config(info.config)
     assert sum(p.numel() for p in model.parameters()) == facts["params"], alias
-    assert len(model.get_input_embeddings().weight) == facts["config"]["vocab_size"], alias
     context = find_known_base(alias).config
+    context = context.get("text_config", context)
+    assert len(model.get_input_embeddings().weight) == context["vocab_size"], alias
     assert get_max_positions(info.config) == (context.get("max_position_embeddings") or context["n_positions"]), alias
     assert {"family", "licence", "released", "gated", "source", "checked"} <= facts.keys(), alias
 
