@@ -3,9 +3,12 @@
     python benchmarks/grpo_tasks.py [TASK …] [--steps 20] --out grpo_tasks.jsonl
     python benchmarks/grpo_tasks.py --table grpo_tasks.jsonl
 
-    sums       the sum of two numbers from 1 to 9                  numeric-match
-    capitals   a word in capital letters                           exact-match
-    orders     who ordered how many of what, as JSON               a function in a Python file
+    sums          of two numbers from 1 to 9      base 0.13
+    differences   of two numbers from 1 to 12     base 0.10 of 80 answers
+    products      of two numbers from 1 to 9      base 0.21 of 80 answers
+
+The reward is numeric-match. More are in `TASKS`: the larger of two numbers (base 0.30 of 80 answers; a probe fires
+there, because the prompt itself ends with the right number in half of the rows), and orders in a form of JSON.
 
 Each task trains with 4 prompts of 8 answers in a step, in float32, all else default, and is evaluated on prompts that
 it never saw: 8 answers to each by the base and by the tuned model, with intervals over prompts. A task that is in the
@@ -25,102 +28,14 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-WORDS = [
-    "garden",
-    "winter",
-    "bread",
-    "letter",
-    "river",
-    "window",
-    "summer",
-    "silver",
-    "market",
-    "castle",
-    "forest",
-    "button",
-    "candle",
-    "doctor",
-    "engine",
-    "family",
-    "flower",
-    "guitar",
-    "hammer",
-    "island",
-    "jacket",
-    "kitten",
-    "ladder",
-    "mirror",
-    "needle",
-    "orange",
-    "pencil",
-    "rabbit",
-    "saddle",
-    "school",
-    "shadow",
-    "spring",
-    "street",
-    "tunnel",
-    "turtle",
-    "valley",
-    "violin",
-    "wallet",
-    "yellow",
-    "basket",
-    "bridge",
-    "butter",
-    "carpet",
-    "cheese",
-    "church",
-    "circle",
-    "coffee",
-    "copper",
-    "corner",
-    "cotton",
-    "dragon",
-    "father",
-    "finger",
-    "friend",
-    "ground",
-    "harbor",
-    "honest",
-    "insect",
-    "jungle",
-    "kettle",
-    "little",
-    "lizard",
-    "marble",
-    "meadow",
-    "minute",
-    "monkey",
-    "mother",
-    "museum",
-    "number",
-    "office",
-    "painter",
-    "parrot",
-    "pepper",
-    "pillow",
-    "planet",
-    "pocket",
-    "prince",
-    "puzzle",
-    "ribbon",
-    "rocket",
-]
 NAMES = "Anna Tom Maria Peter Lucy James Emma David Sarah Paul".split()  # noqa: SIM905
 GOODS = "apples pears plates lamps books chairs pencils cups".split()  # noqa: SIM905
-ORDER_REWARD = """import json
-
-
-def is_the_order(completions, answer, **columns):
-    def read(text):
-        try:
-            return json.loads(text)
-        except ValueError:
-            return None
-
-    return [float(read(text) == json.loads(right)) for text, right in zip(completions, answer)]
-"""
+ORDER_SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "item": {"type": "string"}, "count": {"type": "integer"}},
+    "required": ["name", "item", "count"],
+    "additionalProperties": False,
+}
 
 
 def make_sums() -> Iterator[Row]:
@@ -128,10 +43,19 @@ def make_sums() -> Iterator[Row]:
         yield {"prompt": f"What is {a} + {b}? Answer with the number alone.", "answer": a + b}
 
 
-def make_capitals() -> Iterator[Row]:
-    for word in WORDS:
-        prompt = f"Write the word {word} in capital letters. Answer with the word alone."
-        yield {"prompt": prompt, "answer": word.upper()}
+def make_larger() -> Iterator[Row]:
+    for a, b in itertools.permutations(range(1, 10), 2):
+        yield {"prompt": f"Which number is larger, {a} or {b}? Answer with the number alone.", "answer": max(a, b)}
+
+
+def make_differences() -> Iterator[Row]:
+    for a, b in itertools.combinations(range(1, 13), 2):
+        yield {"prompt": f"What is {b} - {a}? Answer with the number alone.", "answer": b - a}
+
+
+def make_products() -> Iterator[Row]:
+    for a, b in itertools.product(range(1, 10), repeat=2):
+        yield {"prompt": f"What is {a} times {b}? Answer with the number alone.", "answer": a * b}
 
 
 def make_orders() -> Iterator[Row]:
@@ -147,10 +71,13 @@ def make_orders() -> Iterator[Row]:
 
 TASKS = {
     "sums": (make_sums, "numeric-match", 16),
-    "capitals": (make_capitals, "exact-match", 16),
-    "orders": (make_orders, "orders.py:is_the_order", 40),
+    "larger": (make_larger, "numeric-match", 16),
+    "products": (make_products, "numeric-match", 16),
+    "differences": (make_differences, "numeric-match", 16),
+    "orders": (make_orders, "json-schema:order.json", 40),
 }
 """What makes the rows, the reward, and the longest answer in tokens."""
+MEASURED = ("sums", "differences", "products")
 
 
 def run_task(name: str, base: str, steps: int, folder: Path) -> dict[str, Any]:
@@ -161,7 +88,7 @@ def run_task(name: str, base: str, steps: int, folder: Path) -> dict[str, Any]:
     held_out = len(rows) * 3 // 10
     for part, some in (("held_out", rows[:held_out]), ("train", rows[held_out:])):
         (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
-    (folder / "orders.py").write_text(ORDER_REWARD)
+    (folder / "order.json").write_text(json.dumps(ORDER_SCHEMA))
     started = time.perf_counter()
     words = f"--task grpo --reward {reward} --set task.max_completion_length={longest} --max-steps {steps}"
     call(
@@ -215,13 +142,13 @@ def read_results(file: Path) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tasks", nargs="*", choices=[[], *TASKS], help="default: all")
+    parser.add_argument("tasks", nargs="*", choices=[[], *TASKS], help="default: the three above")
     parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--out", type=Path, default=Path("grpo_tasks.jsonl"))
     parser.add_argument("--table", type=Path, help="print the results of a file")
     args = parser.parse_args()
-    for name in () if args.table else args.tasks or TASKS:
+    for name in () if args.table else args.tasks or MEASURED:
         if all((r["task"], r["base"], r["steps"]) != (name, args.base, args.steps) for r in read_results(args.out)):
             with tempfile.TemporaryDirectory() as scratch:
                 result = run_task(name, args.base, args.steps, Path(scratch))
