@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -171,7 +172,24 @@ def test_an_adapter_that_was_weakened_says_so(browser, run):
     forgot = {"budget": 0.1, "tokens": 9, "before": 0.377, "strength": 0.589, "change": 0.0987}
     for forgetting, is_said in ((forgot, True), ({**forgot, "strength": 1}, False), (None, False)):
         write_json(file, {**json.loads(file.read_text()), "forgetting": forgetting})
-        assert ("59 %" in browser.get("/train?run=runs/first").text) is is_said
+        write_json(file, {**json.loads(file.read_text()), "validation_loss": 1.2345})
+        page = browser.get("/train?run=runs/first").text
+        assert ("59 %" in page, "1.234" in page) == (is_said, is_said)  # the loss is that of the adapter that is kept
+    write_json(file, {**json.loads(file.read_text()), "forgetting": forgot})
+    compared = browser.get("/runs", params={"pick": ["runs/first"]}).text
+    assert re.search("forgot, nats per token of general text</th><td>0.099</td>", compared)
+    assert re.search("adapter was left with</th><td>59 %</td>", compared)
+
+
+def test_warnings_from_before_a_training_are_folded_beside_what_its_result_says(browser, run):
+    run.log_file.write_text("06:00:00 warning: 21 steps are few\n")
+    said = '<p class="notice warn">21 steps are few</p>'
+    assert said in browser.get("/train?run=runs/first").text
+    file = run.path / "result.json"
+    forgot = {"budget": 0.1, "tokens": 9, "before": 0.377, "strength": 0.589, "change": 0.0987}
+    write_json(file, {**json.loads(file.read_text()), "forgetting": forgot})
+    page = browser.get("/train?run=runs/first").text
+    assert page.index("59 %") < page.index("<summary>Warnings before the training</summary>") < page.index(said)
 
 
 def test_a_log_is_read_from_its_end_and_never_through_a_link(run, folder):
@@ -272,9 +290,10 @@ def test_an_export_shows_its_gate(browser, run, commands, finish, passed, shown)
         "--merged",
         "--require-proof",
     ]
-    text = browser.get("/export").text
+    text = browser.get("/live/export").text
     assert shown in text
     assert "llama-cli -m a" in text
+    assert 'name="export" value="exports/x"' in text  # what the button that checks it again sends
     for wrong in ({"target": "gguf --out=/x"}, {"out": "../x"}, {"run": "nowhere"}):
         assert browser.post("/export", data={**form, **wrong}).status_code == 400
 

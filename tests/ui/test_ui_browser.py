@@ -279,12 +279,15 @@ def test_pairs_in_columns_of_any_names_are_learned_evaluated_compared_and_export
             page.get_by_label(f"{run} side by side").check()
         visit.press("Side by side")
         page.get_by_role("heading", name="Side by side").wait_for()
+        assert page.get_by_role("row", name="Learning rate").get_by_role("cell").all_inner_texts() == ["0.001", "0.01"]
         check_page(page, "compared")
         visit.go("/export?run=runs/a")
         page.get_by_label("For").select_option("merge")
         page.get_by_label("New folder").fill("exports/a")
         visit.run_command("Export")
         page.get_by_text("written").first.wait_for()
+        visit.run_command("Check it again")
+        page.get_by_text("exports/a is the trained model").wait_for()
     rates = [
         json.loads(line)["learning_rate"] for line in (tiny_home / "runs/b/metrics.jsonl").open() if "rate" in line
     ]
@@ -341,3 +344,9 @@ def test_fields_are_checked_as_they_are_typed_and_help_is_found(tiny_home, tmp_p
         visit.press("Search")
         page.get_by_role("heading", name="Fix").wait_for(timeout=WAIT)
         check_page(page, "help")
+        page.get_by_label("Error or question").fill("does it work on windows")
+        visit.press("Search")
+        page.get_by_role("heading", name="If that is not what you mean").wait_for(timeout=WAIT)
+        check_page(page, "help with alternatives")
+        visit.press("Does it work on AMD, Intel, Windows?")
+        visit.wait_for("AMD with ROCm is expected to work")

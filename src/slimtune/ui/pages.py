@@ -81,9 +81,9 @@ PAGE_OF_JOB = {
 }
 MACHINE_KINDS = ("desktop", "laptop", "workstation", "mac", "mini", "rent")
 TARGETS = {
-    "gguf": ("llama.cpp, adapter beside the base", "gguf"),
-    "gguf --merged": ("llama.cpp, one model", "merged"),
     "ollama": ("Ollama", "merged"),
+    "gguf --merged": ("LM Studio, Jan, llama.cpp: one GGUF file", "merged"),
+    "gguf": ("llama.cpp, adapter beside the base", "gguf"),
     "vllm": ("vLLM, adapter beside the base", "vllm"),
     "merge": ("one plain checkpoint, for transformers and vLLM", "merged"),
 }

@@ -20,7 +20,7 @@ from ..core.training.run_dir import LOCK_FILE, WRITER_FILE, RunDir
 from ..errors import RunError, SlimtuneError
 from ..evaluation.charts import ChartEstimate, ChartLine, is_finite_number, render_interval_chart, render_line_chart
 from ..evaluation.eval_result import BaselineComparisonMeasures, LossMeasures, PolicyMeasures
-from ..evaluation.run_report import fixed, render_training_charts, signed
+from ..evaluation.run_report import fixed, percent, render_training_charts, signed
 from ..evaluation.run_results import (
     RunResults,
     SavedEvaluation,
@@ -239,7 +239,7 @@ class RunComparisonCharts:
     names: list[str]
     """The runs."""
     differences: dict[str, list[str]]
-    """Settings that are not the same in all of them, with the value of each run."""
+    """Settings that are not the same in all of them, and what each forgot, with the value of each run."""
     losses: Markup
     """Training losses of the first two runs."""
     left_out: list[str]
@@ -352,6 +352,18 @@ def find_setting_differences(runs: Sequence[RunResults]) -> dict[str, list[str]]
     return {name: texts for name, texts in values.items() if len(set(texts)) > 1}
 
 
+def describe_forgetting(runs: Sequence[RunResults]) -> dict[str, list[str]]:
+    """Return what each run forgot, and the strength that its adapter was left with, as text; nothing if none was
+    measured."""
+    known = [f if isinstance(f := run.result.get("forgetting"), dict) else {} for run in runs]
+    if not any(known):
+        return {}
+    return {
+        "forgot, nats per token of general text": [fixed(f.get("change")) for f in known],
+        "strength that its adapter was left with": [percent(f.get("strength"), 0) for f in known],
+    }
+
+
 def make_loss_and_gain_comparison_charts(run_table_rows: Sequence[RunTableRow]) -> RunComparisonCharts:
     """Return charts of several runs side by side: the losses of the first two, what each gained on held-out rows."""
     known = [(row, row.results) for row in run_table_rows if row.results is not None]
@@ -378,7 +390,7 @@ def make_loss_and_gain_comparison_charts(run_table_rows: Sequence[RunTableRow]) 
     losses = render_line_chart("Training loss", "nats per supervised token", series, tall=True) if series else Markup()
     return RunComparisonCharts(
         names=[row.name for row, _ in known],
-        differences=find_setting_differences([results for _, results in known]),
+        differences=find_setting_differences(runs := [results for _, results in known]) | describe_forgetting(runs),
         losses=losses,
         left_out=[row.name for row, _ in known[2:]],
         gains=render_interval_chart(estimates, [(0.0, "")]),
