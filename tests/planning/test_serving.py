@@ -481,7 +481,7 @@ def test_a_later_set_has_no_source_of_an_earlier_one(points, earlier):
     [
         ("v100-32gb", "nvidia hbm"), ("a100-80gb", "nvidia hbm"), ("p100", "nvidia p100"), ("p40", "nvidia pascal"),
         ("h100-sxm", "nvidia hbm3"), ("b200", "nvidia hbm3"), ("l40s", "nvidia"), ("mi50-32gb", "amd hbm"),
-        ("a30", "nvidia hbm"),
+        ("a30", "nvidia hbm"), ("rtx-pro-6000-server", "nvidia"),
     ],
 )  # fmt: skip
 def test_datacentre_gpus_have_fits_of_their_own(card, kind):
@@ -494,6 +494,7 @@ def test_datacentre_gpus_have_fits_of_their_own(card, kind):
 @pytest.mark.parametrize("engine", ["mlx", "llama.cpp"])
 def test_the_m5_has_a_fit_of_its_own(engine):
     assert get_serving_fit_key(require_gpu_by_name("m5"), engine) == (engine, "apple m5")
+    assert get_serving_fit_key(require_gpu_by_name("m6"), engine) == (engine, "apple m5")
     assert get_serving_fit_key(require_gpu_by_name("m4"), engine) == (engine, "apple")
 
 

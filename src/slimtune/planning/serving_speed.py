@@ -176,8 +176,10 @@ def get_serving_fit_hardware_key(gpu: GpuSpec) -> str:
 def get_serving_fit_key(gpu: GpuSpec, engine: str) -> tuple[str, str]:
     """Return the key of `DECODING` and `PREFILL` for an engine on a GPU, which may be in neither."""
     fitted = ENGINES[engine].fitted_speeds_engine
-    hardware = (get_serving_fit_hardware_key(gpu), f"{gpu.vendor} {gpu.architecture}")
-    if gpu.vendor == "apple":  # a generation that has a fit of its own, as the M5 has with MLX
+    # Of an M6 no run is published; it has units for matrices, as the M5 has.
+    architecture = "m5" if gpu.architecture == "m6" else gpu.architecture
+    hardware = (get_serving_fit_hardware_key(gpu), f"{gpu.vendor} {architecture}")
+    if gpu.vendor == "apple":  # a generation that has a fit of its own, as the M5 has
         hardware = hardware[::-1]
     # vLLM on unified memory and on old GPUs is not known apart.
     return fitted, next((name for name in hardware if (fitted, name) in DECODING), gpu.vendor)
