@@ -70,7 +70,7 @@ def format_run(run: dict[str, Any]) -> str:
     """Return a run's row of the table."""
     about, rows = JOBS[run["job"]]
     if "error" in run:
-        return f"| {about} | {rows} | | | **error** |"
+        return f"| {about} | {rows} | | | not trained: {run['error'].splitlines()[0].removeprefix('error: ')} |"
     forgotten = "" if run["forgotten"] is None else f"{run['forgotten']:+.3f}"
     verdict = "better" if run["passed"] else f"**no**: {'; '.join(run['reasons'])}"
     verdict += f" ({run['warning']})" if run["warning"] else ""

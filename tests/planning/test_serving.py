@@ -498,6 +498,11 @@ def test_the_m5_has_a_fit_of_its_own(engine):
     assert get_serving_fit_key(require_gpu_by_name("m4"), engine) == (engine, "apple")
 
 
+def test_speeds_of_an_m6_are_guessed():
+    speed = estimate_decode_and_prefill_speed(require_gpu_by_name("m6"), "llama.cpp", **LLAMA_8B)
+    assert (speed.evidence, speed.prefill_evidence) == ("guessed", "guessed")
+
+
 def test_layers_that_are_no_attention():
     """A short convolution takes less than a layer of attention; Ollama computes Qwen3.5 slowly in some versions."""
     gpu = require_gpu_by_name("m4-max-64gb")

@@ -173,11 +173,14 @@ def get_serving_fit_hardware_key(gpu: GpuSpec) -> str:
     return gpu.vendor
 
 
+FITTED_AS = {"m6": "m5"}
+"""Architectures of which no run is published, and the one that they are taken for: an M6 has its units for matrices."""
+
+
 def get_serving_fit_key(gpu: GpuSpec, engine: str) -> tuple[str, str]:
     """Return the key of `DECODING` and `PREFILL` for an engine on a GPU, which may be in neither."""
     fitted = ENGINES[engine].fitted_speeds_engine
-    # Of an M6 no run is published; it has units for matrices, as the M5 has.
-    architecture = "m5" if gpu.architecture == "m6" else gpu.architecture
+    architecture = FITTED_AS.get(gpu.architecture, gpu.architecture)
     hardware = (get_serving_fit_hardware_key(gpu), f"{gpu.vendor} {architecture}")
     if gpu.vendor == "apple":  # a generation that has a fit of its own, as the M5 has
         hardware = hardware[::-1]
@@ -240,11 +243,14 @@ def estimate_decode_and_prefill_speed(
     slow = OLLAMA_DELTA_LAYER_S * structure.recurrent_layers
     slowest = seconds + (slow if engine == "ollama" and structure.is_slow_in_ollama else 0.0)
     spread = _unite(decoding.spread, KIND_DECODING[kind])
+    is_known = gpu.architecture not in FITTED_AS
     return ServingSpeed(
         Interval(spread.low / slowest, spread.high / seconds),
         Interval(*(end / prompt_seconds for end in _unite(prefill.spread, KIND_PREFILL[kind]))),
-        "published" if decoding.fitted_source_count > 1 else "guessed",
-        "published" if prefill.fitted_source_count > 1 and kind in KINDS_WITH_PREFILL_SOURCES else "guessed",
+        "published" if is_known and decoding.fitted_source_count > 1 else "guessed",
+        "published"
+        if is_known and prefill.fitted_source_count > 1 and kind in KINDS_WITH_PREFILL_SOURCES
+        else "guessed",
     )
 
 
