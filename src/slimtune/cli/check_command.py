@@ -28,10 +28,7 @@ if TYPE_CHECKING:
 COLORS = {"fault": ERROR, "warning": WARNING}
 VERDICTS = {True: "passed", False: "FAILED", None: ""}
 LEGEND = """prompts: how many become the same tokens; d: difference of log p from that of
-the trained adapter, in nats; strength: share of the adapter's effect that arrives"""
-HELP = "A run, an adapter, or what export or merge wrote."
-At = Annotated[str | None, Option("--at", metavar="URL", help="Address of a server that serves it.")]
-Name = Annotated[str | None, Option(help="Its name at the server.")]
+{}, in nats; strength: share of the adapter's effect that arrives"""
 Timeout = Annotated[float, Option(min=0.1, help="Seconds that an answer of the server may take.")]
 
 
@@ -42,8 +39,8 @@ def check_adapter(
     base: Annotated[
         str | None, Option(help="The base to compare it with; by default the one that the adapter names.")
     ] = None,
-    at: At = None,
-    name: Name = None,
+    at: Annotated[str | None, Option("--at", metavar="URL", help="Address of a server that serves it.")] = None,
+    name: Annotated[str | None, Option(help="Its name at the server.")] = None,
     gguf: Annotated[Path | None, Option(help="A GGUF of base and adapter as one model.")] = None,
     merged: Annotated[Path | None, Option(help="A folder with base and adapter as one checkpoint.")] = None,
     mlx: Annotated[
@@ -76,7 +73,9 @@ def check_adapter(
 
 
 def verify_run(
-    path: Annotated[Path, Argument(metavar="RUN", help=HELP, show_default=False)],
+    path: Annotated[
+        Path, Argument(metavar="RUN", help="A run, an adapter, or what export or merge wrote.", show_default=False)
+    ],
     data: Annotated[Path | None, Option(help="Rows to compare on; by default the run's held-out rows.")] = None,
     at: Annotated[
         str | None, Option("--at", "--vllm", metavar="URL", help="Address of a server that serves it, too.")
@@ -105,33 +104,28 @@ def verify_run(
         if file is not None and not file.exists():
             raise UsageError(f"there is no {file}", "what a stage wrote")
     manifest = read_export_manifest(path)
-    if stages and manifest is not None:
-        raise UsageError(
-            f"{path} is an export: its stages are those of its run", f"slimtune verify {manifest.run} --stages"
-        )
-    if manifest is None:
+    run = path if manifest is None else manifest.run
+    if stages and run != path:
+        raise UsageError(f"{path} is an export: its stages are those of its run", f"slimtune verify {run} --stages")
+    if run == path:
         require_run_and_base_exist(path)
-    require_row_files_exist(data, run_giving_format=path if manifest is None else manifest.run)
+    require_row_files_exist(data, run_giving_format=run)
     from ..export import verify as checks
+    from ..export.stages import StageFiles
 
-    if manifest is None and not stages:
+    if run == path and not stages:
         print_progress(
             f"exporting {path} three ways into a temporary folder, and comparing each with the trained adapter: this "
             "takes minutes even for a small base. `slimtune verify FOLDER` checks only the export in FOLDER."
         )
-    place, files = None, None
-    if at is not None:
-        place = checks.ServedPlace(at, name=name, timeout=timeout, precision=precision or "f16")
-    if stages:
-        from ..export.stages import StageFiles
-
-        files = StageFiles(merged, gguf, precision or "q8_0", place)
+    place = checks.ServedPlace(at, name=name, timeout=timeout, precision=precision or "f16") if at else None
+    files = StageFiles(merged, gguf, precision or "q8_0", place) if stages else None
     with showing_progress():
         result = checks.verify(path, rows_file=data, place=place, stages=files, threads=threads, log=print_progress)
-    return print_report(result, as_json=as_json)
+    return print_report(result, "the stage before" if stages else "the trained adapter", as_json=as_json)
 
 
-def print_report(report: "AdapterReport", *, as_json: bool) -> Any:
+def print_report(report: "AdapterReport", expected: str = "the trained adapter", *, as_json: bool) -> Any:
     """Print what was found in an adapter's file and what engines compute with it; return what the command returns."""
     if not as_json:
         screen = make_console()
@@ -139,7 +133,7 @@ def print_report(report: "AdapterReport", *, as_json: bool) -> Any:
             screen.print(line, style=COLORS.get(line.partition(":")[0]))
         screen.print()
         if report.checks:
-            print_engine_agreement(report.checks)
+            print_engine_agreement(report.checks, expected)
         for line in report.explain():
             screen.print(line, soft_wrap=line.startswith("to mend it"))
         if report.passed and not report.checks:
@@ -164,8 +158,8 @@ def make_engine_agreement_table(verdicts: "Sequence[EngineVerdict]") -> Table:
     return rows
 
 
-def print_engine_agreement(checks: "Sequence[EngineVerdict]") -> None:
-    """Print the verdicts and what their numbers are."""
+def print_engine_agreement(checks: "Sequence[EngineVerdict]", expected: str = "the trained adapter") -> None:
+    """Print the verdicts and what their numbers are; `expected` is what the engines are compared with."""
     make_console().print(make_engine_agreement_table(checks))
     if any(c.positions for c in checks):
-        make_console().print(LEGEND, style="dim")
+        make_console().print(LEGEND.format(expected), style="dim")

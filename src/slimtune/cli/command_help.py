@@ -112,3 +112,24 @@ def add_flags_of_loaded_runs(command: Callable[..., Any]) -> Callable[..., Any]:
     own = [p.replace(kind=keyword) for p in (*own, *flags, as_json)]
     run.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
     return run
+
+
+def build_parameters_later(
+    command: Any,
+    own: Sequence[inspect.Parameter],
+    list_parameters: Callable[[], Sequence[inspect.Parameter]],
+    decorate: Callable[..., Any] = lambda command: command,
+) -> Any:
+    """Give a command its parameters when it runs or shows its help; until then it has its `own` ones.
+
+    `decorate` changes the command that is then built.
+    """
+
+    def build_command(name: str, epilog: str | None) -> Any:
+        command.__signature__ = inspect.Signature(list_parameters())
+        app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+        app.command(name, cls=CommandWithOptionGroups, epilog=epilog)(decorate(command))
+        return typer.main.get_command(app)
+
+    command.__signature__, command.build_command = inspect.Signature(own), build_command
+    return command

@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
 from typer import Argument, Option
 
 from .check_command import print_engine_agreement
-from .command_help import CommandWithOptionGroups, add_flags_of_loaded_runs
+from .command_help import add_flags_of_loaded_runs, build_parameters_later
 from .common import WARNING, Json, Run, make_console, make_error_console, print_progress, showing_progress
 from .input_checks import require_run_and_base_exist
 
@@ -30,18 +29,12 @@ def _add_format_flags(command: Callable[..., Any]) -> Callable[..., Any]:
         options = {name: given.pop(name) for name in list(given) if name not in signature.parameters}
         return command(options=options, **given)
 
-    def build_command(name: str, epilog: str | None) -> Any:
-        (first, *rest), flags = own, list(_iterate_format_flags())
-        ordered = [first, *flags[:1], *rest[:1], *flags[1:], *rest[1:]]
-        keywords = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in ordered]
-        run.__signature__ = signature.replace(parameters=keywords)  # type: ignore[attr-defined]
-        app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-        app.command(name, cls=CommandWithOptionGroups, epilog=epilog)(add_flags_of_loaded_runs(run))
-        return typer.main.get_command(app)
+    def list_parameters() -> list[inspect.Parameter]:
+        (first, *rest), (to, *flags) = own, _iterate_format_flags()
+        ordered = [first, to, *rest[:1], *flags, *rest[1:]]
+        return [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in ordered]
 
-    run.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
-    run.build_command = build_command  # type: ignore[attr-defined]
-    return run
+    return build_parameters_later(run, own, list_parameters, add_flags_of_loaded_runs)
 
 
 def _iterate_format_flags() -> Iterator[inspect.Parameter]:
@@ -73,12 +66,9 @@ def _read_format_options(to: str, given: dict[str, Any]) -> dict[str, Any]:
     """Return the options that were given, those that are text read by the format."""
     from ..export.export_format import EXPORT_FORMATS
 
-    fields = {field.name: field for field in dataclasses.fields(EXPORT_FORMATS.load(to))}
+    parsers = {field.name: field.metadata["parse"] for field in dataclasses.fields(EXPORT_FORMATS.load(to))}
     options = {name: value for name, value in given.items() if value is not None}
-    for name in options.keys() & fields.keys():
-        if (parse := fields[name].metadata["parse"]) is not None:
-            options[name] = parse(options[name])
-    return options
+    return {name: parse(value) if (parse := parsers.get(name)) else value for name, value in options.items()}
 
 
 @_add_format_flags

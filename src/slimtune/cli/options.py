@@ -18,7 +18,7 @@ import typer
 
 from ..core.foundation.remote_code import allowing_remote_code
 from .column_flags import parse_column_flags
-from .command_help import CommandWithOptionGroups, refuse_repeated_flags
+from .command_help import build_parameters_later, refuse_repeated_flags
 
 if TYPE_CHECKING:
     from ..core.adapters.config_fields import SettingSpec
@@ -52,19 +52,14 @@ def add_recipe_flags(*paths: str) -> Callable[[Callable[..., Any]], Callable[...
             with allowing_remote_code(settings.get("model.trust_remote_code") is True):
                 return command(settings=settings, **given)
 
-        def build_command(name: str, epilog: str | None) -> Any:
+        def list_parameters() -> list[inspect.Parameter]:
             flags = [
                 inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
                 for name, annotation in _iterate_options(paths)
             ]
-            run.__signature__ = signature.replace(parameters=[*own, *flags])  # type: ignore[attr-defined]
-            app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-            app.command(name, cls=CommandWithOptionGroups, epilog=epilog)(run)
-            return typer.main.get_command(app)
+            return [*own, *flags]
 
-        run.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
-        run.build_command = build_command  # type: ignore[attr-defined]
-        return run
+        return build_parameters_later(run, own, list_parameters)
 
     return decorate
 

@@ -1,10 +1,11 @@
 """Why an engine does not compute the trained adapter: the model variant whose log-probabilities are nearest to its own.
 
-    e   log p of the next tokens in the engine      a, b   of the base with its adapter, and of the base, computed here
+    e   log p of the next tokens in the engine      b   of the base, computed here; both relative to the trained adapter
     not applied      e is b
     another scale    e is the base with s times the adapter, for an s that is fitted
     partly           e is the adapter without some kinds of modules, or without a quarter of the layers
-    rounding         e is a with errors that have no direction, more than the precision explains
+    rounding         e is 0 with errors that have no direction, more than the precision explains
+    another adapter  e is none of them, and the base itself, asked in the same engine, is right
     another base     e is none of them, or the base itself, asked in the same engine, differs
 
 Each variant is computed with the base loaded once: the adapter's tensors are interpolated, and restored at the end.
@@ -12,8 +13,7 @@ Each variant is computed with the base loaded once: the adapter's tensors are in
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,8 @@ SCALES = (0.25, 0.5, 2.0, 4.0)
 EXPLAINED = 0.25
 """A variant explains an engine if it is this much nearer than the adapter as it was trained."""
 _MOST_REMOVALS = 4
+CAUSES_IN_ADAPTER = ("not-applied", "another-scale", "partly")
+"""Causes in how an engine reads an adapter's file, whatever becomes of prompts: another file may mend them."""
 
 
 @dataclass(frozen=True)
@@ -44,107 +46,88 @@ class AdapterVariants:
 
     Args:
         model: the adapted model.
-        compute: returns the current model's log-probabilities `(n,)`.
+        compute: returns the current model's log-probabilities `(n,)`, relative to the adapter's as it was trained.
     """
 
     def __init__(self, model: Any, adapter_name: str, compute: Callable[[], Tensor]) -> None:
-        self.model, self.adapter_name, self.compute = model, adapter_name, compute
+        self.model, self.adapter_name, self._compute = model, adapter_name, compute
         self.modules = list(model.adapted_layers(adapter_name))
 
-    @contextmanager
-    def _with_strength(self, strength: float, modules: Sequence[str] | None = None) -> Iterator[None]:
+    def compute(self, strength: float, modules: Sequence[str] | None = None) -> Tensor:
+        """Return the log-probabilities with the adapter's change of some modules, or of all, times `strength`."""
         interpolator = AdapterTensorInterpolator(self.model, self.adapter_name, modules)
         interpolator.set(strength)
         try:
-            yield
+            return self._compute()
         finally:
             interpolator.set(1)
-
-    def at_scale(self, scale: float) -> Tensor:
-        """Return the log-probabilities with the adapter's change times `scale`."""
-        with self._with_strength(scale):
-            return self.compute()
-
-    def without(self, modules: Sequence[str]) -> Tensor:
-        """Return the log-probabilities without the change of some modules."""
-        with self._with_strength(0, modules):
-            return self.compute()
 
     def group_modules(self) -> dict[str, list[str]]:
         """Return the modules by their kind (`q_proj`), and by quarters of the layers."""
         groups: dict[str, list[str]] = {}
-        layers = sorted({int(m[1]) for name in self.modules if (m := re.search(r"\.(\d+)\.", name))})
+        indices = {name: int(m[1]) for name in self.modules if (m := re.search(r"\.(\d+)\.", name))}
+        layers = sorted({*indices.values()})
         size = max(1, math.ceil(len(layers) / 4))
         for name in self.modules:
             groups.setdefault(name.rpartition(".")[2], []).append(name)
-            if (m := re.search(r"\.(\d+)\.", name)) and len(layers) > 1:
-                first = layers[layers.index(int(m[1])) // size * size]
+            if name in indices and len(layers) > 1:
+                first = layers[layers.index(indices[name]) // size * size]
                 last = min(first + size - 1, layers[-1])
                 groups.setdefault(f"layers {first} to {last}" if last > first else f"layer {first}", []).append(name)
         return {name: modules for name, modules in groups.items() if len(modules) < len(self.modules)}
 
 
 def diagnose_engine(
-    engine: Tensor, adapted: Tensor, base: Tensor, noise: float, variants: AdapterVariants
+    engine: Tensor, base: Tensor, noise: float, variants: AdapterVariants, *, is_base_right: bool = False
 ) -> EngineDiagnosis:
     """Return which variant of the adapter an engine computes that is not the trained one.
 
     Args:
-        engine, adapted, base: log-probabilities of the same tokens `(n,)`; NaN where the engine gives none.
+        engine, base: log-probabilities of the same tokens `(n,)`, relative to the trained adapter's.
         noise: mean distance in nats that the engine's arithmetic and the precision of its weights explain.
         variants: computes the log-probabilities of variants.
+        is_base_right: whether the engine's own base was asked and is the one of the training.
     """
-    known = engine.isfinite()
-    engine, adapted, base = engine[known], adapted[known], base[known]
-    if not len(engine):
-        return EngineDiagnosis("not-proven", "it gives no log-probabilities of the compared tokens")
-
-    def measure_distance(log_probs: Tensor) -> float:
-        return (engine - log_probs).abs().mean().item()
-
-    effect, distance = (adapted - base).abs().mean().item(), measure_distance(adapted)
+    effect, distance, from_base = (each.abs().mean().item() for each in (base, engine, engine - base))
     if effect < 2 * noise:
         return EngineDiagnosis("not-proven", f"rounding of {noise:.2g} nats hides the adapter's effect, {effect:.2g}")
-    if measure_distance(base) <= max(noise, 0.1 * effect):
+    if from_base <= max(noise, 0.1 * effect):
         return EngineDiagnosis("not-applied", "it answers as the base does")
+    share = 1 - (engine * base).sum().item() / base.square().sum().item()  # of the effect that arrives
     explained = max(noise, EXPLAINED * distance)
-    scale, scale_distance = _fit_scale(engine, adapted, base, explained, lambda s: variants.at_scale(s)[known])
+    scale, scale_distance = _fit_scale(engine, base, share, explained, variants.compute)
     missing, part_distance = tuple[str, ...](), math.inf
     if scale_distance > max(noise, 0.4 * explained):  # the simpler explanation is not enough
-        missing, part_distance = _find_missing_parts(
-            engine, adapted, lambda names: variants.without(names)[known], variants
-        )
+        missing, part_distance = _find_missing_parts(engine, variants)
     if min(scale_distance, part_distance) <= explained:
         if scale_distance <= part_distance:
             return EngineDiagnosis("another-scale", f"it applies the adapter {scale:.3g} times", scale=scale)
-        names = ", ".join(missing)
-        return EngineDiagnosis("partly", f"it computes the adapter without {names}", missing=missing)
-    share = 1 + ((engine - adapted) * (adapted - base)).sum().item() / (adapted - base).square().sum().item()
+        return EngineDiagnosis("partly", f"it computes the adapter without {', '.join(missing)}", missing=missing)
     if 0.75 <= share <= 1.25 and distance <= effect:
         text = f"the adapter arrives with {share:.0%} of its strength, and errors of {distance:.2g} nats around it"
         return EngineDiagnosis("rounding", text)
-    text = f"it is {distance:.2g} nats from the adapter and {measure_distance(base):.2g} from the base, on average"
+    text = f"it is {distance:.2g} nats from the adapter and {from_base:.2g} from the base, on average"
+    if is_base_right:
+        return EngineDiagnosis("another-adapter", f"{text}, on the right base")
     return EngineDiagnosis("another-base", text)
 
 
 def _fit_scale(
-    engine: Tensor, adapted: Tensor, base: Tensor, explained: float, compute_at: Callable[[float], Tensor]
+    engine: Tensor, base: Tensor, share: float, explained: float, compute: Callable[[float], Tensor]
 ) -> tuple[float, float]:
     """Return the strength whose log-probabilities are nearest to an engine's, and their mean distance from them."""
-    effect = adapted - base
-    linear = ((engine - base) * effect).sum().item() / effect.square().sum().item()
-    tried: dict[float, Tensor] = {1.0: adapted, 0.0: base}
+    tried: dict[float, Tensor] = {1.0: base * 0, 0.0: base}
 
     def measure_distance(scale: float) -> float:
         if scale not in tried:
-            tried[scale] = compute_at(scale)
+            tried[scale] = compute(scale)
         return (engine - tried[scale]).abs().mean().item()
 
     best = 1.0
-    for starts in ([linear] if 0.02 < linear < 16 else [], SCALES):
+    for starts in ([share] if 0.02 < share < 16 else [], SCALES):
         best = min([best, *starts], key=measure_distance)
         for _ in range(4):  # Gauss-Newton: the change is not linear in the strength
-            slope = (compute_at(best * 1.02) - tried[best]) / (0.02 * best)
+            slope = (compute(best * 1.02) - tried[best]) / (0.02 * best)
             step = ((engine - tried[best]) * slope).sum().item() / slope.square().sum().clamp_min(1e-12).item()
             better = min(max(best + step, best / 3), best * 3)
             if measure_distance(better) >= measure_distance(best) * 0.99:
@@ -155,26 +138,21 @@ def _fit_scale(
     return best, measure_distance(best)
 
 
-def _find_missing_parts(
-    engine: Tensor, adapted: Tensor, compute_without: Callable[[list[str]], Tensor], variants: AdapterVariants
-) -> tuple[tuple[str, ...], float]:
+def _find_missing_parts(engine: Tensor, variants: AdapterVariants) -> tuple[tuple[str, ...], float]:
     """Return the parts of an adapter without which it is nearest to an engine, and its mean distance from it.
 
     The effect of each part is computed once, and effects are added to choose; the chosen variant is computed.
     """
     groups = variants.group_modules()
-    effects = {name: adapted - compute_without(modules) for name, modules in groups.items()}
-    missing: list[str] = []
-    rest = adapted - engine  # what the engine lacks
+    without = {name: variants.compute(0, modules) for name, modules in groups.items()}
+    missing, rest = list[str](), engine  # `rest`: what the engine lacks beyond the missing parts
     for _ in range(_MOST_REMOVALS):
-        left = {name: (rest - effects[name]).abs().mean().item() for name in groups.keys() - missing}
+        left = {name: (rest - without[name]).abs().mean().item() for name in groups.keys() - missing}
         if not left or min(left.values()) > 0.8 * rest.abs().mean().item():
             break
         missing.append(min(left, key=lambda name: left[name]))
-        rest = rest - effects[missing[-1]]
-    if not missing:
+        rest = rest - without[missing[-1]]
+    removed = list(dict.fromkeys(module for name in missing for module in groups[name]))
+    if len(removed) in (0, len(variants.modules)):
         return (), math.inf
-    removed = dict.fromkeys(module for name in missing for module in groups[name])
-    if len(removed) == len(variants.modules):
-        return (), math.inf
-    return tuple(missing), (engine - compute_without(list(removed))).abs().mean().item()
+    return tuple(missing), (engine - variants.compute(0, removed)).abs().mean().item()

@@ -45,7 +45,7 @@ from ..core.training.objective import open_rows_for_objective
 from ..errors import ModelError, SlimtuneError, UsageError
 from ..extras.row_files import open_rows
 from ..generation.inference_engines import InferenceEngine, TextTokenScores, TransformersInferenceEngine
-from .engine_diagnosis import AdapterVariants, EngineDiagnosis, diagnose_engine
+from .engine_diagnosis import CAUSES_IN_ADAPTER, AdapterVariants, EngineDiagnosis, diagnose_engine
 from .export_results import EngineVerdict, TokenDifference
 
 QUESTIONS = (
@@ -85,10 +85,13 @@ class EngineTolerance:
             mean_difference=max(self.mean_difference, 2 * distances.mean().item() + 3 * error),
         )
 
+    def allow_mean(self, effect: float) -> float:
+        """Return how far log p may be from the adapter's on average, if the adapter moves it by `effect`."""
+        return self.mean_difference + self.mean_difference_per_effect * effect
+
     def __str__(self) -> str:
-        share = f" + {self.mean_difference_per_effect:.2g} of the effect" if self.mean_difference_per_effect else ""
-        if self.mean_difference_per_effect >= 0.01:
-            share = f" + {self.mean_difference_per_effect:.0%} of the effect"
+        per_effect = self.mean_difference_per_effect
+        share = f" + {per_effect:{'.0%' if per_effect >= 0.01 else '.2g'}} of the effect" if per_effect else ""
         parts = [f"d ≤ {self.max_difference:.3g}"] if math.isfinite(self.max_difference) else []
         return ", ".join([*parts, f"mean d ≤ {self.mean_difference:.3g}{share}"])
 
@@ -130,6 +133,7 @@ class ReferenceText:
 
     prompt: str
     prompt_and_answer_ids: list[int]
+    messages: Sequence[Any] = ()  # of the prompt, for servers that render it themselves
 
 
 class AdapterReference:
@@ -213,17 +217,17 @@ class AdapterReference:
         `base` are the differences of the untouched base in the same engine, if it was asked.
         """
         worst, mean = differences.abs().max().item(), differences.abs().mean().item()
-        max_allowed = tolerance.max_difference
-        allowed = tolerance.mean_difference + tolerance.mean_difference_per_effect * self.effect
+        max_allowed, allowed = tolerance.max_difference, tolerance.allow_mean(self.effect)
         # Above what arithmetic alone makes, an engine must be nearer to the adapter than half way to the base.
         noise = 0.05 if self.engine.model.dtype.itemsize == 2 else 0.005
         faults, context, paired = [], "", differences
         if base is not None:
             base_mean = base.abs().mean().item()
             if not base_mean <= tolerance.base_difference:
+                fewer = base_mean <= TOLERANCES["lower"].base_difference
                 faults.append(
                     f"the base alone differs by {base_mean:.3g} nats on average, {tolerance.base_difference:g} are "
-                    "allowed: the engine has another base"
+                    f"allowed: the engine has another base{', or weights in fewer bits (--precision)' if fewer else ''}"
                 )
             max_allowed, allowed = max(max_allowed, _bound_worst_difference(base)), max(allowed, 2 * base_mean)
             noise, paired = max(noise, 2 * base_mean), differences - base
@@ -252,24 +256,21 @@ class AdapterReference:
         return list({(each.token, each.after): each for each in found}.values())[: -count - 1 : -1]  # once each
 
     def diagnose(self, differences: Tensor, tolerance: EngineTolerance, base: Tensor | None) -> EngineDiagnosis:
-        """Return what an engine with these differences computes instead of the trained adapter.
-
-        `base` are the differences of the untouched base in the same engine, if it was asked.
-        """
-        effect = self.differences(self.base_log_probs)
-        noise = tolerance.mean_difference + tolerance.mean_difference_per_effect * self.effect
+        """Return what an engine with these differences computes instead of the trained adapter; see `find_faults`."""
+        noise = tolerance.allow_mean(self.effect)
         if base is not None:
             base_mean = base.abs().mean().item()
             if not base_mean <= tolerance.base_difference:
-                return EngineDiagnosis("another-base", f"its base differs by {base_mean:.2g} nats on average")
+                return EngineDiagnosis("another-base")
             noise = max(noise, 2 * base_mean)
 
-        def compute() -> Tensor:  # relative to the adapter as it was trained
+        def compute() -> Tensor:
             return self.differences(self.score(self.engine, "texts for a variant of the adapter"))
 
         variants = AdapterVariants(self.engine.model, self.engine.model.active_adapters[0], compute)
+        of_base = self.differences(self.base_log_probs)
         try:
-            return diagnose_engine(differences, torch.zeros_like(effect), effect, noise, variants)
+            return diagnose_engine(differences, of_base, noise, variants, is_base_right=base is not None)
         except UsageError:  # a method without a strength: the faults stand, their cause stays unknown
             return EngineDiagnosis("not-proven")
 
@@ -285,8 +286,7 @@ def make_fixed_and_held_out_reference_texts(
 
     A preference pair gives a text for each of its answers. Texts longer than the context in the model's config are cut.
     """
-    roles = ("user", "assistant")
-    compared = [Row([{"role": r, "content": t} for r, t in zip(roles, talk, strict=True)], 0) for talk in QUESTIONS]
+    compared = [Row([{"role": "user", "content": q}, {"role": "assistant", "content": a}], 0) for q, a in QUESTIONS]
     held_out = (recipe.data.validation, recipe.data.test) if recipe is not None else ()
     if file := rows_file or next((f for f in held_out if f is not None and f.exists()), None):
         opened = open_rows(file) if recipe is None else open_rows_for_objective(file, recipe.data, recipe.objective())
@@ -307,7 +307,7 @@ def make_fixed_and_held_out_reference_texts(
         elif isinstance(tokens := tokenize_rows_with_errors([row], tokenizer)[0], TokenizedRow):
             ids = tokens.input_ids
         if len(ids) > 1 and sum(len(t.prompt_and_answer_ids) - 1 for t in texts) < MAX_POSITIONS:
-            texts.append(ReferenceText(prompt, ids[:longest]))
+            texts.append(ReferenceText(prompt, ids[:longest], row.messages[:-1]))
     return texts
 
 
@@ -340,10 +340,6 @@ def judge_engine_against_adapter(
     if not any(mask.any() for mask in known):
         raise ModelError(f"{engine.name} gives no log-probabilities of the compared texts")
     differences = reference.differences(s.token_log_probs for s in scores)
-    pairs = zip(reference.texts, scores, strict=True)
-    kl = [
-        _kl_divergence(reference.engine.score_candidates(text.prompt_and_answer_ids, s.top_ids), s) for text, s in pairs
-    ]
     answers = zip(reference.answers, reference.prompts, strict=False)
     equal = sum(answer == engine.generate(ids, ANSWER_TOKENS) for answer, ids in answers)
     faults, base, paired = reference.find_faults(differences, tolerance), None, differences
@@ -356,50 +352,44 @@ def judge_engine_against_adapter(
             tolerance = tolerance.follow_base(base)
         faults, paired = reference.find_faults(differences, tolerance, base), differences - base
     if unlike:
-        ours, theirs = unlike[0]
-        at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(map(len, unlike[0])))
-        where = f"the first from token {at}: {theirs[at : at + 4]} for {ours[at : at + 4]}"
-        if theirs[1:] == ours:
-            where = f"a second beginning-of-sequence token, {theirs[0]}?"
-        faults.insert(0, f"{len(unlike)} of {len(prompts)} rendered prompts become other tokens ({where})")
-    rendered = find_template_difference(engine, reference.engine.tokenizer) if are_chats_compared else ""
+        where = _describe_other_tokens(*unlike[0], reference.engine.tokenizer)
+        faults.insert(0, f"{len(unlike)} of {len(prompts)} rendered prompts become other tokens {where}")
+    rendered = find_template_difference(engine, reference.engine) if are_chats_compared else ""
     diagnosis = EngineDiagnosis("applied")
     if faults and (not unlike or len(faults) > 1):
         diagnosis = reference.diagnose(differences, tolerance, base)
+        if unlike and diagnosis.cause not in CAUSES_IN_ADAPTER:
+            diagnosis = EngineDiagnosis("another-template")
         faults = [diagnosis.text, *faults] if diagnosis.text else faults
     elif unlike or rendered:
         diagnosis = EngineDiagnosis("another-template")
-    faults += [rendered] if rendered else []
-    reason = "; ".join(faults)
-    passed: bool | None = not faults
+    reason = "; ".join(faults + [rendered] * bool(rendered))
+    passed: bool | None = not reason
     if passed and reference.is_hidden(paired):
         reason = f"the engine's own rounding hides an effect of {reference.effect:.2g} nats on average"
         passed, diagnosis = None, EngineDiagnosis("not-proven")
-    divergences = torch.cat(kl)
-    divergences = divergences[divergences.isfinite()]
+    kl = _kl_divergence(reference, scores)
+    distances, of_base = differences.abs(), None if base is None else base.abs()
     return EngineVerdict(
-        engine.name,
-        precision,
-        prompts=len(prompts),
-        prompts_equal=len(prompts) - len(unlike),
-        positions=len(differences),
-        max_difference=differences.abs().max().item(),
-        mean_difference=differences.abs().mean().item(),
-        kl=divergences.mean().item() if len(divergences) else None,
-        effect=reference.effect,
+        engine.name, precision, prompts=len(prompts), prompts_equal=len(prompts) - len(unlike),
+        positions=len(differences), max_difference=distances.max().item(), mean_difference=distances.mean().item(),
+        kl=kl.mean().item() if len(kl) else None, effect=reference.effect,
         strength=reference.measure_effect_share(paired)[0],
-        base_max_difference=None if base is None else base.abs().max().item(),
-        base_mean_difference=None if base is None else base.abs().mean().item(),
-        answers=len(reference.answers),
-        answers_equal=equal,
-        limit=str(tolerance),
-        passed=passed,
-        cause=diagnosis.cause,
-        scale=diagnosis.scale,
-        missing=list(diagnosis.missing),
-        reason=reason,
+        base_max_difference=None if of_base is None else of_base.max().item(),
+        base_mean_difference=None if of_base is None else of_base.mean().item(),
+        answers=len(reference.answers), answers_equal=equal, limit=str(tolerance), passed=passed,
+        cause=diagnosis.cause, scale=diagnosis.scale, missing=list(diagnosis.missing), reason=reason,
         tokens=[] if passed else reference.find_worst_tokens(scores),
-    )
+    )  # fmt: skip
+
+
+def _describe_other_tokens(ours: Sequence[int], theirs: Sequence[int], tokenizer: Any) -> str:
+    """Return where an engine's tokens of a text differ first from the adapter's."""
+    if list(theirs[1:]) == list(ours):
+        return f"from the first: {tokenizer.decode([theirs[0]])!r} is in front, a second beginning-of-sequence token?"
+    at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+    there, here = (tokenizer.decode(list(ids[at : at + 8])) for ids in (theirs, ours))
+    return f"from token {at}: {there!r} there, {here!r} by the adapter's template"
 
 
 def _bound_worst_difference(base_differences: Tensor) -> float:
@@ -408,30 +398,28 @@ def _bound_worst_difference(base_differences: Tensor) -> float:
     return max(2 * distances.max().item(), 16 * distances.square().mean().sqrt().item())
 
 
-def _kl_divergence(log_probs: Tensor, scores: TextTokenScores) -> Tensor:
-    """Return KL(adapter ‖ engine) at each position `(n - 1,)`, over the engine's likeliest tokens and the rest as one.
+def _kl_divergence(reference: AdapterReference, all_scores: Sequence[TextTokenScores]) -> Tensor:
+    """Return KL(adapter ‖ engine) at each position `(n,)`, over the engine's likeliest tokens and the rest as one."""
+    found = []
+    for text, scores in zip(reference.texts, all_scores, strict=True):
+        p = reference.engine.score_candidates(text.prompt_and_answer_ids, scores.top_ids).exp()
+        q = scores.top_log_probs.exp()
+        p, q = (torch.cat([each, (1 - each.sum(1, keepdim=True)).clamp_min(1e-12)], 1) for each in (p, q))
+        found.append((p * (p.clamp_min(1e-300) / q.clamp_min(1e-300)).log()).sum(1))
+    divergences = torch.cat(found)
+    return divergences[divergences.isfinite()]
 
-    `log_probs` `(n - 1, k)` are the adapter's of those tokens.
-    """
-    p, q = log_probs.exp(), scores.top_log_probs.exp()
-    rest_p, rest_q = ((1 - each.sum(1, keepdim=True)).clamp_min(1e-12) for each in (p, q))
-    p, q = torch.cat([p, rest_p], 1), torch.cat([q, rest_q], 1)
-    return (p * (p.clamp_min(1e-300) / q.clamp_min(1e-300)).log()).sum(1)
 
-
-def find_template_difference(engine: Any, tokenizer: Any) -> str:
+def find_template_difference(engine: Any, own: TransformersInferenceEngine) -> str:
     """Return how a chat that the server renders differs from the adapter's own template; "": not, or not known."""
-    if not hasattr(engine, "tokenize_chat") or not tokenizer.chat_template:
+    if not hasattr(engine, "tokenize_chat") or not own.tokenizer.chat_template:
         return ""
     messages = [{"role": "user", "content": QUESTIONS[0][0]}]
     try:
         theirs: Sequence[int] = engine.tokenize_chat(messages)
     except SlimtuneError:  # an older server
         return ""
-    text = render_chat_template(tokenizer, messages, None, add_generation_prompt=True)
-    ours = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ours = own.tokenize_chat(messages)
     if list(theirs) == ours:
         return ""
-    at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
-    shown = [tokenizer.decode(list(ids[at : at + 8])) for ids in (theirs, ours)]
-    return f"a chat becomes other tokens from token {at}: {shown[0]!r} there, {shown[1]!r} by the adapter's template"
+    return f"a chat becomes other tokens {_describe_other_tokens(ours, theirs, own.tokenizer)}"

@@ -16,7 +16,7 @@ and wrong options are answered without it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -123,9 +123,9 @@ class ExportFormat:
         """Compare what a folder contains, if anything, with the trained adapter; `facts` are those of its manifest."""
         raise NotImplementedError
 
-    def verify_run(self, verifier: ExportVerifier) -> Iterator[EngineVerdict]:
-        """Export a run into a temporary folder, and yield each comparison. By default nothing."""
-        return iter(())
+    def list_run_checks(self, verifier: ExportVerifier) -> list[Callable[[], EngineVerdict]]:
+        """Return what exports a run into a temporary folder and compares it, one function each. By default nothing."""
+        return []
 
     def hint_if_gain_is_lost(self, run: Path) -> str:
         """Return the ways out if too little of the held-out gain is left."""

@@ -9,8 +9,9 @@ from ..core.foundation.json_results import INLINE, OMIT_NONE
 from .adapter_check.adapter_findings import AdapterFileCheck
 
 EngineCause = Literal[
-    "applied", "not-applied", "another-scale", "partly", "another-base", "another-template", "rounding", "not-proven"
-]
+    "applied", "not-applied", "another-scale", "partly", "another-adapter", "another-base", "another-template",
+    "rounding", "not-proven",
+]  # fmt: skip
 MIN_EFFECT_SHARE = 0.9
 """Share of the adapter's effect in a merged model below which there is a warning."""
 

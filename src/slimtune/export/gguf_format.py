@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -213,11 +213,11 @@ class GgufFormat(ExportFormat):
             return verifier.verify_adapter_gguf(ADAPTER_ENGINE, adapter, precision, tolerance, served_base)
         if not model.is_file():
             return None
-        open_base = verifier.open_base_in(precision)
         tolerance = verifier.find_rounding_tolerance(precision)
         verdict = verifier.verify_engine(
-            MODEL_ENGINE, precision, lambda: verifier.open_llama_cpp(model), tolerance, open_base
-        )
+            MODEL_ENGINE, precision, lambda: verifier.open_llama_cpp(model), tolerance,
+            lambda _: verifier.open_llama_cpp(verifier.write_base_in(precision)),
+        )  # fmt: skip
         if precision in UNROUNDED or verdict.passed is False or verdict.failed:
             return verdict
         if not is_llama_cpp_library_installed():
@@ -231,10 +231,10 @@ class GgufFormat(ExportFormat):
             lambda longest: LlamaCppScorer(base, max_tokens=longest, threads=threads),
         )
 
-    def verify_run(self, verifier: ExportVerifier) -> Iterator[EngineVerdict]:
-        """Yield the comparison of the run's adapter, and of its whole model, in llama.cpp."""
+    def list_run_checks(self, verifier: ExportVerifier) -> list[Callable[[], EngineVerdict]]:
+        """Return the comparisons of the run's adapter, and of its whole model, in llama.cpp."""
         if self.kind != GgufFormat.kind:  # Ollama reads the same files
-            return
+            return []
         from ..generation.inference_engines import InProcessLlamaCppEngine
         from .adapter_file_check import require_trained_adapter_in_gguf
         from .expected_logps import ADAPTER_TOLERANCES
@@ -246,7 +246,10 @@ class GgufFormat(ExportFormat):
         def open_adapter() -> InferenceEngine:
             write_adapter_gguf(adapter, verifier.model)
             require_trained_adapter_in_gguf(adapter, verifier.model)
-            return verifier.open_beside_base(adapter)
+            return verifier.open_llama_cpp(verifier.write_base_in(), adapter)
+
+        def open_base(_: Any) -> InferenceEngine:
+            return verifier.open_llama_cpp(verifier.write_base_in("f16"))
 
         def open_whole() -> InferenceEngine:
             verifier.require_mergeable()
@@ -254,8 +257,10 @@ class GgufFormat(ExportFormat):
             return verifier.open_llama_cpp(whole)
 
         without, tolerance = InProcessLlamaCppEngine.without_adapter, ADAPTER_TOLERANCES["f32"]
-        yield verifier.verify_engine(ADAPTER_ENGINE, "f32", open_adapter, tolerance, without)
-        yield verifier.verify_engine(MODEL_ENGINE, "f16", open_whole, None, verifier.open_base_in("f16"))
+        return [
+            lambda: verifier.verify_engine(ADAPTER_ENGINE, "f32", open_adapter, tolerance, without),
+            lambda: verifier.verify_engine(MODEL_ENGINE, "f16", open_whole, None, open_base),
+        ]
 
     def hint_if_gain_is_lost(self, run: Path) -> str:
         """Return the ways out if too little of the held-out gain is left."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -44,8 +44,8 @@ class MergedFormat(ExportFormat):
             ENGINE_NAME, precision, lambda: verifier.open_merged(folder), are_chats_compared=True
         )
 
-    def verify_run(self, verifier: ExportVerifier) -> Iterator[EngineVerdict]:
-        """Yield the comparison of the run, merged."""
+    def list_run_checks(self, verifier: ExportVerifier) -> list[Callable[[], EngineVerdict]]:
+        """Return the comparison of the run, merged."""
         from .merge import merge
 
         folder = verifier.temp_folder / "merged"
@@ -56,7 +56,7 @@ class MergedFormat(ExportFormat):
             return verifier.open_merged(folder)
 
         precision = llama_cpp_dtype_name(verifier.loaded.base.dtype)
-        yield verifier.verify_engine(ENGINE_NAME, precision, open_merged, are_chats_compared=True)
+        return [lambda: verifier.verify_engine(ENGINE_NAME, precision, open_merged, are_chats_compared=True)]
 
     def check_upload(self, folder: Path, files: dict[str, Path | bytes], notes: list[str]) -> str:
         """Raise ModelError if the checkpoint is damaged or incomplete; remove local paths from its card."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
@@ -228,3 +229,18 @@ def round_merged_weight(
     if is_weight_transposed(model.get_submodule(module)):
         return round_with_inputs(weight.t(), x, dtype).t()
     return round_with_inputs(weight, x, dtype)
+
+
+class CheckpointTensors:
+    """The tensors of a Hugging Face folder, loaded one at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.files: dict[str, Path] = {}  # by the tensor's name
+        for file in folder.glob("*.safetensors"):
+            with safe_open(str(file), "pt") as opened:
+                self.files |= dict.fromkeys(opened.keys(), file)
+
+    def load(self, name: str) -> Tensor:
+        """Return one tensor, as it is stored."""
+        with safe_open(str(self.files[name]), "pt") as opened:
+            return opened.get_tensor(name)

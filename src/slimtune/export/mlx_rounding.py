@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..core.foundation.progress_bars import track_progress
 from .gptq_rounding import round_quants_with_inputs
-from .merged_weights import MIN_INPUTS
+from .merged_weights import MIN_INPUTS, CheckpointTensors
 
 SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 """Shares of a group's range that are tried: fewer values far out are exact, and more near the middle."""
@@ -93,7 +93,7 @@ def round_mlx_folder_with_inputs(
         inputs: of linear layers `(n, in)`, by the module's name. Other matrices stay as they are.
         bits, group_size: of the conversion.
     """
-    weights = _ShardedTensors(source)
+    weights = CheckpointTensors(source)
     rounded = []
     for file in sorted(folder.glob("*.safetensors")):
         tensors = load_file(file)
@@ -114,17 +114,3 @@ def round_mlx_folder_with_inputs(
         if names:
             save_file(tensors, file, metadata)
     return rounded
-
-
-class _ShardedTensors:
-    """The tensors of a Hugging Face folder, loaded one at a time."""
-
-    def __init__(self, folder: Path) -> None:
-        self.files: dict[str, Path] = {}
-        for file in folder.glob("*.safetensors"):
-            with safe_open(str(file), "pt") as opened:
-                self.files |= dict.fromkeys(opened.keys(), file)
-
-    def load(self, name: str) -> Tensor:
-        with safe_open(str(self.files[name]), "pt") as opened:
-            return opened.get_tensor(name)

@@ -96,7 +96,7 @@ class OllamaFormat(GgufFormat):
         if (given := self.ollama_base) is not None:
             path = require_base_path_unless_registry_name(given)
             if not job.verify:  # the check compares them, too
-                resolve_matching_ollama_base(given, path, loaded)
+                resolve_matching_ollama_base(given, loaded)
             base = given if path is None else str(path.resolve())
         facts = OllamaExportFacts(
             **vars(gguf.facts),

@@ -8,14 +8,12 @@ A quantized GGUF has the base's weights rounded, so they are compared within wha
 rounded: they tell a base from its fine-tuned sibling.
 """
 
-import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from ..core.foundation.files import read_json_object
@@ -25,7 +23,8 @@ from ..core.models.load_errors import silence_and_translate_load_errors
 from ..errors import SlimtuneError, UsageError
 from ..extras.gguf_loading import import_gguf, open_gguf_reader
 from .gguf import convert_to_llama_cpp_tensors, make_gguf_module_name_mapper, require_gguf_architecture_spec
-from .merged_weights import LazyMergedStateDict
+from .merged_weights import CheckpointTensors, LazyMergedStateDict
+from .ollama import require_base_path_unless_registry_name
 
 SAMPLE_ROWS = 64
 """Rows of each weight that are compared."""
@@ -41,17 +40,16 @@ class ServedBase:
     unproven: str = ""  # why it is not known to be the base of the training
 
 
-def resolve_matching_ollama_base(base_name: str, base_path: Path | None, trained_model: Any) -> ServedBase:
-    """Compare a base for Ollama with the base that an adapter was trained on.
+def resolve_matching_ollama_base(base_name: str, trained_model: Any) -> ServedBase:
+    """Compare a base for Ollama with the base that an adapter was trained on, a `TrainedModel`.
 
-    `base_name` is what the user gave, and `base_path` the GGUF file or the Hugging Face folder of that name; without a
-    path it is a name from a registry. `trained_model` is the `TrainedModel`.
+    `base_name` is what the user gave: a GGUF file, a Hugging Face folder, or a name from a registry.
 
     Raises:
         UsageError: it is another base.
     """
     comparison = ServedBaseTensorComparison(base_name, trained_model)
-    base_path = _find_ollama_file(base_name) if base_path is None else base_path
+    base_path = require_base_path_unless_registry_name(base_name) or _find_ollama_file(base_name)
     if base_path is None:
         return ServedBase(unproven=_check_name(comparison))
     if base_path.is_dir():
@@ -128,17 +126,13 @@ def _check_gguf(file: Path, comparison: "ServedBaseTensorComparison") -> None:
 
 def _check_folder(folder: Path, comparison: "ServedBaseTensorComparison") -> None:
     """Compare a Hugging Face folder's tensors with the base; raise UsageError if they differ."""
-    with (
-        silence_and_translate_load_errors(comparison.served_base_name, "model folder"),
-        contextlib.ExitStack() as stack,
-    ):
-        opened = [stack.enter_context(safe_open(str(f), framework="pt")) for f in sorted(folder.glob("*.safetensors"))]
-        files = {tensor: file for file in opened for tensor in file.keys()}  # noqa: SIM118
+    with silence_and_translate_load_errors(comparison.served_base_name, "model folder"):
+        tensors = CheckpointTensors(folder)
         for name, weight in LazyMergedStateDict(comparison.loaded.model, adapters=()).items():
-            if name not in files:
+            if name not in tensors.files:
                 raise comparison.make_error(f"it has no {name}", "every tensor of the base")
-            part = files[name].get_slice(name)
-            comparison.add(name, weight.float(), tuple(part.get_shape()), part[:SAMPLE_ROWS].float(), 16)
+            other = tensors.load(name)
+            comparison.add(name, weight.float(), tuple(other.shape), other[:SAMPLE_ROWS].float(), 16)
     comparison.check_norms()
 
 

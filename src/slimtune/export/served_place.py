@@ -6,17 +6,18 @@ answers with their log-probabilities, and these are scored here.
 """
 
 import os
-from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.training.trained_model import TrainedModel
 from ..evaluation.general_text import BUILT_IN_TEXT, read_general_text_pieces
 from ..extras.mlx_adapter import is_mlx_adapter
-from ..generation.http_engines import KEY_VARIABLE, AnsweringClient, open_http_engine
+from ..generation.http_engines import KEY_VARIABLE, AnsweringClient, explaining_status, open_http_engine
 from ..generation.inference_engines import LlamaServerClient
 from ..generation.mlx_engine import MlxEngine
+from .engine_diagnosis import CAUSES_IN_ADAPTER
 from .expected_logps import (
     AdapterReference,
     EngineTolerance,
@@ -59,26 +60,21 @@ def verify_place(
     Raises:
         UsageError, ModelError, RunError: it cannot be asked.
     """
-    reference, precision = verifier.reference, place.precision
-    open_base: Any = None
     if place.url is not None:
         return _verify_server(verifier, place, tolerance)
+    precision, open_base = place.precision, None
     if place.gguf is not None:
-        engine: Any = verifier.open_llama_cpp(place.gguf)
+        open_engine: Any = partial(verifier.open_llama_cpp, place.gguf)
         precision = read_gguf_majority_precision(place.gguf)
     elif place.merged is not None:
-        engine = verifier.open_merged(place.merged)
+        open_engine = partial(verifier.open_merged, place.merged)
     else:
         assert place.mlx is not None
         model = find_mlx_base_of_adapter(place.mlx) if is_mlx_adapter(place.mlx) else place.mlx
-        engine = MlxEngine(model, place.mlx if model != place.mlx else None)
+        open_engine = partial(MlxEngine, model, place.mlx if model != place.mlx else None)
         precision, tolerance = find_mlx_precision_and_tolerance(model)
         open_base = MlxEngine.without_adapter if model != place.mlx else None
-    engine.name = str(place)
-    with closing(engine):
-        return judge_engine_against_adapter(
-            reference, engine, precision, tolerance, open_base, are_chats_compared=True
-        )  # fmt: skip
+    return verifier.verify_engine(str(place), precision, open_engine, tolerance, open_base, are_chats_compared=True)
 
 
 def _verify_server(verifier: "ExportVerifier", place: ServedPlace, tolerance: EngineTolerance | None) -> EngineVerdict:
@@ -88,38 +84,57 @@ def _verify_server(verifier: "ExportVerifier", place: ServedPlace, tolerance: En
         str(place.url), place.name, tokenizer, key=os.environ.get(KEY_VARIABLE), timeout=place.timeout
     )
     verifier.log(f"{place.url}: {served.evidence}")
-    engine = served.engine
+    engine, base = served.engine, served.base
     engine.name = str(place.url)
-    if isinstance(engine, AnsweringClient):
-        prompts: list[str] = [text.prompt for text in reference.texts if text.prompt]
-        prompts = prompts or [str(tokenizer.decode(reference.texts[0].prompt_and_answer_ids))]
-        if served.evidence == "greedy answers":
-            return _judge_answers(reference, engine, place)
-        answers = engine.record_answers(prompts[:MAX_PROMPTS], ANSWER_TOKENS)
-        if not answers:
-            return EngineVerdict(engine.name, place.precision, reason="its answers are of other tokens than the base's")
+    with explaining_status(engine.name):
+        if isinstance(engine, AnsweringClient):
+            return replace(
+                _verify_answers(verifier, engine, place, served.evidence, tolerance), evidence=served.evidence
+            )
+        open_base: Any = None if base is None else lambda _: base
+        verdict = judge_engine_against_adapter(
+            reference, engine, place.precision, tolerance, open_base, are_chats_compared=True
+        )
+        if verdict.cause == "not-applied" and isinstance(engine, LlamaServerClient) and not engine.list_adapters():
+            verdict = replace(verdict, reason=f"the server has loaded no adapter (--lora FILE); {verdict.reason}")
+    return verdict
+
+
+def _verify_answers(
+    verifier: "ExportVerifier", engine: AnsweringClient, place: ServedPlace, evidence: str, tolerance: Any
+) -> EngineVerdict:
+    """Compare the answers of a server with the trained adapter, by their log-probabilities, if it gives them."""
+    reference, tokenizer = verifier.reference, verifier.loaded.base.tokenizer
+    engine.chats = {text.prompt: text.messages for text in reference.texts if text.prompt}
+    prompts: list[str] = [*engine.chats] or [str(tokenizer.decode(reference.texts[0].prompt_and_answer_ids))]
+    if evidence == "greedy answers":
+        verdict = _judge_answers(reference, engine, place)
+    elif answers := engine.record_answers(prompts[:MAX_PROMPTS], ANSWER_TOKENS):
         texts = [ReferenceText(prompt, ids) for prompt, ids in answers]
         reference = AdapterReference(verifier.model, tokenizer, texts)
-    base = served.base
-    verdict = judge_engine_against_adapter(
-        reference, engine, place.precision, tolerance, None if base is None else lambda _: base, are_chats_compared=True
-    )  # fmt: skip
-    if verdict.cause == "not-applied" and isinstance(engine, LlamaServerClient) and not engine.list_adapters():
-        verdict = replace(verdict, reason=f"the server has loaded no adapter (--lora FILE); {verdict.reason}")
-    return replace(verdict, evidence=served.evidence)
+        verdict = judge_engine_against_adapter(reference, engine, place.precision, tolerance)
+    else:
+        verdict = EngineVerdict(engine.name, place.precision, reason="its answers are of other tokens than the base's")
+    other = engine.describe_prompt_lengths()
+    if other and verdict.passed is not True and verdict.cause not in CAUSES_IN_ADAPTER:
+        return replace(verdict, cause="another-template", reason=f"{other}; {verdict.reason}")
+    return verdict
 
 
 def _judge_answers(reference: AdapterReference, engine: AnsweringClient, place: ServedPlace) -> EngineVerdict:
     """Compare greedy answers alone, which is weaker: many faults change no word."""
-    ids = reference.prompts[:MAX_PROMPTS]
-    theirs = [engine.generate(prompt, ANSWER_TOKENS) for prompt in ids]
-    ours = [reference.engine.generate(prompt, ANSWER_TOKENS) for prompt in ids]
+    prompts = reference.prompts[:MAX_PROMPTS]
+
+    def answer(asked: Any) -> list[list[int]]:
+        return [asked.generate(prompt, ANSWER_TOKENS) for prompt in prompts]
+
+    theirs, ours = answer(engine), answer(reference.engine)
     with reference.engine.model.disable_adapter():
-        of_base = [reference.engine.generate(prompt, ANSWER_TOKENS) for prompt in ids]
-    telling = [i for i in range(len(ids)) if ours[i] != of_base[i]]
-    as_tuned, as_base = (sum(theirs[i] == other[i] for i in telling) for other in (ours, of_base))
+        of_base = answer(reference.engine)
+    telling = [each for each in zip(theirs, ours, of_base, strict=True) if each[1] != each[2]]
+    as_tuned, as_base = (sum(each[0] == each[i] for each in telling) for i in (1, 2))
     verdict = EngineVerdict(
-        engine.name, place.precision, prompts=len(ids), answers=len(telling), answers_equal=as_tuned,
+        engine.name, place.precision, prompts=len(prompts), answers=len(telling), answers_equal=as_tuned,
         effect=reference.effect, limit="greedy answers", evidence="greedy answers",
     )  # fmt: skip
     said = f"of {len(telling)} answers that the adapter changes, {as_tuned} are the adapter's and {as_base} the base's"
@@ -137,8 +152,8 @@ def compute_loudest_reference(loaded: TrainedModel) -> AdapterReference:
         if isinstance(piece.content, str):
             ids = tokenizer(piece.content[:400], add_special_tokens=False)["input_ids"]
             candidates.append(ReferenceText("", ids))
-    candidates = [replace(t, prompt_and_answer_ids=t.prompt_and_answer_ids[:LONGEST_TEXT]) for t in candidates]
-    candidates = [text for text in candidates if len(text.prompt_and_answer_ids) > 1]
+    cut = ((text, text.prompt_and_answer_ids[:LONGEST_TEXT]) for text in candidates)
+    candidates = [replace(text, prompt_and_answer_ids=ids) for text, ids in cut if len(ids) > 1]
     reference = AdapterReference(model, tokenizer, candidates)
     pairs = zip(reference.log_probs, reference.base_log_probs, strict=True)
     loudness = [(tuned - base).abs().mean().item() for tuned, base in pairs]

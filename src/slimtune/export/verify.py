@@ -2,7 +2,7 @@
 
     the adapter's file        against its base (`adapter_check/`)
     a server, GGUF or folder  if it is given (`served_place.py`)
-    verify: a run             what each export format says (`verify_run`), exported into a temporary folder
+    verify: a run             what each export format says (`list_run_checks`), exported into a temporary folder
     verify: an export         what is in it, as its format says (`verify_folder`)
 
 What cannot be checked is reported with the reason, and never counts as passed.
@@ -11,6 +11,7 @@ What cannot be checked is reported with the reason, and never counts as passed.
 import importlib.util
 import shlex
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.data.chat_template import TokenizedRow
 from ..core.foundation.dtype_names import dtype_name, llama_cpp_dtype_name
+from ..core.foundation.formatting import format_duration
 from ..core.models.loader import load_base
 from ..core.training.trained_model import TrainedModel, load_run
 from ..errors import AdapterError, ModelError, SlimtuneError, UsageError
@@ -32,6 +34,7 @@ from ..generation.run_requirements import require_causal_lm_run
 from . import merge as merging
 from .adapter_check.check_file import BASE_WEIGHTS_UNPROVEN, FileCheck, check_file, load_as_trained
 from .adapter_file_check import require_trained_adapter_in_gguf, require_trained_adapter_in_model
+from .engine_diagnosis import CAUSES_IN_ADAPTER
 from .expected_logps import (
     ADAPTER_TOLERANCES,
     KEPT_GAIN_TOLERANCE,
@@ -48,15 +51,11 @@ from .export_results import AdapterReport, EngineVerdict, KeptGain
 from .kept_gain import OpenScorer, list_held_out_rows, measure_kept_gain
 from .llama_cpp_tools import LlamaCppToolFailedError, is_llama_cpp_library_installed
 from .manifest import EXPORT_MANIFEST, ExportManifest, read_export_manifest
-from .ollama import require_base_path_unless_registry_name
 from .served_base import ServedBase, read_gguf_majority_precision, resolve_matching_ollama_base
 from .served_place import ServedPlace, compute_loudest_reference, verify_place
 
 if TYPE_CHECKING:
     from .stages import StageFiles
-
-MISREAD = ("not-applied", "another-scale", "partly")
-"""Verdicts on an engine that may read a file for it rightly, although this one is right."""
 
 
 def check_adapter(
@@ -69,23 +68,19 @@ def check_adapter(
         place: where it is served.
         log: gets progress messages.
     """
-    checked = check_file(path, base, log)
-    checks = [] if place is None else [_check_place(path, checked, place, log)]
+    checked, checks = check_file(path, base, log), list[EngineVerdict]()
+    if place is not None:
+        checks = [EngineVerdict(str(place), place.precision, reason="the base is not at hand: nothing was computed")]
+    if place is not None and checked.result.base is not None:
+        with tempfile.TemporaryDirectory(prefix="slimtune-check-") as folder:
+            try:
+                loaded = load_as_trained(checked, Path(folder), log)
+            except AdapterError as error:  # the file itself cannot be computed with: what the file's check says
+                checks = [replace(checks[0], reason=error.message)]
+            else:
+                reference = compute_loudest_reference(loaded)
+                checks = [verify_place(ExportVerifier(loaded, path, Path(folder), log=log, reference=reference), place)]
     return _make_report(path, base, checked, checks)
-
-
-def _check_place(path: Path, checked: FileCheck, place: ServedPlace, log: Callable[[str], None]) -> EngineVerdict:
-    """Compare what serves an adapter with it, or say why it cannot be computed."""
-    unknown = EngineVerdict(str(place), place.precision, reason="the base is not at hand: nothing was computed")
-    if checked.result.base is None:
-        return unknown
-    with tempfile.TemporaryDirectory(prefix="slimtune-check-") as folder:
-        try:
-            loaded = load_as_trained(checked, Path(folder), log)
-        except AdapterError as error:  # the file itself cannot be computed with: what the file's check says
-            return replace(unknown, reason=error.message)
-        reference = compute_loudest_reference(loaded)
-        return verify_place(ExportVerifier(loaded, path, Path(folder), log=log, reference=reference), place)
 
 
 def verify(
@@ -143,14 +138,12 @@ def _make_report(
     file = checked.result
     if checks:  # they compute with the base's weights
         file = replace(file, not_proven=[text for text in file.not_proven if text != BASE_WEIGHTS_UNPROVEN])
-    asked = [check.passed for check in checks if check.passed is not None]
-    passed = not file.faults and all(asked) and (bool(asked) or not checks)
-    passed = (
-        passed and not any(check.failed for check in checks) and (not is_first_required or checks[0].passed is True)
-    )
+    verdicts = {False if check.failed else check.passed for check in checks} or {True}
+    passed = not file.faults and True in verdicts and False not in verdicts
+    passed = passed and (not is_first_required or checks[0].passed is True)
     mends = [finding.mend for finding in file.findings if finding.mend is not None or finding.severity == "fault"]
     can_be_mended = file.base is not None and bool(mends) and None not in mends
-    is_misread = not file.faults and any(check.cause in MISREAD for check in checks)
+    is_misread = not file.faults and any(check.cause in CAUSES_IN_ADAPTER for check in checks)
     names = shlex.join([str(path), *(["--base", base] if base else [])])
     repair = f"slimtune repair {names} --for ENGINE --out DIR" if can_be_mended or is_misread else None
     return AdapterReport(str(path), passed, file, checks, repair)
@@ -178,27 +171,28 @@ class ExportVerifier:
     def verify_run(self) -> list[EngineVerdict]:
         """Export to every format that is compared for a run, and check each."""
         formats = (EXPORT_FORMATS.load(name)() for name in EXPORT_FORMATS.names())
-        return [verdict for each in formats for verdict in each.verify_run(self)]
+        checks = [check for each in formats for check in each.list_run_checks(self)]
+        verdicts, started = list[EngineVerdict](), time.monotonic()
+        for check in checks:
+            if verdicts:
+                after = format_duration(time.monotonic() - started)
+                self.log(f"{len(verdicts)} of {len(checks)} exports checked after {after}")
+            verdicts.append(check())
+        return verdicts
 
     def verify_export(self, folder: Path, manifest: ExportManifest) -> EngineVerdict:
         """Check what an export folder contains."""
         kind = manifest.load_format()
-        verdict = kind().verify_folder(self, folder, manifest.read_facts()) if kind is not None else None
-        if verdict is not None:
-            return verdict
         reason = f"{folder} contains nothing that can be checked"
-        return EngineVerdict(manifest.kind, str(manifest.values.get("precision", "f32")), reason=reason)
+        unknown = EngineVerdict(manifest.kind, str(manifest.values.get("precision", "f32")), reason=reason)
+        return (kind and kind().verify_folder(self, folder, manifest.read_facts())) or unknown
 
     def verify_adapter_gguf(
         self, name: str, adapter: Path, precision: str, tolerance: EngineTolerance | None, served_base: str | None
     ) -> EngineVerdict:
         """Check an adapter's GGUF beside the base that it will be served with, where its file is here."""
-        served, is_converted = ServedBase(), tolerance is not None
-        tolerance = tolerance or ADAPTER_TOLERANCES.get(precision)
-        if served_base is not None:
-            served = resolve_matching_ollama_base(
-                served_base, require_base_path_unless_registry_name(served_base), self.loaded
-            )
+        is_converted, tolerance = tolerance is not None, tolerance or ADAPTER_TOLERANCES.get(precision)
+        served = resolve_matching_ollama_base(served_base, self.loaded) if served_base is not None else ServedBase()
         if (file := served.file) is not None:
             precision = read_gguf_majority_precision(file)
             tolerance = get_loosest_tolerance(precision)
@@ -206,7 +200,7 @@ class ExportVerifier:
         def open_engine() -> InferenceEngine:
             if not is_converted:
                 require_trained_adapter_in_gguf(adapter, self.model, self.loaded.adapter_name)
-            return self.open_beside_base(adapter) if file is None else self.open_llama_cpp(file, adapter)
+            return self.open_llama_cpp(file or self.write_base_in(), adapter)
 
         verdict = self.verify_engine(name, precision, open_engine, tolerance, InProcessLlamaCppEngine.without_adapter)
         if served.unproven and verdict.passed:
@@ -262,8 +256,7 @@ class ExportVerifier:
         `can_score` says whether the engine can score rows; None: llama.cpp is the engine.
         """
         can_score = is_llama_cpp_library_installed() if can_score is None else can_score
-        can_decide = precision not in TOLERANCES and can_score
-        decides = can_decide and not isinstance(self.held_out_rows, str)
+        decides = can_score and precision not in TOLERANCES and not isinstance(self.held_out_rows, str)
         return KEPT_GAIN_TOLERANCE if decides else None
 
     def add_kept_gain(
@@ -294,13 +287,10 @@ class ExportVerifier:
             folder = write_with_stacked_experts(folder, self.model, self.temp_folder / "stacked")
         how: dict[str, Any] = {"dtype": dtype_name(base.dtype), "device": "cpu", "quantization": base.quantization}
         loaded = load_run(folder, **how, dequantize=True)
-        model: Any = loaded.model
         if not is_converted:
-            require_trained_adapter_in_model(model, self.model, self.loaded.adapter_name)
-        model.to(self.model.dtype)
-        if self.model.dtype.itemsize > 2:
-            merging.set_unrounded_embedding_scales(model)
-        return TransformersInferenceEngine("adapter folder", model, loaded.base.tokenizer)
+            require_trained_adapter_in_model(loaded.model, self.model, self.loaded.adapter_name)
+        model: Any = loaded.model
+        return self._open_unrounded("adapter folder", model.to(self.model.dtype), loaded.base.tokenizer)
 
     def open_in_peft(self, folder: Path) -> InferenceEngine:
         """Open an adapter as PEFT loads it, on the run's base; without PEFT as slimtune loads it."""
@@ -308,28 +298,19 @@ class ExportVerifier:
             return self.open_adapter(folder, is_converted=True)
         import peft
 
-        base = load_base(self.loaded.base.source.spec, dtype=self.loaded.base.dtype, device="cpu")
-        adapted: Any = base.model
+        base: Any = load_base(self.loaded.base.source.spec, dtype=self.loaded.base.dtype, device="cpu").model
         try:
-            adapted = peft.PeftModel.from_pretrained(adapted.to(self.model.dtype), str(folder)).eval()
+            adapted = peft.PeftModel.from_pretrained(base.to(self.model.dtype), str(folder)).eval()
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise AdapterError(f"PEFT {peft.__version__} cannot load the file: {error}", "a file of PEFT's") from error
+        return self._open_unrounded("PEFT", adapted, self.loaded.base.tokenizer)
+
+    def _open_unrounded(self, name: str, model: Any, tokenizer: Any) -> InferenceEngine:
         if self.model.dtype.itemsize > 2:
-            merging.set_unrounded_embedding_scales(adapted)
-        return TransformersInferenceEngine("PEFT", adapted, self.loaded.base.tokenizer)
+            merging.set_unrounded_embedding_scales(model)
+        return TransformersInferenceEngine(name, model, tokenizer)
 
-    def open_beside_base(self, adapter: Path) -> InferenceEngine:
-        base = self.temp_folder / "base.gguf"
-        if not base.is_file():
-            merging.write_base_gguf(self.loaded, base)
-        return self.open_llama_cpp(base, adapter)
-
-    def open_base_in(self, precision: str) -> Callable[[Any], InferenceEngine]:
-        """Return a function that opens the untouched base as a whole GGUF in a precision."""
-
-        return lambda _: self.open_llama_cpp(self.write_base_in(precision))
-
-    def write_base_in(self, precision: str) -> Path:
+    def write_base_in(self, precision: str = "f32") -> Path:
         """Return the untouched base as a whole GGUF in a precision, written once."""
         file = self.temp_folder / f"base-{precision}.gguf"
         if not file.is_file():
@@ -353,14 +334,11 @@ def describe_16_bit_serving_effect(
     if adapter_reference is None:
         return f"{trained} answers differ; {merged}"
     model: Any = load_run(run, dtype=dtype_name(loaded.base.dtype), device="cpu", quantization="none").model
-    plain = AdapterReference(
-        model.to(adapter_reference.engine.model.dtype), adapter_reference.engine.tokenizer, adapter_reference.texts
-    )
+    own, effect = adapter_reference.engine, adapter_reference.effect
+    plain = AdapterReference(model.to(own.model.dtype), own.tokenizer, adapter_reference.texts)
     moved = adapter_reference.differences(plain.log_probs).abs().mean().item()
-    return (
-        f"{trained} log p differs by {moved:.2g} nats on average, where the adapter changes it by "
-        f"{adapter_reference.effect:.2g}; {merged}"
-    )
+    moves = f"log p differs by {moved:.2g} nats on average, where the adapter changes it by {effect:.2g}"
+    return f"{trained} {moves}; {merged}"
 
 
 def find_nearest_lora_error_tolerance(export_facts: Any) -> EngineTolerance | None:

@@ -3,6 +3,7 @@
 import copy
 import gc
 import importlib.util
+import math
 import os
 import secrets
 from collections.abc import Generator, Iterator, Sequence
@@ -396,12 +397,15 @@ class VllmClient:
         """Return log-probabilities of the tokens of a text from an index on, 1 or more, with `top_k` at each."""
         positions = self._complete(ids, 1, prompt_logprobs=top_k)["prompt_logprobs"]
         if positions is None or len(positions) != len(ids):
-            raise RunError(f"the vLLM server at {self.url} gave no log-probabilities of the prompt", "prompt_logprobs")
+            given = "no" if positions is None else len(positions)
+            message = f"the vLLM server at {self.url} gave {given} log-probabilities of a prompt of {len(ids)} tokens"
+            raise RunError(message, "prompt_logprobs of each", "let it read longer prompts: it may cut them")
         scores = []
         for token, entries in zip(ids[start:], positions[start:], strict=True):
-            # The token itself is included even where it is not among the likeliest.
+            # vLLM includes the token itself even where it is not among the likeliest; what stands for it may not.
             best = sorted((e["rank"], int(i), e["logprob"]) for i, e in entries.items() if e["rank"] <= top_k)
-            scores.append((entries[str(token)]["logprob"], [(i, value) for _, i, value in best[:top_k]]))
+            own = entries[str(token)]["logprob"] if str(token) in entries else math.nan
+            scores.append((own, [(i, value) for _, i, value in best[:top_k]]))
         return _make_scores(scores)
 
     def score_tokens(self, ids: Sequence[int], indices: Sequence[int]) -> Tensor:

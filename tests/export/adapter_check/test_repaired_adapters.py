@@ -66,7 +66,7 @@ REPAIRED = {name: fault for name, fault in {**FAULTS, **MORE_FAULTS}.items() if 
 }}  # fmt: skip
 LOST = ("zero3-placeholders", "zero3-nothing", "shards", "no-gradient", "diverged", "pattern-of-old-names",
         "magnitudes-lost", "head-lost", "resized", "half-lost", "one-rank-saved", "tokens-added", "layers-from-1",
-        "config-of-adalora", "config-of-loha", "token-rows-lost", "replicas-lost")  # fmt: skip
+        "config-of-adalora", "config-of-loha", "token-rows-lost", "replicas-lost", "loftq")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", REPAIRED)

@@ -1,6 +1,7 @@
 """Engines that serve an adapter, a part of it, another scale or the base: the verdict says which, over HTTP alone."""
 
 import copy
+import math
 
 import peft
 import pytest
@@ -14,6 +15,7 @@ import slimtune
 from slimtune.errors import ModelError, RunError, UsageError
 from slimtune.export.expected_logps import AdapterReference, ReferenceText, judge_engine_against_adapter
 from slimtune.export.verify import ServedPlace, check_adapter
+from slimtune.generation.http_engines import read_log_prob
 from slimtune.generation.inference_engines import TransformersInferenceEngine
 
 
@@ -53,10 +55,11 @@ CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 EVIDENCE = {
     "vllm": "log-probabilities", "echo": "log-probabilities", "answers": "log-probabilities of its answers",
     "ollama": "log-probabilities of its answers", "greedy": "greedy answers",
+    "mlx": "log-probabilities of its answers", "chat": "log-probabilities of its answers",
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("dialect", ["vllm", "echo", "answers", "ollama"])
+@pytest.mark.parametrize("dialect", ["vllm", "echo", "answers", "ollama", "mlx", "chat"])
 def test_applied(pair, dialect):
     result = check(pair, {"tuned": pair[3]}, dialect)
     assert (result.checks[0].cause, result.checks[0].passed, result.passed) == ("applied", True, True), result.checks[0]
@@ -119,6 +122,75 @@ def test_second_beginning_token(pair):
     assert check(pair, {"tuned": pair[3]}, "vllm", bos=[1]).checks[0].cause == "another-template"
 
 
+FRONTS = {"echo": [1], "answers": [1], "ollama": [1], "mlx": [1]}
+
+
+@pytest.mark.parametrize("dialect", FRONTS)
+def test_second_beginning_token_in_front_of_the_prompt(pair, dialect):
+    """defog-ai/sql-eval#141, twinnydotdev/twinny#314: the server adds one to the template's."""
+    verdict = check(pair, {"tuned": pair[3]}, dialect, front=FRONTS[dialect], counts=True).checks[0]
+    assert (verdict.cause, verdict.passed) == ("another-template", False), verdict
+    assert "beginning-of-sequence" in verdict.reason
+
+
+@pytest.mark.parametrize(("dialect", "settings"), [("answers", {"front": list(range(3, 20))}), ("ollama", {"cut": 6})])
+def test_prompt_that_the_server_changes(pair, dialect, settings):
+    """ollama/ollama#17889, a prompt is cut and 200 is answered; a template around what is complete already."""
+    verdict = check(pair, {"tuned": pair[3]}, dialect, counts=True, **settings).checks[0]
+    assert (verdict.cause, verdict.passed) == ("another-template", False), verdict
+
+
+def test_chat_template_of_a_server_with_chats_alone(pair):
+    verdict = check(pair, {"tuned": pair[3]}, "chat", template="### {}\n", counts=True).checks[0]
+    assert (verdict.cause, verdict.passed) == ("another-template", False), verdict
+
+
+def test_cut_prompt_of_a_server_that_echoes(pair):
+    with pytest.raises(RunError, match="gave 21 log-probabilities of a text of"):
+        check(pair, {"tuned": pair[3]}, "echo", cut=20)
+
+
+@pytest.mark.parametrize("dialect", ["answers", "ollama", "mlx"])
+def test_log_probabilities_of_the_greedy_choice_prove_nothing(pair, dialect):
+    """ggml-org/llama.cpp#7197, standardcompletions/rfcs#11: at temperature 0 each is 0."""
+    verdict = check(pair, {"tuned": pair[3]}, dialect, zeros=True).checks[0]
+    assert (verdict.cause, verdict.evidence) == ("not-proven", "greedy answers"), verdict
+
+
+@pytest.mark.parametrize(("index", "cause"), [(3, "applied"), (4, "not-applied")])
+def test_likeliest_tokens_without_the_one_that_is_asked_for(pair, index, cause):
+    verdict = check(pair, {"tuned": pair[index]}, "vllm", shown=-4).checks[0]
+    assert verdict.cause == cause, verdict
+    assert verdict.positions < 100
+
+
+def test_another_adapter_under_the_name(pair):
+    """vllm-project/vllm#42125: reloaded under the same name, the adapter of before answers."""
+    base, tuned = pair[4], copy.deepcopy(pair[3])
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            parameter.data = parameter.data.roll(1, 0)
+    verdict = check(pair, {"base": base, "tuned": tuned}, "vllm", parents={"tuned": "base"}).checks[0]
+    assert (verdict.cause, verdict.passed) == ("another-adapter", False), verdict
+
+
+@pytest.mark.parametrize("value", [None, -9999.0, "-1.5", 0.7, True])
+def test_value_that_is_no_log_probability(pair, value):
+    if value is None or value == -9999.0:
+        assert math.isnan(read_log_prob(value))
+    else:
+        with pytest.raises(ModelError, match="a number below 0"):
+            read_log_prob(value)
+
+
+@pytest.mark.parametrize("path", ["/", "/v1", "/v1/", "/v1/chat/completions", "/v1/completions"])
+def test_address_with_a_path_of_the_api(pair, path):
+    base, adapter, tokenizer, model, _ = pair
+    with serving({"tuned": model}, tokenizer, "echo") as url:
+        place = ServedPlace(f"{url}{path}", name="tuned", precision="f32")
+        assert check_adapter(adapter, str(base), place).checks[0].cause == "applied"
+
+
 def test_rounding_beyond_the_precision(pair):
     assert check(pair, {"tuned": pair[3]}, "vllm", noise=0.1).checks[0].cause == "rounding"
 
@@ -156,7 +228,8 @@ def test_the_only_adapter_needs_no_name(pair):
 
 
 @pytest.mark.parametrize(
-    ("settings", "error"), [({"status": 503}, RunError), ({"key": "k"}, UsageError), ({"status": 500}, RunError)]
+    ("settings", "error"),
+    [({"status": 503}, RunError), ({"key": "k"}, UsageError), ({"status": 500}, RunError), ({"status": 429}, RunError)],
 )
 def test_server_that_refuses(pair, settings, error):
     with pytest.raises(error):

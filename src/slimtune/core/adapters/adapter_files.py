@@ -10,7 +10,8 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -56,16 +57,26 @@ def read_adapter_tensors_and_metadata(
         UsageError: the folder or repository does not exist or contains no adapter.
         AdapterError: the file is a pickle, or not a valid safetensors file.
     """
-    folder = Path(path, subfolder or "")
+    refuse_pickles(Path(path, subfolder or ""))
+    with open_weights_file(get_or_download_file(path, WEIGHTS_FILE, subfolder, **hub)) as f:
+        return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}  # noqa: SIM118
+
+
+def refuse_pickles(folder: Path) -> None:
+    """Raise AdapterError if a folder has an adapter's tensors as a pickle alone."""
     pickles = [folder / p for p in PICKLES if (folder / p).is_file()]
     if pickles and not (folder / WEIGHTS_FILE).is_file():
         message = f"{pickles[0]} is a pickle, which can run arbitrary code when it is read"
         raise AdapterError(message, WEIGHTS_FILE, "save the adapter again with safetensors where it was trained")
-    file = get_or_download_file(path, WEIGHTS_FILE, subfolder, **hub)
+
+
+@contextmanager
+def open_weights_file(file: Path) -> Iterator[Any]:
+    """Open a safetensors file; raise AdapterError if it is damaged."""
     file.open("rb").close()  # safetensors says of a file that may not be read that it does not exist
     try:
-        with safe_open(str(file), framework="pt") as f:
-            return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}  # noqa: SIM118
+        with safe_open(str(file), framework="pt") as opened:
+            yield opened
     except SafetensorError as e:
         message = f"{file} ({file.stat().st_size} bytes) is not a valid safetensors file: {e}"
         raise AdapterError(message, "a complete file", "copy it again, or use an older checkpoint") from None

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import Literal, NamedTuple
 
 from ...core.foundation.formatting import format_bytes, format_count
@@ -40,129 +41,92 @@ class FindingKind(NamedTuple):
     mend: Mend | None = None  # None: only the trainer, or another file, can mend it
 
 
+fault, warning = partial(FindingKind, "fault"), partial(FindingKind, "warning")
+
 _SAVE_AGAIN = "save it again where it was trained, with save_pretrained of the unwrapped PEFT model"
 FINDING_KINDS = {
     # --- the file by itself
-    "no-tensors": FindingKind("fault", "the trained tensors", f"{_SAVE_AGAIN}; gather them from all processes first"),
-    "empty-tensors": FindingKind(
-        "fault", "matrices", "DeepSpeed ZeRO-3 saved its placeholders: gather the parameters before saving, as "
-        "stage3_gather_16bit_weights_on_model_save does"),
-    "flat-tensors": FindingKind(
-        "fault", "matrices of two dimensions", "FSDP or DeepSpeed saved shards: gather the full state dict, then save"),
-    "not-finite": FindingKind(
-        "fault", "finite values", "the training diverged: use an earlier checkpoint, or a lower learning rate"),
-    "whole-numbers": FindingKind("fault", "floating-point values", _SAVE_AGAIN),
-    "untrained": FindingKind(
-        "fault", "an update B·A other than 0",
+    "no-tensors": fault("the trained tensors", f"{_SAVE_AGAIN}; gather them from all processes first"),
+    "empty-tensors": fault("matrices", "DeepSpeed ZeRO-3 saved its placeholders: gather the parameters before saving, "
+        "as stage3_gather_16bit_weights_on_model_save does"),
+    "flat-tensors": fault("matrices of two dimensions",
+        "FSDP or DeepSpeed saved shards: gather the full state dict, then save"),
+    "not-finite": fault("finite values", "the training diverged: use an earlier checkpoint, or a lower learning rate"),
+    "whole-numbers": fault("floating-point values", _SAVE_AGAIN),
+    "untrained": fault("an update B·A other than 0",
         "the training changed nothing: no gradient reached the adapter, or it was saved before the first step"),
-    "untrained-modules": FindingKind(
-        "fault", "an update B·A other than 0 in some layer",
-        "no gradient reached these modules: leave them out of the targets, or train with a library that computes them",
-        Mend.LEAVE_OUT_UNTRAINED),
-    "untrained-layers": FindingKind(
-        "warning", "an update B·A other than 0",
-        "these layers learned nothing; if that was not meant, look whether they are frozen or skipped in the forward"),
-    "missing-half": FindingKind("fault", "both A and B of each module", _SAVE_AGAIN),
-    "several-adapters": FindingKind(
-        "fault", "one adapter in a file", "save each alone: save_pretrained(selected_adapters=[…])",
+    "untrained-modules": fault("an update B·A other than 0 in some layer", "no gradient reached these modules: leave "
+        "them out of the targets, or train with a library that computes them", Mend.LEAVE_OUT_UNTRAINED),
+    "untrained-layers": warning("an update B·A other than 0", "these layers learned nothing; if that was not meant, "
+        "look whether they are frozen or skipped in the forward"),
+    "missing-half": fault("both A and B of each module", _SAVE_AGAIN),
+    "several-adapters": fault("one adapter in a file", "save each alone: save_pretrained(selected_adapters=[…])",
         Mend.SELECT_ADAPTER),
     # --- the config beside it
-    "config-unreadable": FindingKind(
-        "fault", "an adapter_config.json as PEFT writes it",
+    "config-unreadable": fault("an adapter_config.json as PEFT writes it",
         "take the adapter_config.json that was saved with the tensors", Mend.GIVE_ALPHA),
-    "rank-differs": FindingKind(
-        "fault", "the rank of `r` and `rank_pattern`",
-        "correct r in adapter_config.json: a reader that takes the scale alpha / r from it applies another strength",
-        Mend.READ_RANKS),
-    "targets-unmatched": FindingKind(
-        "fault", "targets that match modules of the base", "check it against the base it was trained on: --base",
-        Mend.SELECT_MODULES),
-    "pattern-unmatched": FindingKind(
-        "fault", "patterns that match a module with tensors",
+    "rank-differs": fault("the rank of `r` and `rank_pattern`", "correct r in adapter_config.json: a reader that "
+        "takes the scale alpha / r from it applies another strength", Mend.READ_RANKS),
+    "targets-unmatched": fault("targets that match modules of the base",
+        "check it against the base it was trained on: --base", Mend.SELECT_MODULES),
+    "pattern-unmatched": fault("patterns that match a module with tensors",
         "write the patterns with the base's names of its modules: such an entry changes no rank and no scale",
         Mend.READ_RANKS),
-    "magnitudes-missing": FindingKind(
-        "fault", "lora_magnitude_vector of each module, since use_dora is true",
+    "magnitudes-missing": fault("lora_magnitude_vector of each module, since use_dora is true",
         "save it again with a PEFT that has DoRA; a LoRA without magnitudes has use_dora: false"),
-    "dora-flag-missing": FindingKind(
-        "fault", "use_dora: true, since the file has magnitudes", "set use_dora: true in adapter_config.json",
-        Mend.MARK_FLAGS),
-    "bias-flag-missing": FindingKind(
-        "fault", "lora_bias: true, since the file has biases of B", "set lora_bias: true in adapter_config.json",
-        Mend.MARK_FLAGS),
-    "start-in-base": FindingKind(
-        "warning", "a start that B·A alone does not need the base for",
+    "dora-flag-missing": fault("use_dora: true, since the file has magnitudes",
+        "set use_dora: true in adapter_config.json", Mend.MARK_FLAGS),
+    "bias-flag-missing": fault("lora_bias: true, since the file has biases of B",
+        "set lora_bias: true in adapter_config.json", Mend.MARK_FLAGS),
+    "start-in-base": warning("a start that B·A alone does not need the base for",
         "engines that only add B·A give something else: merge, or save with path_initial_model_for_weight_conversion",
         Mend.FOLD_START),
-    "alpha-missing": FindingKind(
-        "warning", "lora_alpha in adapter_config.json", "write the alpha of the training: readers assume 8, or r",
-        Mend.GIVE_ALPHA),
+    "alpha-missing": warning("lora_alpha in adapter_config.json",
+        "write the alpha of the training: readers assume 8, or r", Mend.GIVE_ALPHA),
     # --- against the base
-    "key-prefix": FindingKind(
-        "fault", "the base's own names of its modules, after base_model.model.",
+    "key-prefix": fault("the base's own names of its modules, after base_model.model.",
         "rename the keys: as they are, loaders skip these tensors and answer as the base does", Mend.RENAME_KEYS),
-    "older-names": FindingKind(
-        "warning", "the names that transformers gives the modules now",
+    "older-names": warning("the names that transformers gives the modules now",
         "rename the keys: PEFT and slimtune translate them, engines with names of their own may skip them",
         Mend.RENAME_KEYS),
-    "expert-layout": FindingKind(
-        "fault", "experts as the base has them (split into modules, or stacked in one parameter)",
+    "expert-layout": fault("experts as the base has them (split into modules, or stacked in one parameter)",
         "convert the experts' matrices to the base's layout: as they are, loaders skip them", Mend.CONVERT_EXPERTS),
-    "projection-layout": FindingKind(
-        "fault", "projections as the base has them: q_proj, k_proj and v_proj, or one qkv_proj",
+    "projection-layout": fault("projections as the base has them: q_proj, k_proj and v_proj, or one qkv_proj",
         "convert the matrices to the base's projections: as they are, loaders skip them", Mend.SPLIT_PROJECTIONS),
-    "halves-swapped": FindingKind(
-        "fault", "A of shape (r, in) and B of shape (out, r)", "give each matrix the other's name", Mend.SWAP_HALVES),
-    "transposed": FindingKind(
-        "fault", "A of shape (r, in) and B of shape (out, r)", "transpose these matrices, or train with a library that "
-        "writes PEFT's layout", Mend.TRANSPOSE),
-    "untargeted": FindingKind(
-        "fault", "modules that the config selects",
-        "add them to target_modules (to modules_to_save, if they are trained in full): PEFT skips their tensors",
-        Mend.SELECT_MODULES),
-    "another-method": FindingKind(
-        "fault", "the tensors of the method in adapter_config.json",
+    "halves-swapped": fault("A of shape (r, in) and B of shape (out, r)", "give each matrix the other's name",
+        Mend.SWAP_HALVES),
+    "transposed": fault("A of shape (r, in) and B of shape (out, r)",
+        "transpose these matrices, or train with a library that writes PEFT's layout", Mend.TRANSPOSE),
+    "untargeted": fault("modules that the config selects", "add them to target_modules (to modules_to_save, if they "
+        "are trained in full): PEFT skips their tensors", Mend.SELECT_MODULES),
+    "another-method": fault("the tensors of the method in adapter_config.json",
         "take the adapter_config.json that was saved with the tensors: by this one, loaders skip them"),
-    "unknown-modules": FindingKind(
-        "fault", "modules of the base", "check it against the base it was trained on: --base"),
-    "another-shape": FindingKind(
-        "fault", "the shapes of the base's modules", "check it against the base it was trained on: --base"),
-    "missing-layers": FindingKind(
-        "fault", "tensors of each layer that the config selects",
+    "unknown-modules": fault("modules of the base", "check it against the base it was trained on: --base"),
+    "another-shape": fault("the shapes of the base's modules", "check it against the base it was trained on: --base"),
+    "missing-layers": fault("tensors of each layer that the config selects",
         f"only a part of the layers was saved: {_SAVE_AGAIN}"),
-    "untargeted-in-file": FindingKind(
-        "warning", "tensors of each kind of module that the config selects",
+    "untargeted-in-file": warning("tensors of each kind of module that the config selects",
         "these modules stay as the base has them; if that was not meant, save the adapter again", Mend.SELECT_MODULES),
-    "saved-module-missing": FindingKind(
-        "fault", "the weights of each module in modules_to_save",
+    "saved-module-missing": fault("the weights of each module in modules_to_save",
         "the trained head or embedding is not in the file: save it again, or take an earlier checkpoint"),
-    "vocabulary": FindingKind(
-        "fault", "as many rows as the base's embedding",
+    "vocabulary": fault("as many rows as the base's embedding",
         "resize the base's embeddings to the adapter's tokenizer before loading it, and serve that base"),
-    "added-tokens-unsaved": FindingKind(
-        "fault", "the embeddings of the added tokens in the file",
+    "added-tokens-unsaved": fault("the embeddings of the added tokens in the file",
         "save with save_embedding_layers=True, or with the embeddings in modules_to_save"),
-    "tied-weights-differ": FindingKind(
-        "fault", "one value of a weight that the base ties",
+    "tied-weights-differ": fault("one value of a weight that the base ties",
         "untie the base's head before merging or serving, or train with ensure_weight_tying=True", Mend.MERGE),
-    "tied-head": FindingKind(
-        "warning", "an adapter of the embedding and the head together, since the base ties them",
+    "tied-head": warning("an adapter of the embedding and the head together, since the base ties them",
         "do not merge it with a library that writes the change into the shared weight; untie the head first",
         Mend.MERGE),
-    "another-base": FindingKind(
-        "fault", "the base that the adapter was trained on", "give that base: --base; or train again"),
-    "another-variant": FindingKind(
-        "warning", "the base that the adapter was trained on",
+    "another-base": fault("the base that the adapter was trained on", "give that base: --base; or train again"),
+    "another-variant": warning("the base that the adapter was trained on",
         "give that base, or compare an engine: --at; the same shapes do not mean the same weights"),
-    "quantized-base": FindingKind(
-        "warning", "a base quantized as in training",
+    "quantized-base": warning("a base quantized as in training",
         "serve it so, or compare an engine (--at): beside other weights the same adapter gives other answers"),
-    "template": FindingKind(
-        "warning", "the chat template of the base, or a server that is given the adapter's",
+    "template": warning("the chat template of the base, or a server that is given the adapter's",
         "give the engine the adapter's template: vllm serve --chat-template, llama-server --chat-template-file",
         Mend.CARRY_TOKENIZER),
-    "special-tokens": FindingKind(
-        "warning", "the base's special tokens",
+    "special-tokens": warning("the base's special tokens",
         "serve it with the tokenizer beside the adapter, or answers do not end", Mend.CARRY_TOKENIZER),
 }  # fmt: skip
 """By the code of a finding. A fault: a reader that follows PEFT's format does not compute what was trained."""

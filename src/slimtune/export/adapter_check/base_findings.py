@@ -14,7 +14,9 @@ from ...core.adapters.adapter_tensors import PREFIX
 from ...core.adapters.name_patterns import find_matching_pattern
 from ...core.adapters.peft_config import PeftConfig
 from ...core.foundation.fingerprint import config_fingerprint
-from ...errors import AdapterError, format_names
+from ...core.models.loader import load_tokenizer
+from ...core.models.model_source import resolve_model_source
+from ...errors import AdapterError, ModelError
 from ...methods.lora.init_configs import is_init_subtracted_from_base
 from .adapter_findings import AdapterFinding, make_finding
 from .foreign_adapter import ForeignAdapter, read_small_json
@@ -23,8 +25,14 @@ from .tensor_findings import generalize_layer_indices
 
 MAX_TOKENIZER_BYTES = 256 << 20
 _SPECIAL_TOKENS = ("bos_token", "eos_token")
-_FLAGGED_TENSORS = ("lora_magnitude_vector", "lora_B.bias")
-"""Tensors of a LoRA that its config has a flag for, which has a finding of its own."""
+_FLAGS = {"lora_B.bias": ("lora_bias", "bias-flag-missing"), "lora_magnitude_vector": ("use_dora", "dora-flag-missing")}
+"""Flags of a LoRA's config by the tensors that they are about, and the finding where one is missing."""
+_MISPLACED = {
+    "older-names": "have older names", "expert-layout": "are of experts in another layout",
+    "untargeted": "are of modules that the config leaves out", "another-method": "are none of the config's method: ",
+    "projection-layout": "are ", "unknown-modules": "are of no module of the base",
+}  # fmt: skip
+"""What keys are, by the code of the finding; their names follow."""
 _QUANTIZED = re.compile(r"(?i)bnb|nf4|int[48]|[48][-_]?bit|gptq|awq")
 """In a base's name."""
 _VARIANTS = frozenset({"base", "chat", "instruct", "it", "pt", "thinking"})
@@ -39,14 +47,12 @@ def find_config_faults(adapter: ForeignAdapter, config: PeftConfig) -> Iterator[
     settings: Any = config
     if "lora_alpha" not in adapter.config:
         yield make_finding("alpha-missing", "adapter_config.json has no lora_alpha")
-    magnitudes = [key for key in adapter.tensors if "lora_magnitude_vector" in key]
-    if settings.use_dora and not magnitudes:
+    for tensor, (flag, code) in _FLAGS.items():
+        flagged = [key for key in adapter.tensors if f".{tensor}" in key]
+        if flagged and not getattr(settings, flag):
+            yield make_finding(code, f"{flag} is false, and {len(flagged)} tensors are {tensor}", flagged)
+    if settings.use_dora and not any("lora_magnitude_vector" in key for key in adapter.tensors):
         yield make_finding("magnitudes-missing", "use_dora is true, and no tensor is a magnitude")
-    biases = [key for key in adapter.tensors if key.endswith("lora_B.bias")]
-    if biases and not settings.lora_bias:
-        yield make_finding("bias-flag-missing", f"lora_bias is false, and {len(biases)} tensors are", biases)
-    if magnitudes and not settings.use_dora:
-        yield make_finding("dora-flag-missing", f"use_dora is false, and {len(magnitudes)} tensors are", magnitudes)
     if settings.trainable_token_indices and not any("trainable_tokens" in key for key in adapter.tensors):
         yield make_finding("saved-module-missing", "the file has no rows of the tokens in trainable_token_indices")
     if is_init_subtracted_from_base(settings.init_lora_weights):
@@ -57,27 +63,23 @@ def find_config_faults(adapter: ForeignAdapter, config: PeftConfig) -> Iterator[
         patterns = getattr(settings, name)
         if unused := [p for p in patterns if not any(find_matching_pattern([p], place) for place in places)]:
             yield make_finding("pattern-unmatched", f"{name} has entries that match no module with tensors", unused)
-    wrong = []
-    if not settings.target_parameters:
-        for module, (a, _) in modules.items():
-            shape = adapter.tensors[a].shape if a is not None else ()
-            if len(shape) > 1 and shape[0] and shape[0] != (rank := settings.get_rank(module)):
-                wrong.append((module, shape, rank))
+    if settings.target_parameters:
+        return
+    shapes = {module: adapter.tensors[a].shape for module, (a, _) in modules.items() if a is not None}
     # A matrix whose other dimension is the rank is transposed, which the base's shapes tell.
-    wrong = [(module, shape, rank) for module, shape, rank in wrong if shape[-1] != rank]
+    wrong = [m for m, s in shapes.items() if len(s) > 1 and s[0] and settings.get_rank(m) not in (s[0], s[-1])]
     if wrong:
-        module, shape, rank = wrong[0]
-        found = f"{len(wrong)} modules have another rank than the config says: {shape[0]} for {rank} in {module}"
-        yield make_finding("rank-differs", found, [module for module, *_ in wrong])
+        ranks = f"{shapes[wrong[0]][0]} for {settings.get_rank(wrong[0])} in {wrong[0]}"
+        yield make_finding(
+            "rank-differs", f"{len(wrong)} modules have another rank than the config says: {ranks}", wrong
+        )
 
 
 def find_placement_faults(placement: KeyPlacement, adapter: ForeignAdapter) -> Iterator[AdapterFinding]:
     """Yield which keys do not reach their modules, and which modules have no tensors."""
-    total = len(adapter.tensors)
+    of_all = f"of {len(adapter.tensors)} keys"
     for what, keys in placement.renamed.items():
-        yield make_finding("key-prefix", f"in {len(keys)} of {total} keys {what}", keys)
-    other = {key: name for key, name in placement.other_method.items() if name not in _FLAGGED_TENSORS}
-    joined = placement.other_projections
+        yield make_finding("key-prefix", f"in {len(keys)} {of_all} {what}", keys)
     there, here = (
         sorted({int(m[1]) for key in some if (m := re.search(r"\.(\d+)\.", key))})
         for some in (adapter.tensors, placement.expected)
@@ -85,16 +87,12 @@ def find_placement_faults(placement: KeyPlacement, adapter: ForeignAdapter) -> I
     layers = ""
     if there and here and there[-1] > here[-1]:
         layers = f"; the file has layers {there[0]} to {there[-1]}, the base {here[0]} to {here[-1]}"
-    for code, keys, what in (
-        ("older-names", placement.older, "have older names"),
-        ("expert-layout", placement.other_expert_layout, "are of experts in another layout"),
-        ("untargeted", placement.untargeted, "are of modules that the config leaves out"),
-        ("another-method", [*other], f"are none of the config's method: {format_names(sorted({*other.values()}), 4)}"),
-        ("projection-layout", [*joined], f"are {' and '.join(dict.fromkeys(joined.values()))}"),
-        ("unknown-modules", placement.unknown, f"are of no module of the base{layers}"),
-    ):
-        if keys:
-            yield make_finding(code, f"{len(keys)} of {total} keys {what}", keys)
+    for code, what in _MISPLACED.items():
+        found = {key: name for key, name in placement.by_finding[code].items() if name not in _FLAGS}
+        if found:
+            names = " and ".join([*dict.fromkeys(found.values())][:4])
+            what += layers if code == "unknown-modules" else names
+            yield make_finding(code, f"{len(found)} {of_all} {what}", [*found])
     yield from _find_missing(placement)
 
 
@@ -104,47 +102,38 @@ def _find_missing(placement: KeyPlacement) -> Iterator[AdapterFinding]:
     if lost := [module for module, keys in whole.items() if keys and not found.intersection(keys)]:
         yield make_finding("saved-module-missing", f"the file has no weights of {len(lost)} such modules", lost)
     in_whole = {key for keys in whole.values() for key in keys}
-    kinds: dict[str, dict[str, bool]] = defaultdict(dict)
-    for key in placement.expected.keys() - in_whole:
-        module = _get_module(key)
-        kind = kinds[generalize_layer_indices(module)]
-        kind[module] = kind.get(module, False) or key in found
-    absent = {kind: [m for m, there in modules.items() if not there] for kind, modules in kinds.items()}
-    order = list(dict.fromkeys(_get_module(key) for key in placement.expected)).index
-    if layers := sorted((m for k, gone in absent.items() if len(gone) < len(kinds[k]) for m in gone), key=order):
+    modules: dict[str, bool] = {}  # whether it has tensors, in the base's order
+    for key in (key for key in placement.expected if key not in in_whole):
+        module = re.split(r"\.(?=lora_|[^.]+$)", key.removeprefix(PREFIX), maxsplit=1)[0]
+        modules[module] = modules.get(module, False) or key in found
+    kinds = {generalize_layer_indices(module) for module, has_tensors in modules.items() if has_tensors}
+    absent = [module for module, has_tensors in modules.items() if not has_tensors]
+    layers = [module for module in absent if generalize_layer_indices(module) in kinds]
+    if layers:
         yield make_finding("missing-layers", f"{len(layers)} modules have no tensors, others of their kind do", layers)
     # Where no key has a place at all, the findings about keys say why.
-    if found and (
-        others := sorted((m for k, gone in absent.items() if len(gone) == len(kinds[k]) for m in gone), key=order)
-    ):
-        yield make_finding(
-            "untargeted-in-file", f"{len(others)} modules that the config selects have no tensors", others
-        )
-
-
-def _get_module(key: str) -> str:
-    return re.split(r"\.(?=lora_|[^.]+$)", key.removeprefix(PREFIX), maxsplit=1)[0]
+    if found and (others := [module for module in absent if module not in layers]):
+        what = f"{len(others)} modules that the config selects have no tensors"
+        yield make_finding("untargeted-in-file", what, others)
 
 
 def find_placed_shape_faults(
     placement: KeyPlacement, adapter: ForeignAdapter, config: PeftConfig
 ) -> Iterator[AdapterFinding]:
     """Yield which placed tensors have another shape than their module, by the cause."""
-    shapes = _pair_placed_shapes(placement, adapter)
     found = group_misshapen_keys(placement, adapter)
     found.pop("rank-differs", None)  # the config's findings have it
     if config.name == "adalora":  # prunes ranks
         found.pop("another-shape", None)
     for code, keys in found.items():
-        there, here = shapes[keys[0]]
-        what = f"{len(keys)} tensors: {list(there)} in the file, {list(here)} on the base"
-        yield make_finding(code, what, keys)
+        there, here = adapter.tensors[keys[0]].shape, placement.shapes[keys[0]]
+        yield make_finding(code, f"{len(keys)} tensors: {list(there)} in the file, {list(here)} on the base", keys)
 
 
 def group_misshapen_keys(placement: KeyPlacement, adapter: ForeignAdapter) -> dict[str, list[str]]:
     """Return the keys of placed tensors that have another shape than their module, by the code of the finding."""
     found: dict[str, list[str]] = defaultdict(list)
-    shapes = _pair_placed_shapes(placement, adapter)
+    shapes = {key: (adapter.tensors[key].shape, here) for key, here in placement.shapes.items()}
     for key, (there, here) in shapes.items():
         if there != here and len(there) == len(here) and 0 not in there:
             found[_classify_shape(key, there, here)].append(key)
@@ -162,23 +151,15 @@ def group_misshapen_keys(placement: KeyPlacement, adapter: ForeignAdapter) -> di
     return {code: keys for code, keys in found.items() if keys}
 
 
-def _pair_placed_shapes(placement: KeyPlacement, adapter: ForeignAdapter) -> dict[str, tuple[Shape, Shape]]:
-    """Return the shapes in the file and on the base, by key of the file."""
-    shapes = {key: (adapter.tensors[key].shape, placement.expected[place]) for key, place in placement.placed.items()}
-    return shapes | {key: (adapter.tensors[key].shape, shape) for key, shape in placement.weights.items()}
-
-
 def _classify_shape(key: str, there: Shape, here: Shape) -> str:
     if there == here[::-1]:
         return "transposed"
     differing = [i for i, (a, b) in enumerate(zip(there, here, strict=True)) if a != b]
-    is_vocabulary = "embed" in key or "lm_head" in key or "lora_embedding" in key
     letter = re.search(r"\.lora_(?:embedding_)?([AB])\b", key)
     if letter is not None and differing == ["AB".index(letter[1])]:
         return "rank-differs"
-    if is_vocabulary and len(differing) == 1:
-        return "vocabulary"
-    return "another-shape"
+    is_vocabulary = len(differing) == 1 and re.search("embed|lm_head", key)
+    return "vocabulary" if is_vocabulary else "another-shape"
 
 
 def find_tied_faults(model: Any, placement: KeyPlacement, adapter: ForeignAdapter) -> Iterator[AdapterFinding]:
@@ -186,26 +167,18 @@ def find_tied_faults(model: Any, placement: KeyPlacement, adapter: ForeignAdapte
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None or embedding is None or not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
         return
-    names = {id(module): name for name, module in model.named_modules()}
-    keys = {
-        part: [
-            k
-            for k in (*placement.placed, *placement.weights)
-            if f"{names[id(module)]}." in k and "trainable_tokens" not in k  # PEFT ties these rows
-        ]
-        for part, module in (("head", head), ("embedding", embedding))
-    }
-    weights = {part: [k for k in found if k.endswith(".weight") and "lora_" not in k] for part, found in keys.items()}
-    if weights["head"] and weights["embedding"]:
-        a, b = (adapter.load_tensor(weights[part][0]) for part in ("head", "embedding"))
+    names = {id(module): f"{name}." for name, module in model.named_modules()}
+    changing = [k for k in placement.shapes if "trainable_tokens" not in k]  # PEFT ties these rows
+    of_head, of_embedding = ([k for k in changing if names[id(module)] in k] for module in (head, embedding))
+    whole = [[k for k in keys if k.endswith(".weight") and "lora_" not in k] for keys in (of_head, of_embedding)]
+    if all(whole):
+        a, b = (adapter.load_tensor(keys[0]) for keys in whole)
         if a.shape != b.shape or not a.equal(b):
-            yield make_finding(
-                "tied-weights-differ", "the base ties head and embedding, the file has two values of them",
-                [weights["head"][0], weights["embedding"][0]],
-            )  # fmt: skip
-    elif bool(keys["head"]) != bool(keys["embedding"]):
-        one = keys["head"] or keys["embedding"]
-        yield make_finding("tied-head", "the adapter changes one of two modules that share their weight", one)
+            found = "the base ties head and embedding, the file has two values of them"
+            yield make_finding("tied-weights-differ", found, [keys[0] for keys in whole])
+    elif bool(of_head) != bool(of_embedding):
+        found = "the adapter changes one of two modules that share their weight"
+        yield make_finding("tied-head", found, of_head or of_embedding)
 
 
 def find_token_faults(adapter: ForeignAdapter, config: PreTrainedConfig) -> Iterator[AdapterFinding]:
@@ -225,7 +198,7 @@ def find_token_faults(adapter: ForeignAdapter, config: PreTrainedConfig) -> Iter
         yield make_finding("added-tokens-unsaved", found, beyond)
 
 
-def read_template_and_special_tokens(folder: Path) -> tuple[str | None, dict[str, str]]:
+def _read_template_and_special_tokens(folder: Path) -> tuple[str | None, dict[str, str]]:
     """Return the chat template beside an adapter, and its beginning and end tokens; what is not there is left out."""
     template, tokens = None, {}
     with suppress(AdapterError, OSError):
@@ -239,8 +212,14 @@ def read_template_and_special_tokens(folder: Path) -> tuple[str | None, dict[str
     return template if isinstance(template, str) else None, {n: t for n, t in contents.items() if isinstance(t, str)}
 
 
-def find_tokenizer_faults(template: str | None, tokens: Mapping[str, str], tokenizer: Any) -> Iterator[AdapterFinding]:
-    """Yield how template and special tokens beside an adapter differ from the base's tokenizer."""
+def find_tokenizer_faults(adapter: ForeignAdapter, spec: str) -> Iterator[AdapterFinding]:
+    """Yield how template and special tokens beside an adapter differ from the base's, whose tokenizer is loaded."""
+    template, tokens = _read_template_and_special_tokens(adapter.folder)
+    if template is None and not tokens:
+        return
+    if resolve_model_source(spec).kind == "hub":
+        raise ModelError("the base's tokenizer is not on this disk")
+    tokenizer = load_tokenizer(spec)
     own = tokenizer.chat_template
     if template is not None and template.strip() != (own or "").strip():
         found = "the template beside the adapter is not the base's" if own else "the base has no chat template"
@@ -262,6 +241,5 @@ def find_recorded_base_faults(adapter: ForeignAdapter, config: PreTrainedConfig,
         yield make_finding("another-variant", f"it was trained on {trained}, and is compared with {given}")
     recorded, here = adapter.metadata.get(BASE_FINGERPRINT), config_fingerprint(config)
     if recorded and recorded != here:
-        yield make_finding(
-            "another-base", f"the base's config has fingerprint {here}, the file was trained on {recorded}"
-        )
+        found = f"the base's config has fingerprint {here}, the file was trained on {recorded}"
+        yield make_finding("another-base", found)

@@ -3,7 +3,8 @@
 import copy
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,11 +18,10 @@ from ...core.adapters.peft_config import PeftConfig, write_adapter_config
 from ...core.foundation.formatting import format_bytes
 from ...core.models.base_config import load_base_config
 from ...core.models.load_errors import silence_and_translate_load_errors
-from ...core.models.loader import get_auto_class, load_tokenizer
-from ...core.models.model_source import resolve_model_source
+from ...core.models.loader import get_auto_class
 from ...core.training.run_dir import RunDir
 from ...core.training.trained_model import TrainedModel
-from ...errors import AdapterError, ModelError, SlimtuneError, TargetError
+from ...errors import AdapterError, SlimtuneError, TargetError
 from ...extras.mlx_adapter import get_or_make_peft_folder, is_mlx_adapter
 from ..merge import SMALL_MODEL, load_run_for_export
 from . import base_findings, tensor_findings
@@ -37,15 +37,6 @@ LOGIT_BYTES = 3 * 64 * 4
 _PATTERN_FIELDS = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "target_parameters")
 
 
-class BaseComparison(NamedTuple):
-    """What comparing an adapter with its base gave."""
-
-    model: Any  # the base on the meta device
-    placement: KeyPlacement | None  # None: the keys could not be compared
-    findings: list[AdapterFinding]
-    not_proven: list[str]
-
-
 class FileCheck(NamedTuple):
     """The check of a file, and what a comparison with an engine, or a repair, needs of it."""
 
@@ -54,7 +45,7 @@ class FileCheck(NamedTuple):
     config: PeftConfig | None  # None: it cannot be read
     model: Any  # the base on the meta device; None: no base was at hand
     placement: KeyPlacement | None
-    updates: dict[str, tensor_findings.UpdateNorm]  # by module
+    updates: tensor_findings.UpdateNorms  # by module
 
 
 def check_file(path: Path, base: str | None = None, log: Callable[[str], None] = lambda _: None) -> FileCheck:
@@ -73,14 +64,11 @@ def check_file(path: Path, base: str | None = None, log: Callable[[str], None] =
     if is_mlx_adapter(path):
         path = get_or_make_peft_folder(path, base, log)
     adapter = open_foreign_adapter(path)
-    findings, not_proven = list(tensor_findings.find_shape_faults(adapter)), []
-    config, config_findings, reasons = _read_config(adapter)
-    findings += config_findings
-    not_proven += reasons
-    value_findings, updates = tensor_findings.find_value_faults(adapter)
-    findings += value_findings
+    findings, updates = tensor_findings.find_tensor_faults(adapter)
+    not_proven = list[str]()
+    config = _read_config(adapter, findings, not_proven)
     spec = base or _find_base_name(path, adapter)
-    model = placement = None
+    model = placement = base_config = None
     if spec is None:
         not_proven.append("keys, shapes and tokens: the adapter does not name its base, and no --base was given")
     else:
@@ -89,14 +77,26 @@ def check_file(path: Path, base: str | None = None, log: Callable[[str], None] =
         except SlimtuneError as error:
             if base is not None:
                 raise
-            not_proven.append(
-                f"keys, shapes and tokens: its base {spec} is not at hand ({error.message}); --base names it"
-            )
+            reason = f"its base {spec} is not at hand ({error.message}); --base names it"
+            not_proven.append(f"keys, shapes and tokens: {reason}")
             spec = None
-        else:
-            model, placement, base_faults, reasons = _compare_with_base(adapter, config, base_config, spec)
-            findings += base_faults
-            not_proven += reasons
+    if spec is not None and base_config is not None:
+        findings += base_findings.find_recorded_base_faults(adapter, base_config, spec)
+        findings += base_findings.find_token_faults(adapter, base_config)
+        if config is not None:
+            try:
+                model = _build_meta_base(base_config, config, adapter, spec)
+                placement = _place_keys(adapter, model, config, findings)
+                findings += base_findings.find_placement_faults(placement, adapter)
+                findings += base_findings.find_placed_shape_faults(placement, adapter, config)
+                findings += base_findings.find_tied_faults(model, placement, adapter)
+            except SlimtuneError as error:
+                not_proven.append(f"keys and shapes: {error.message}")
+        try:
+            findings += base_findings.find_tokenizer_faults(adapter, spec)
+        except SlimtuneError as error:
+            not_proven.append(f"chat template and special tokens: {error.message.splitlines()[0]}")
+        not_proven.append(BASE_WEIGHTS_UNPROVEN)
     if config is not None and config.name != "lora":
         not_proven.append(f"whether the training changed it: that is only known of a LoRA, and this is {config.name}")
     findings.sort(key=lambda finding: finding.severity)
@@ -110,32 +110,37 @@ def check_file(path: Path, base: str | None = None, log: Callable[[str], None] =
         right=not any(finding.severity == "fault" for finding in findings),
         findings=findings,
         not_proven=not_proven,
-        layers=tensor_findings.sum_update_norms_by_layer(updates, _compute_scales(config, updates)),
+        layers=tensor_findings.sum_update_norms_by_layer(updates, partial(_compute_scale, config)),
         seconds=time.monotonic() - started,
     )
     return FileCheck(result, adapter, config, model, placement, updates)
 
 
-def _read_config(adapter: ForeignAdapter) -> tuple[PeftConfig | None, list[AdapterFinding], list[str]]:
-    """Return the config as slimtune reads it, what is wrong with it, and what is not proven without it."""
-    if not adapter.config:
-        return None, [make_finding("config-unreadable", "there is no adapter_config.json")], []
+def _read_config(adapter: ForeignAdapter, findings: list[AdapterFinding], not_proven: list[str]) -> PeftConfig | None:
+    """Return the config as slimtune reads it, if it can, and add what is wrong with it."""
+    code, what, kind = "config-unreadable", "there is no adapter_config.json", adapter.config.get("peft_type")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            config = PeftConfig.from_pretrained(adapter.folder)
-    except (SlimtuneError, TypeError) as error:
-        what, kind = getattr(error, "message", str(error)), adapter.config.get("peft_type")
-        if kind is None or isinstance(error, TypeError):
-            return None, [make_finding("config-unreadable", what)], []
-        if group_lora_pairs(adapter.tensors) and str(kind).upper() not in ("LORA", "ADALORA", "XLORA"):
-            found = f"peft_type is {kind}, and the tensors are lora_A and lora_B"
-            return None, [make_finding("another-method", found)], []
+        if adapter.config:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                config = PeftConfig.from_pretrained(adapter.folder)
+            findings += base_findings.find_config_faults(adapter, config)
+            return config
+    except TypeError as error:
+        what = str(error)
+    except SlimtuneError as error:
+        what = error.message
         numbers = {name: adapter.config.get(name, 1) for name in ("r", "lora_alpha")}
-        if wrong := [f"{n} is {v!r}" for n, v in numbers.items() if not isinstance(v, int | float) or v <= 0]:
-            return None, [make_finding("config-unreadable", " and ".join(wrong))], []
-        return None, [], [f"keys and shapes: slimtune cannot read this config ({what})"]
-    return config, list(base_findings.find_config_faults(adapter, config)), []
+        wrong = [f"{n} is {v!r}" for n, v in numbers.items() if not isinstance(v, int | float) or v <= 0]
+        if kind and group_lora_pairs(adapter.tensors) and str(kind).upper() not in ("LORA", "ADALORA", "XLORA"):
+            code, what = "another-method", f"peft_type is {kind}, and the tensors are lora_A and lora_B"
+        elif kind and not wrong:
+            not_proven.append(f"keys and shapes: slimtune cannot read this config ({what})")
+            return None
+        elif kind:
+            what = " and ".join(wrong)
+    findings.append(make_finding(code, what))
+    return None
 
 
 def _find_base_name(path: Path, adapter: ForeignAdapter) -> str | None:
@@ -146,49 +151,16 @@ def _find_base_name(path: Path, adapter: ForeignAdapter) -> str | None:
     return name if isinstance(name, str) and name else None
 
 
-def _compare_with_base(
-    adapter: ForeignAdapter, config: PeftConfig | None, base_config: PreTrainedConfig, spec: str
-) -> BaseComparison:
-    """Compare keys, shapes, tied weights, tokens and template with a base's."""
-    findings = list(base_findings.find_recorded_base_faults(adapter, base_config, spec))
-    not_proven = []
-    model = placement = None
-    if config is not None:
-        try:
-            model = _build_meta_base(base_config, config, adapter, spec)
-            placement, target_faults = _place_keys(adapter, model, config)
-        except SlimtuneError as error:
-            not_proven.append(f"keys and shapes: {error.message}")
-        else:
-            findings += target_faults
-            findings += base_findings.find_placement_faults(placement, adapter)
-            findings += base_findings.find_placed_shape_faults(placement, adapter, config)
-            findings += base_findings.find_tied_faults(model, placement, adapter)
-    findings += base_findings.find_token_faults(adapter, base_config)
-    template, tokens = base_findings.read_template_and_special_tokens(adapter.folder)
-    if template is not None or tokens:
-        try:
-            if resolve_model_source(spec).kind == "hub":
-                raise ModelError("the base's tokenizer is not on this disk")
-            tokenizer = load_tokenizer(spec)
-        except SlimtuneError as error:
-            not_proven.append(f"chat template and special tokens: {error.message.splitlines()[0]}")
-        else:
-            findings += base_findings.find_tokenizer_faults(template, tokens, tokenizer)
-    not_proven.append(BASE_WEIGHTS_UNPROVEN)
-    return BaseComparison(model, placement, findings, not_proven)
-
-
 def _build_meta_base(base_config: PreTrainedConfig, config: PeftConfig, adapter: ForeignAdapter, spec: str) -> Any:
     """Return the base that a task's adapter is for, on the meta device."""
     base_config = copy.deepcopy(base_config)
     trusted = type(base_config).__module__.startswith("transformers_modules")
     task = config.task_type or "CAUSAL_LM"
-    if task in ("SEQ_CLS", "TOKEN_CLS"):
+    if task == "SEQ_CLS":
         heads = [t.shape[0] for k, t in adapter.tensors.items() if k.endswith(("score.weight", "classifier.weight"))]
         if heads and 0 < heads[0] < 1 << 20:
             base_config.num_labels = heads[0]
-    if task not in ("SEQ_CLS", "CAUSAL_LM", "FEATURE_EXTRACTION"):
+    elif task not in ("CAUSAL_LM", "FEATURE_EXTRACTION"):
         raise AdapterError(f"the adapter is for the task {task}, whose models are not built here")
     auto: Any = AutoModel if task == "FEATURE_EXTRACTION" else get_auto_class(base_config, task)
     with torch.device("meta"), silence_and_translate_load_errors(spec):
@@ -197,32 +169,30 @@ def _build_meta_base(base_config: PreTrainedConfig, config: PeftConfig, adapter:
     return model
 
 
-def _place_keys(adapter: ForeignAdapter, model: Any, config: PeftConfig) -> tuple[KeyPlacement, list[AdapterFinding]]:
+def _place_keys(
+    adapter: ForeignAdapter, model: Any, config: PeftConfig, findings: list[AdapterFinding]
+) -> KeyPlacement:
     """Place an adapter's keys; if its targets match nothing, the last parts of the file's module names are tried."""
     try:
-        return place_keys(adapter.tensors, model, config), []
+        return place_keys(adapter.tensors, model, config)
     except TargetError as error:
-        finding = make_finding("targets-unmatched", error.message)
-        leaves = sorted({module.rpartition(".")[2] for module in group_lora_pairs(adapter.tensors)})
-        other: Any = copy.deepcopy(config)
-        vars(other).update({name: None for name in _PATTERN_FIELDS if hasattr(other, name)}, target_modules={*leaves})
-        try:
-            return place_keys(adapter.tensors, model, other), [finding]
-        except TargetError:
-            return place_no_keys(adapter.tensors, model), [finding]
+        findings.append(make_finding("targets-unmatched", error.message))
+    leaves = {module.rpartition(".")[2] for module in group_lora_pairs(adapter.tensors)}
+    other: Any = copy.deepcopy(config)
+    vars(other).update({name: None for name in _PATTERN_FIELDS if hasattr(other, name)}, target_modules=leaves)
+    try:
+        return place_keys(adapter.tensors, model, other)
+    except TargetError:
+        return place_no_keys(adapter.tensors, model)
 
 
-def _compute_scales(config: PeftConfig | None, modules: Mapping[str, Any]) -> dict[str, float]:
-    """Return the scale of each module's update by the config; 1 without a LoRA's config."""
+def _compute_scale(config: PeftConfig | None, module: str) -> float:
+    """Return the scale of a module's update by the config; 1 without a LoRA's config."""
     if config is None or config.name != "lora":
-        return {}
+        return 1.0
     settings: Any = config
-    scales = {}
-    for module in modules:
-        name = module.removeprefix(PREFIX)
-        rank = settings.get_rank(name)
-        scales[module] = settings.get_alpha(name) / (rank**0.5 if settings.use_rslora else rank)
-    return scales
+    rank = settings.get_rank(name := module.removeprefix(PREFIX))
+    return settings.get_alpha(name) / (rank**0.5 if settings.use_rslora else rank)
 
 
 def load_as_trained(checked: FileCheck, folder: Path, log: Callable[[str], None] = lambda _: None) -> TrainedModel:
@@ -231,15 +201,14 @@ def load_as_trained(checked: FileCheck, folder: Path, log: Callable[[str], None]
     `folder` gets the adapter's files where they have to be written. AdapterError means that it cannot be computed with.
     """
     adapter, placement, base = checked.adapter, checked.placement, str(checked.result.base)
-    log(f"loading the base once: about {format_bytes(_estimate_bytes(load_base_config(base).config))} of memory")
+    if checked.model is not None:
+        log(f"loading the base once: about {format_bytes(_estimate_bytes(checked.model, base))} of memory")
     own = adapter.config.get("base_model_name_or_path") == base
     if own and (placement is None or not placement.renamed):
         return load_run_for_export(adapter.folder)
-    renamed = placement.names if placement is not None else {}
-    keys = {key: renamed.get(key, key) for key in adapter.tensors}
-    save_file(
-        {new: adapter.load_tensor(key) for key, new in keys.items()}, folder / WEIGHTS_FILE, adapter.metadata or None
-    )
+    names = placement.names if placement is not None else {}
+    tensors = {names.get(key, key): adapter.load_tensor(key) for key in adapter.tensors}
+    save_file(tensors, folder / WEIGHTS_FILE, adapter.metadata or None)
     write_adapter_config(folder, {**adapter.config, "base_model_name_or_path": base})
     template = adapter.folder / "chat_template.jinja"
     if template.is_file():
@@ -247,16 +216,13 @@ def load_as_trained(checked: FileCheck, folder: Path, log: Callable[[str], None]
     return load_run_for_export(folder)
 
 
-def _estimate_bytes(config: Any) -> int:
-    """Return the memory of loading a base and computing with it, roughly, from its config alone.
+def _estimate_bytes(model: Any, base: str) -> int:
+    """Return the memory of loading a base and computing with it, roughly; `model` is the base on the meta device.
 
     A small base is loaded as it is stored, and widened to float32: both are there for a moment.
     """
-    text = config.get_text_config()
-    width, layers = getattr(text, "hidden_size", 0) or 0, getattr(text, "num_hidden_layers", 0) or 0
-    inner = getattr(text, "intermediate_size", None) or 4 * width
-    vocabulary = getattr(text, "vocab_size", 0) or 0
-    parameters = layers * (4 * width * width + 3 * width * inner) + vocabulary * width
-    stored = getattr(config.dtype, "itemsize", 4)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    stored = getattr(load_base_config(base).config.dtype, "itemsize", 4)
     widened = 4 if stored < 4 and parameters < SMALL_MODEL else 0
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", None) or 0
     return RUNTIME_BYTES + vocabulary * LOGIT_BYTES + parameters * (stored + widened)

@@ -1,15 +1,14 @@
 """Read an adapter that somebody else wrote: its header, its config, single tensors; nothing in it is trusted."""
 
-import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from ...core.adapters.adapter_files import PICKLES, WEIGHTS_FILE
+from ...core.adapters.adapter_files import PICKLES, WEIGHTS_FILE, open_weights_file, refuse_pickles
 from ...core.adapters.peft_config import CONFIG_FILE
 from ...core.foundation.files import read_json_object, refuse_non_regular_file
 from ...core.foundation.formatting import format_bytes
@@ -21,7 +20,6 @@ MLX_FILE = "adapters.safetensors"
 MAX_CONFIG_BYTES = 16 << 20
 """Of a JSON file beside an adapter, without tokenizer.json."""
 MAX_TENSORS = 1_000_000
-KINDS_OF_NUMBERS = re.compile(r"(BF|F)\d+.*|[CIU]\d+|BOOL")
 
 
 class TensorHeader(NamedTuple):
@@ -68,19 +66,13 @@ def open_foreign_adapter(path: Path) -> ForeignAdapter:
         _refuse_other_formats(folder)
     refuse_non_regular_file(file)
     config = read_small_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).exists() else {}
-    file.open("rb").close()  # safetensors says of a file that may not be read that it does not exist
-    try:
-        with safe_open(str(file), framework="pt") as opened:
-            keys = list(opened.keys())
-            if len(keys) > MAX_TENSORS:
-                raise AdapterError(f"{file} has {len(keys):,} tensors", f"at most {MAX_TENSORS:,}")
-            slices = {key: opened.get_slice(key) for key in keys}
-            tensors = {k: TensorHeader(tuple(s.get_shape()), s.get_dtype()) for k, s in slices.items()}
-            metadata = dict(opened.metadata() or {})
-    except SafetensorError as e:
-        message = f"{file} ({format_bytes(file.stat().st_size)}) is not a valid safetensors file: {e}"
-        raise AdapterError(message, "a complete file", "copy it again, or use an older checkpoint") from None
-    return ForeignAdapter(folder, file, config, tensors, metadata)
+    with open_weights_file(file) as opened:
+        keys = list(opened.keys())
+        if len(keys) > MAX_TENSORS:
+            raise AdapterError(f"{file} has {len(keys):,} tensors", f"at most {MAX_TENSORS:,}")
+        slices = {key: opened.get_slice(key) for key in keys}
+        tensors = {k: TensorHeader(tuple(s.get_shape()), s.get_dtype()) for k, s in slices.items()}
+        return ForeignAdapter(folder, file, config, tensors, dict(opened.metadata() or {}))
 
 
 def _find_folder(path: Path) -> Path:
@@ -98,12 +90,7 @@ def _refuse_other_formats(folder: Path) -> None:
             f"PEFT's {WEIGHTS_FILE}",
             "slimtune.extras.mlx_adapter.convert_mlx_adapter_to_peft writes it",
         )
-    if pickles := [name for name in PICKLES if (folder / name).exists()]:
-        raise AdapterError(
-            f"{folder / pickles[0]} is a pickle, which can run arbitrary code when it is read",
-            WEIGHTS_FILE,
-            "save the adapter again with safetensors where it was trained",
-        )
+    refuse_pickles(folder)
     raise UsageError(
         f"{folder} has no {WEIGHTS_FILE}; it has {format_names(sorted(p.name for p in folder.iterdir()))}",
         "an adapter folder as save_pretrained writes it",

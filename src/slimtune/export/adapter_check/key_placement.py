@@ -8,7 +8,7 @@ weights    the base's own weights, which PEFT writes and loads with some adapter
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -27,11 +27,9 @@ WRAPPERS = frozenset({
     "modules_to_save", "original_module",
 })  # fmt: skip
 """Components that torch.compile, DDP, FSDP, DeepSpeed, layer streaming and PEFT's own modules put into a path."""
-LORA_TENSOR = re.compile(
-    r"(?P<module>.+?)\.(?P<letter>lora_(?:embedding_)?[AB])(?P<adapter>\.(?!bias$)[^.]+)?(?P<end>\.weight)?"
-)
+_LORA_MATRIX = re.compile(r"(?P<module>.+?)\.lora_(?:embedding_)?(?P<letter>[AB])(?:\.weight)?")
 _ADAPTER_NAME = re.compile(
-    r"\.(lora_[AB]|lora_magnitude_vector)\.(?!weight$|bias$)([^.]+)(\.weight)?$|\.(lora_embedding_[AB])\.([^.]+)$"
+    r"(\.lora_(?:(?:embedding_)?[AB]|magnitude_vector))\.(?!weight$|bias$)([^.]+)((?:\.weight|\.bias)?)$"
 )
 _OTHER_SPELLING = re.compile(r"\.(?:adapter\.)?(lora_down|lora_up|linear_in|linear_out)(?=\.weight$)")
 """Names of A and B in files of kohya's scripts and of NeMo."""
@@ -57,30 +55,31 @@ class KeyPlacement:
     weights: dict[str, Shape] = field(default_factory=dict)  # key of the file → shape of the base's own weight
     weight_names: dict[str, str] = field(default_factory=dict)  # key of the file → as PEFT writes it, if other
     renamed: dict[str, list[str]] = field(default_factory=dict)  # what is wrong with the name → keys of the file
-    older: list[str] = field(default_factory=list)
-    untargeted: list[str] = field(default_factory=list)  # the base has the module, but the config does not select it
-    other_expert_layout: list[str] = field(default_factory=list)
-    other_method: dict[str, str] = field(default_factory=dict)  # key of a selected module → the tensor's name in it
-    other_projections: dict[str, str] = field(default_factory=dict)  # key of the file → "qkv_proj for q_proj, …"
-    unknown: list[str] = field(default_factory=list)
+    by_finding: dict[str, dict[str, str]] = field(default_factory=lambda: defaultdict(dict))
+    """By the code of a finding, keys of the file, and what they have: "lora_C", "qkv_proj for q_proj, …" or ""."""
 
     @property
     def names(self) -> dict[str, str]:
         """The key as PEFT writes it, by key of the file; the base's own weights are left out if theirs is right."""
         return self.placed | self.weight_names
 
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """The shape that the base has for a tensor, by key of the file."""
+        return {key: self.expected[place] for key, place in self.placed.items()} | self.weights
+
     def count_placed_by_own_name(self) -> int:
         """Return how many keys are as PEFT looks for them."""
-        return len(self.placed) + len(self.weights) - sum(map(len, self.renamed.values()))
+        return len(self.shapes) - sum(map(len, self.renamed.values()))
 
 
 def group_lora_pairs(keys: Mapping[str, Any]) -> dict[str, LoraPairKeys]:
     """Return the keys of A and B by module and, where a file has several, adapter."""
     found: dict[str, dict[str, str]] = defaultdict(dict)
     for key in keys:
-        if parts := LORA_TENSOR.fullmatch(key):
-            adapter = parts["adapter"] or ""
-            found[parts["module"] + ("" if adapter == ".weight" else adapter)][parts["letter"][-1]] = key
+        plain, adapter = split_adapter_name(key)
+        if parts := _LORA_MATRIX.fullmatch(plain):
+            found[parts["module"] + (f".{adapter}" if adapter else "")][parts["letter"]] = key
     return {module: LoraPairKeys(pair.get("A"), pair.get("B")) for module, pair in found.items()}
 
 
@@ -93,8 +92,7 @@ def split_adapter_name(key: str) -> tuple[str, str | None]:
     """Return a key without the adapter's name, and the name; None: it contains none."""
     if (match := _ADAPTER_NAME.search(key)) is None:
         return key, None
-    plain = f".{match[1]}{match[3] or ''}" if match[1] else f".{match[4]}"
-    return key[: match.start()] + plain, match[2] or match[5]
+    return key[: match.start()] + match[1] + match[3], match[2]
 
 
 def place_keys(tensors: Mapping[str, TensorHeader], model: nn.Module, config: PeftConfig) -> KeyPlacement:
@@ -107,28 +105,37 @@ def place_keys(tensors: Mapping[str, TensorHeader], model: nn.Module, config: Pe
     expected = {key: tuple(tensor.shape) for key, tensor in iterate_config_tensors(model, config)}
     parameters = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
     parameters |= {name: tuple(b.shape) for name, b in model.named_buffers(remove_duplicate=False)}
-    for module in report.trained_whole:
-        names = (n for n in parameters if n.startswith(f"{module}."))
-        expected |= {f"{PREFIX}{name}": parameters[name] for name in names}
+    whole = tuple(f"{module}." for module in report.trained_whole)
+    expected |= {PREFIX + name: shape for name, shape in parameters.items() if name.startswith(whole)}
     placement = KeyPlacement(expected, report.trained_whole)
-    rest = []
-    for key in tensors:
-        own_weight = parameters.get(key.removeprefix(PREFIX).replace(".base_layer.", "."))
-        if key in expected:
-            placement.placed[key] = key
-        elif own_weight is not None and key.startswith(PREFIX):
-            placement.weights[key] = own_weight
-            module, _, leaf = key.removeprefix(PREFIX).rpartition(".")
-            if module in report.kinds:  # PEFT looks for it inside of the adapted layer
-                placement.weight_names[key] = f"{PREFIX}{module}.base_layer.{leaf}"
-                placement.renamed.setdefault("'base_layer.' is missing", []).append(key)
-        else:
-            rest.append(key)
+    rest = [key for key in tensors if not _place_by_name(key, parameters, report.kinds, placement)]
     rest = _place_under_older_names(rest, model, placement)
-    rest = _place_without_wrappers(rest, parameters, placement)
     rest = _place_by_substitution(rest, tensors, placement)
     _sort_unplaced(rest, model, placement)
     return placement
+
+
+def _place_by_name(
+    key: str, parameters: Mapping[str, Shape], adapted: Collection[str], placement: KeyPlacement
+) -> bool:
+    """Place a key as it is, or without a wrapper's components and an adapter's name; return whether it has a place."""
+    for name, faults in ((key, []), remove_wrappers(key)):
+        weight = name.removeprefix(PREFIX).replace(".base_layer.", ".")
+        module, _, leaf = weight.rpartition(".")
+        if name in placement.expected:
+            placement.placed[key] = name
+        elif weight in parameters and name.startswith(PREFIX):
+            placement.weights[key] = parameters[weight]
+            if module in adapted and ".base_layer." not in name:  # PEFT looks for it inside of the adapted layer
+                name, faults = f"{PREFIX}{module}.base_layer.{leaf}", [*faults, "'base_layer.' is missing"]
+        else:
+            continue
+        if name != key:
+            placement.renamed.setdefault(" and ".join(faults), []).append(key)
+            if key in placement.weights:
+                placement.weight_names[key] = name
+        return True
+    return False
 
 
 def place_no_keys(tensors: Mapping[str, TensorHeader], model: nn.Module) -> KeyPlacement:
@@ -140,28 +147,12 @@ def place_no_keys(tensors: Mapping[str, TensorHeader], model: nn.Module) -> KeyP
 
 def _place_under_older_names(keys: list[str], model: nn.Module, placement: KeyPlacement) -> list[str]:
     """Place keys whose modules transformers has renamed; return the others."""
-    taken = set(placement.placed.values())
-    renamed = {old: new for new, old in rename_keys_of_older_transformers({k: k for k in keys}, model).items()}
-    found = {k: new for k, new in renamed.items() if new != k and new in placement.expected and new not in taken}
+    free = placement.expected.keys() - placement.placed.values()
+    renamed = rename_keys_of_older_transformers({k: k for k in keys}, model)
+    found = {old: new for new, old in renamed.items() if new != old and new in free}
     placement.placed |= found
-    placement.older += found
+    placement.by_finding["older-names"] = dict.fromkeys(found, "")
     return [key for key in keys if key not in found]
-
-
-def _place_without_wrappers(keys: list[str], parameters: Mapping[str, Shape], placement: KeyPlacement) -> list[str]:
-    """Place keys that have a wrapper's components or an adapter's name too much, or lack PEFT's prefix."""
-    rest = []
-    for key in keys:
-        plain, faults = remove_wrappers(key)
-        if plain in placement.expected:
-            placement.placed[key] = plain
-        elif (name := plain.removeprefix(PREFIX).replace(".base_layer.", ".")) in parameters:
-            placement.weights[key], placement.weight_names[key] = parameters[name], plain
-        else:
-            rest.append(key)
-            continue
-        placement.renamed.setdefault(" and ".join(faults) or "another spelling", []).append(key)
-    return rest
 
 
 def remove_wrappers(key: str) -> tuple[str, list[str]]:
@@ -194,35 +185,30 @@ def _place_by_substitution(keys: list[str], tensors: Mapping[str, TensorHeader],
         path = tuple(key.removeprefix(PREFIX).split("."))
         for start in range(len(path)):
             by_ending[path[start:]].append(path)
-    taken = set(placement.placed.values())
+    free = placement.expected.keys() - placement.placed.values()
     plain = {key: tuple(remove_wrappers(key)[0].removeprefix(PREFIX).split(".")) for key in keys}
     for _ in range(_MOST_SUBSTITUTIONS):
-        votes: Counter[tuple[Path, Path]] = Counter()
-        for key in keys:
-            for old, new, place in _iterate_substitutions(plain[key], by_ending):
-                same = placement.expected[PREFIX + ".".join(place)] == tensors[key].shape
-                votes[old, new] += 1000 if same else 1
-        if not votes:
+        votes = Counter(
+            (old, new)
+            for key in keys
+            for old, new, place in _iterate_substitutions(plain[key], by_ending)
+            if placement.expected[PREFIX + ".".join(place)] == tensors[key].shape
+        )
+        if not votes:  # no shape fits: it is another base
             break
         old, new = max(votes, key=lambda pair: (votes[pair], bool({"language_model", "text_model"} & {*pair[1]})))
-        if votes[old, new] < 1000:  # no shape fits: it is another base
+        targets = {k: PREFIX + ".".join((*new, *plain[k][len(old) :])) for k in keys if plain[k][: len(old)] == old}
+        found = {key: target for key, target in targets.items() if target in free}
+        if not found:
             break
-        rest = []
         wrong, right = (f"'{'.'.join(path)}.'" for path in (old, new))
         what = (
             f"{wrong} stands for {right}" if old and new else f"{wrong} is too much" if old else f"{right} is missing"
         )
-        for key in keys:
-            target = PREFIX + ".".join((*new, *plain[key][len(old) :]))
-            if plain[key][: len(old)] == old and target in placement.expected and target not in taken:
-                placement.placed[key] = target
-                taken.add(target)
-                placement.renamed.setdefault(what, []).append(key)
-            else:
-                rest.append(key)
-        if len(rest) == len(keys):
-            break
-        keys = rest
+        placement.placed |= found
+        placement.renamed.setdefault(what, []).extend(found)
+        free -= {*found.values()}
+        keys = [key for key in keys if key not in found]
     return keys
 
 
@@ -248,16 +234,16 @@ def _sort_unplaced(keys: list[str], model: nn.Module, placement: KeyPlacement) -
     for key in keys:
         path = remove_wrappers(key)[0].removeprefix(PREFIX)
         module = path.partition(".lora_")[0].removesuffix(".base_layer")
+        code, what = "unknown-modules", ""
         if ".experts" in module and (re.search(r"\.experts\.\d+\.", module) is not None) == bool(stacked):
-            placement.other_expert_layout.append(key)
+            code = "expert-layout"
         elif (found := _find_module(path, modules)) in selected:
-            placement.other_method[key] = path.removeprefix(f"{found}.").removesuffix(".weight")
+            code, what = "another-method", path.removeprefix(f"{found}.").removesuffix(".weight")
         elif found is not None:
-            placement.untargeted.append(key)
+            code = "untargeted"
         elif what := _describe_other_projections(path, modules):
-            placement.other_projections[key] = what
-        else:
-            placement.unknown.append(key)
+            code = "projection-layout"
+        placement.by_finding[code][key] = what
 
 
 def _find_module(path: str, modules: set[str]) -> str | None:

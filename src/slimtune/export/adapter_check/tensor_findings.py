@@ -2,9 +2,9 @@
 
 import math
 import re
+import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
 
 from torch import Tensor
 
@@ -15,15 +15,10 @@ from .foreign_adapter import ForeignAdapter
 from .key_placement import LoraPairKeys, group_lora_pairs, list_adapter_names_in_keys
 
 _LAYER = re.compile(r"(?P<layer>.*?\.\d+)(?:\.|$)")
+UpdateNorms = Mapping[str, float | None]
+"""How much a LoRA changes each module, without its scale; None: not a plain product of two matrices."""
 _TOWERS = re.compile(r"vision|visual|image|audio|tower|speech")
 """Parts that a text does not reach: an adapter trained on texts leaves them as they are."""
-
-
-class UpdateNorm(NamedTuple):
-    """How much a LoRA changes one module, without its scale; None: not a plain product of two matrices."""
-
-    norm: float | None
-    is_zero: bool
 
 
 def generalize_layer_indices(module: str) -> str:
@@ -31,102 +26,90 @@ def generalize_layer_indices(module: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", module)
 
 
-def find_shape_faults(adapter: ForeignAdapter) -> Iterator[AdapterFinding]:
-    """Yield what is wrong with a file by its header alone."""
-    tensors = adapter.tensors
+def find_tensor_faults(adapter: ForeignAdapter) -> tuple[list[AdapterFinding], UpdateNorms]:
+    """Read every tensor once; return what is wrong with shapes, dtypes and values, and the update's norm by module."""
+    tensors, of_all = adapter.tensors, f"of {len(adapter.tensors)} tensors"
     if not tensors:
-        yield make_finding("no-tensors", f"{adapter.file.name} has {adapter.bytes} bytes and no tensor")
-        return
-    if empty := [key for key, t in tensors.items() if 0 in t.shape]:
-        yield make_finding("empty-tensors", f"{len(empty)} of {len(tensors)} tensors have no values", empty)
-    pairs = group_lora_pairs(tensors)
-    matrices = {key for pair in pairs.values() for key in pair if key is not None}
-    if flat := [
-        key for key in tensors if key in matrices and len(tensors[key].shape) < 2 and 0 not in tensors[key].shape
-    ]:
-        shapes = ", ".join(str(list(tensors[key].shape)) for key in flat[:2])
-        yield make_finding("flat-tensors", f"{len(flat)} of {len(tensors)} tensors are flat: {shapes}", flat)
-    if integers := [key for key in tensors if key in matrices and not tensors[key].dtype.startswith(("F", "BF"))]:
-        dtypes = sorted({tensors[key].dtype for key in integers})
-        yield make_finding("whole-numbers", f"{len(integers)} matrices are stored as {', '.join(dtypes)}", integers)
-    if halves := [key for pair in pairs.values() if None in pair for key in pair if key is not None]:
-        yield make_finding("missing-half", f"{len(halves)} matrices are without their other half", halves)
-    if len(names := list_adapter_names_in_keys(tensors)) > 1:
-        yield make_finding("several-adapters", f"the keys contain {len(names)} adapters' names", names)
+        return [make_finding("no-tensors", f"{adapter.file.name} has {adapter.bytes} bytes and no tensor")], {}
+    pairs, names = group_lora_pairs(tensors), list_adapter_names_in_keys(tensors)
+    matrices = {key: tensors[key] for pair in pairs.values() for key in pair if key is not None}
+    flat = {key: list(t.shape) for key, t in matrices.items() if len(t.shape) < 2 and 0 not in t.shape}
+    integers = {key: t.dtype for key, t in matrices.items() if not t.dtype.startswith(("F", "BF"))}
+    halves = [key for pair in pairs.values() if None in pair for key in pair if key is not None]
+    damaged, updates = _read_values(adapter, pairs)
+    found = [
+        make_finding(code, f"{len(keys)} {what}", keys)
+        for code, keys, what in (
+            ("empty-tensors", [key for key, t in tensors.items() if 0 in t.shape], f"{of_all} have no values"),
+            ("flat-tensors", [*flat], f"{of_all} are flat: {', '.join(map(str, [*flat.values()][:2]))}"),
+            ("whole-numbers", [*integers], f"matrices are stored as {', '.join(sorted({*integers.values()}))}"),
+            ("missing-half", halves, "matrices are without their other half"),
+            ("several-adapters", names if len(names) > 1 else [], "adapters' names are in the keys"),
+            ("not-finite", damaged, f"{of_all} contain NaN or Inf"),
+        )
+        if keys
+    ]
+    return [*found, *_find_untrained(updates)], updates
 
 
-def find_value_faults(adapter: ForeignAdapter) -> tuple[list[AdapterFinding], dict[str, UpdateNorm]]:
-    """Read every tensor once; return what is wrong with their values, and the update's norm by module."""
-    damaged: list[str] = []
-    pairs = group_lora_pairs(adapter.tensors)
-    matrices = {key for pair in pairs.values() for key in pair if key is not None}
+def _read_values(adapter: ForeignAdapter, pairs: Mapping[str, LoraPairKeys]) -> tuple[list[str], UpdateNorms]:
+    """Return the keys of tensors with NaN or Inf, and the norm of each module's update."""
+    damaged, updates = set[str](), dict[str, float | None]()
 
     def load(key: str) -> Tensor:
         tensor = adapter.load_tensor(key)
         if tensor.is_floating_point() and not is_finite(tensor):
-            damaged.append(key)
+            damaged.add(key)
         return tensor
 
-    updates: dict[str, UpdateNorm] = {}
     for module, pair in track_progress(list(pairs.items()), "modules read"):
         loaded = [load(key).float() for key in pair if key is not None]
         if len(loaded) == 2:
             updates[module] = _measure_update(*loaded)
-    for key in adapter.tensors.keys() - matrices:
+    for key in adapter.tensors.keys() - {key for pair in pairs.values() for key in pair}:
         load(key)
-    findings = []
-    if damaged:
-        damaged.sort(key=list(adapter.tensors).index)
-        findings.append(
-            make_finding("not-finite", f"{len(damaged)} of {len(adapter.tensors)} tensors contain NaN or Inf", damaged)
-        )
-    return [*findings, *_find_untrained(updates, pairs)], updates
+    return [key for key in adapter.tensors if key in damaged], updates
 
 
-def _measure_update(A: Tensor, B: Tensor) -> UpdateNorm:
-    """Return the Frobenius norm of B A from the two r × r products; a matrix of zeros gives 0."""
+def _measure_update(A: Tensor, B: Tensor) -> float | None:
+    """Return the Frobenius norm of B A from the two r × r products; only a matrix of zeros gives 0."""
     if not (A.any() and B.any()):
-        return UpdateNorm(0.0, True)
+        return 0.0
     A, B = (t.flatten(1) if t.dim() > 2 else t for t in (A, B))
     if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1]:
-        return UpdateNorm(None, False)
+        return None
     squared = ((A @ A.T).double() * (B.T @ B).double()).sum().item()
-    return UpdateNorm(math.sqrt(max(squared, 0.0)), False)
+    return math.sqrt(max(squared, sys.float_info.min))
 
 
-def _find_untrained(updates: Mapping[str, UpdateNorm], pairs: Mapping[str, LoraPairKeys]) -> Iterator[AdapterFinding]:
-    zero = [module for module, update in updates.items() if update.is_zero]
-    if not zero:
-        return
-    if len(zero) == len(updates):
+def _find_untrained(updates: UpdateNorms) -> Iterator[AdapterFinding]:
+    zero = [module for module, norm in updates.items() if norm == 0]
+    if zero and len(zero) == len(updates):
         yield make_finding("untrained", f"B or A is 0 in each of {len(zero)} modules", zero)
         return
-    faulty = list_modules_of_untrained_kinds(updates)
-    if faulty:
+    if faulty := list_modules_of_untrained_kinds(updates):
         names = ", ".join(dict.fromkeys(generalize_layer_indices(m).rpartition("*.")[2] for m in faulty))
         yield make_finding("untrained-modules", f"B or A is 0 in all modules {names}", faulty)
     if some := [m for m in zero if m not in faulty]:
         yield make_finding("untrained-layers", f"B or A is 0 in {len(some)} of {len(updates)} modules", some)
 
 
-def list_modules_of_untrained_kinds(updates: Mapping[str, UpdateNorm]) -> list[str]:
+def list_modules_of_untrained_kinds(updates: UpdateNorms) -> list[str]:
     """Return the modules of the kinds whose update is 0 in every layer, without those that a text does not reach."""
     kinds: dict[str, list[str]] = defaultdict(list)
     for module in updates:
         kinds[generalize_layer_indices(module)].append(module)
-    whole = (m for kind in kinds.values() if all(updates[m].is_zero for m in kind) for m in kind)
+    whole = (m for kind in kinds.values() if all(updates[m] == 0 for m in kind) for m in kind)
     return [module for module in whole if not _TOWERS.search(module)]
 
 
-def sum_update_norms_by_layer(updates: Mapping[str, UpdateNorm], scales: Mapping[str, float]) -> list[LayerUpdateNorm]:
+def sum_update_norms_by_layer(updates: UpdateNorms, get_scale: Callable[[str], float]) -> list[LayerUpdateNorm]:
     """Return how much each layer changes; modules outside of the layers count by their own name."""
     squared: dict[str, float] = defaultdict(float)
     counts: dict[str, int] = defaultdict(int)
-    for module, update in updates.items():
-        if update.norm is None or not math.isfinite(update.norm):
-            continue
-        match: Any = _LAYER.match(module)
-        layer = match["layer"] if match else module
-        squared[layer] += (update.norm * scales.get(module, 1.0)) ** 2
-        counts[layer] += 1
+    for module, norm in updates.items():
+        if norm is not None and math.isfinite(norm):
+            layer = match["layer"] if (match := _LAYER.match(module)) else module
+            squared[layer] += (norm * get_scale(module)) ** 2
+            counts[layer] += 1
     return [LayerUpdateNorm(layer, math.sqrt(squared[layer]), counts[layer]) for layer in squared]

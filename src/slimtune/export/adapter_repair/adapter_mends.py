@@ -188,7 +188,7 @@ def _convert_projections(contents: AdapterContents, check: FileCheck, answers: R
             "one rank and one alpha for all modules",
             "merge it into the base that it was trained on",
         )
-    modules = {key.partition(".lora_")[0] for key in check.placement.other_projections}
+    modules = {key.partition(".lora_")[0] for key in check.placement.by_finding["projection-layout"]}
     of_base = dict(check.model.named_modules())
     for parent in sorted({module.rpartition(".")[0] for module in modules}):
         for joined, parts in JOINED_PROJECTIONS.items():

@@ -157,6 +157,13 @@ def mend_adapter(
     if check.result.base is None:
         raise UsageError(f"the base of {path} is not at hand", "the base that it was trained on", "--base BASE")
     adapter = check.adapter
+    if adapter.config.get("init_lora_weights") == "loftq":
+        raise AdapterError(
+            "init_lora_weights is 'loftq': the adapter makes up for the rounding of the base that it was trained on, "
+            "and is wrong beside every other one",
+            "an adapter of an unrounded base",
+            "serve it beside the base quantized as in training, or merge the two where it was trained",
+        )
     contents = AdapterContents(
         {key: adapter.load_tensor(key) for key in adapter.tensors}, dict(adapter.config), dict(adapter.metadata)
     )
