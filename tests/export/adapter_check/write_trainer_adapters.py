@@ -60,7 +60,7 @@ def train_with_llama_factory(base: Path, rows: Path, out: Path, settings: dict) 
         "model_name_or_path": str(base), "stage": "sft", "do_train": True, "finetuning_type": "lora", "lora_rank": 4,
         "dataset": "rows", "dataset_dir": str(rows.parent), "template": "chatml", "cutoff_len": 128,
         "output_dir": str(out), "per_device_train_batch_size": 4, "learning_rate": 0.05, "max_steps": 3,
-        "report_to": "none", "save_only_model": True, "use_cpu": True, **settings,
+        "report_to": "none", "save_only_model": True, "use_cpu": True, "disable_gradient_checkpointing": True, **settings,
     })  # fmt: skip
     return out
 
