@@ -1,4 +1,4 @@
-"""Adapters that LLaMA-Factory and ms-swift wrote (`write_trainer_adapters.py`): no false alarm, and PEFT computes them."""
+"""Adapters that LLaMA-Factory and ms-swift wrote (`write_trainer_adapters.py`): no alarm, and PEFT computes them."""
 
 from pathlib import Path
 

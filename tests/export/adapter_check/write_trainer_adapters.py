@@ -3,6 +3,8 @@
     pip install llamafactory; PYTHONPATH=tests python tests/export/adapter_check/write_trainer_adapters.py llamafactory
     pip install ms-swift modelscope-hub; … ms-swift
 
+LLaMA-Factory 0.9.5 ran with TRL 0.24 and DISABLE_VERSION_CHECK=1 beside transformers 5.24, and without torchaudio, of
+which there was no release (an empty module stood for it); ms-swift 4.6.0 with PEFT 0.21.2 and TRL 1.16.
 They train on the tiny base of `make_trainer_base` for three steps. The tests read the files; nothing else is kept.
 """
 
@@ -60,7 +62,8 @@ def train_with_llama_factory(base: Path, rows: Path, out: Path, settings: dict) 
         "model_name_or_path": str(base), "stage": "sft", "do_train": True, "finetuning_type": "lora", "lora_rank": 4,
         "dataset": "rows", "dataset_dir": str(rows.parent), "template": "chatml", "cutoff_len": 128,
         "output_dir": str(out), "per_device_train_batch_size": 4, "learning_rate": 0.05, "max_steps": 3,
-        "report_to": "none", "save_only_model": True, "use_cpu": True, "disable_gradient_checkpointing": True, **settings,
+        "report_to": "none", "save_only_model": True, "use_cpu": True, "disable_gradient_checkpointing": True,
+        **settings,
     })  # fmt: skip
     return out
 
