@@ -28,7 +28,7 @@ from forgetting import measure_strengths
 from slimtune.core.training.datasets import load_eval_dataset_and_stats
 from slimtune.core.training.trained_model import load_run
 
-STRENGTHS = {"sft": (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)}
+STRENGTHS = {"sft": (0.0, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0)}
 """Of which the loss is measured; of other tasks than sft the whole strength alone."""
 
 

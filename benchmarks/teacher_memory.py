@@ -3,8 +3,8 @@
     python benchmarks/teacher_memory.py [TASK …] [--base smollm2-135m] [--steps 2]
 
     planned    what `slimtune train` plans for the run
-    measured   the most that torch had allocated in a step, sampling of answers included: sums of the `[memory]` events
-               of its profiler
+    measured   the most that torch had allocated in a step, sampling of answers included, or in the longest micro-batch
+               before the first one: sums of the `[memory]` events of its profiler
     of sft's   measured, divided by the same of `sft`
 
 Rows are chats with answers of 40 to 60 words, of which the longest one is how long sampled answers may be. Each task
@@ -33,6 +33,7 @@ from slimtune.core.foundation.formatting import format_bytes
 from slimtune.core.models.loader import load_tokenizer
 from slimtune.core.training.train import train
 from slimtune.core.training.training_loop import TrainingLoop
+from slimtune.planning import memory_probe
 from slimtune.planning.plan_request import build_plan_request
 from slimtune.planning.planner import estimate_resources
 from slimtune.planning.this_machine import detect_gpu_or_cpu_spec
@@ -86,13 +87,15 @@ def measure(task: str, base: str, steps: int, folder: Path) -> dict[str, int]:
         planned.append(found.allocated_bytes)
         return found
 
-    train_step = TrainingLoop.train_step
+    def measuring(function: Any) -> Any:
+        def measured(*args: Any, **how: Any) -> Any:
+            with record_function("measured step"):
+                return function(*args, **how)
 
-    def measured(loop: TrainingLoop, rows: Any) -> dict[str, float]:
-        with record_function("measured step"):
-            return train_step(loop, rows)
+        return measured
 
-    TrainingLoop.train_step = measured  # type: ignore[method-assign]
+    TrainingLoop.train_step = measuring(TrainingLoop.train_step)  # type: ignore[method-assign]
+    memory_probe.forward_backward = measuring(memory_probe.forward_backward)  # the longest micro-batch
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as done:
         train(recipe, planner=plan)
