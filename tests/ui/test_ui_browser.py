@@ -17,6 +17,7 @@ from tiny_run import write_rows
 from walk import WAIT, make_home, serve_page, walk
 
 from slimtune.extras.row_files import read_rows
+from slimtune.ui.column_choices import ROLE_LABELS
 
 pytestmark = [
     pytest.mark.prove,
@@ -191,11 +192,11 @@ class Visit:
         self.page.get_by_label("Objective").select_option(task)
         self.page.get_by_label("Rows", exact=True).fill(rows)
         self.page.get_by_label("Rows", exact=True).press("Tab")
-        for role in columns:
-            self.page.get_by_label(role.capitalize(), exact=True).wait_for()
+        asked = {role: self.page.get_by_label(ROLE_LABELS[role], exact=True) for role in columns}
+        for field in asked.values():
+            field.wait_for()
         self.page.get_by_text("Which column is what").wait_for()
-        found = {role: self.page.get_by_label(role.capitalize(), exact=True).input_value() for role in columns}
-        assert found == columns
+        assert {role: field.input_value() for role, field in asked.items()} == columns
         self.start_and_stop("Check the rows")
         self.go("/plan")
         self.page.get_by_role("textbox", name="Steps").fill(str(steps))
