@@ -442,7 +442,8 @@ def test_a_merge_costs_no_more_than_pefts(tmp_path, smollm2_folder, adapter, dty
         kl = (adapted.exp() * (adapted - merged)).sum(-1).mean().item()
         found[name] = {"mean": own.mean().item(), "max": own.max().item(), "kl": kl}
         print(f"{name:>10}: mean {own.mean():.3g}, max {own.max():.3g}, KL {kl:.3g}")
-    assert found["no adapter"]["mean"] > 0.3
+    unadapted = found["no adapter"]["mean"]
+    assert unadapted > 0.3
     if dtype == torch.float32:
         assert found["slimtune"]["mean"] <= 2 * found["PEFT"]["mean"]
         assert found["slimtune"]["max"] <= 2 * max(found["PEFT"]["max"], 1e-6)
