@@ -280,7 +280,8 @@ def test_pairs_in_columns_of_any_names_are_learned_evaluated_compared_and_export
             page.get_by_label(f"{run} side by side").check()
         visit.press("Side by side")
         page.get_by_role("heading", name="Side by side").wait_for()
-        assert page.get_by_role("row", name="Learning rate").get_by_role("cell").all_inner_texts() == ["0.001", "0.01"]
+        rates = page.get_by_role("row", name="Learning rate").get_by_role("cell")
+        assert rates.all_inner_texts() == ["0.001", "0.01"]
         check_page(page, "compared")
         visit.go("/export?run=runs/a")
         page.get_by_label("For").select_option("merge")
