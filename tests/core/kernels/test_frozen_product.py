@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from slimtune import LoraConfig, get_peft_model
 from slimtune.core.kernels import frozen_product
 from slimtune.core.kernels.cross_entropy import chunked_cross_entropy
 from slimtune.core.kernels.frozen_product import FrozenLinear, use_faster_frozen_products
@@ -39,7 +40,8 @@ def test_layer_and_gradient_equal_float64(shape, bias):
 
 
 def test_low_rank_update_equals_the_separate_products():
-    weight, bias, A, B = torch.randn(40, 48), torch.randn(40), torch.randn(4, 48), torch.randn(40, 4)
+    layer, A, B = make_layer(), torch.randn(4, 48), torch.randn(40, 4)
+    weight, bias = layer.weight, layer.bias
     inputs = [torch.randn(6, 48), A, B]
     fused, plain = ([t.clone().requires_grad_() for t in inputs] for _ in range(2))
     low_rank_linear(fused[0], weight, bias, *fused[1:], 0.5).square().sum().backward()
@@ -50,7 +52,7 @@ def test_low_rank_update_equals_the_separate_products():
 
 
 def test_loss_of_the_head_equals_cross_entropy():
-    h, weight, targets = torch.randn(9, 48), torch.randn(70, 48), torch.arange(9)
+    h, weight, targets = torch.randn(9, 48), make_layer(bias=False).weight, torch.arange(9)
     one, other = h.clone().requires_grad_(), h.clone().requires_grad_()
     nll = chunked_cross_entropy(one, weight, targets)
     plain = nn.functional.cross_entropy(other @ weight.t(), targets, reduction="none")
@@ -65,6 +67,20 @@ def test_layer_whose_bias_trains_gets_its_gradient():
     layer.bias.requires_grad_()
     layer(torch.randn(3, 48)).sum().backward()
     assert torch.equal(layer.bias.grad, torch.full((40,), 3.0))
+
+
+def test_both_products_run_in_onednn(monkeypatch):
+    """Also the backward pass, where autograd hands the weight back."""
+    calls, linear = [], torch.ops.mkldnn._linear_pointwise
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *a: calls.append(a) or linear(*a))
+    make_layer()(torch.randn(3, 48, requires_grad=True)).sum().backward()
+    assert len(calls) == 2
+
+
+def test_layers_of_other_models_keep_their_bits():
+    net, x = nn.Sequential(nn.Linear(512, 512, bias=False)), torch.randn(4, 512)
+    before = net(x)
+    assert torch.equal(get_peft_model(net, LoraConfig(target_modules=["0"]))(x), before)
 
 
 def test_only_plain_float32_layers_change():

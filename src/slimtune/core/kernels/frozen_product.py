@@ -2,7 +2,8 @@
 
 torch multiplies float32 on x86 with MKL, which computes in vectors of 256 bits on processors by AMD. oneDNN, which
 comes with torch as well and multiplies its 16 bits, uses the 512 bits of a Zen 5: up to 3 times as fast
-(`benchmarks/frozen_product.py`). On all other hardware, and in any other dtype, these are torch's own products.
+(`benchmarks/frozen_product.py`). On all other hardware, and in any other dtype, these are torch's own products; so are
+those of a model that was not loaded by slimtune, which keeps its own bits when an adapter is attached.
 """
 
 from functools import cache
@@ -58,6 +59,7 @@ def use_faster_frozen_products(model: nn.Module) -> None:
     for module in model.modules() if _has_slow_mkl() else ():
         if type(module) is nn.Linear and module.weight.dtype == torch.float32:
             module.__class__ = FrozenLinear
+            module.weight.runs_in_onednn = True  # type: ignore[attr-defined]
 
 
 class _FrozenProduct(torch.autograd.Function):
@@ -75,13 +77,8 @@ class _FrozenProduct(torch.autograd.Function):
 
 
 def _is_faster_in_onednn(x: Tensor, weight: Tensor) -> bool:
-    return (
-        x.dtype == weight.dtype == torch.float32
-        and x.device.type == weight.device.type == "cpu"
-        and x.dim() > 1
-        and not isinstance(x, FakeTensor)
-        and _has_slow_mkl()
-    )
+    is_plain = x.dtype == weight.dtype == torch.float32 and x.device.type == weight.device.type == "cpu"
+    return is_plain and x.dim() > 1 and getattr(weight, "runs_in_onednn", False) and not isinstance(x, FakeTensor)
 
 
 @cache

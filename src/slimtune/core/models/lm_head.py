@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ...errors import ModelError
 from ..kernels.cross_entropy import chunked_cross_entropy, compute_target_nll, compute_target_nlls_and_hits
+from ..kernels.frozen_product import FrozenLinear
 
 ModelInputs = dict[str, Any]
 """Keyword arguments of a model's call; each architecture has its own."""
@@ -35,7 +36,7 @@ class LMHead:
         weight, bias = module.weight, getattr(module, "bias", None)
         frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
         # An adapted, quantized or offloaded head must be called.
-        if frozen and type(module) is nn.Linear and "forward" not in vars(module):
+        if frozen and type(module) in (nn.Linear, FrozenLinear) and "forward" not in vars(module):
             return chunked_cross_entropy(h, weight, targets, bias=bias, scale=self.scale, cap=self.cap)
         return compute_target_nll(h, module, targets, self.vocabulary, scale=self.scale, cap=self.cap)
 
