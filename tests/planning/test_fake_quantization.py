@@ -232,7 +232,7 @@ def test_checkpoints_that_cannot_be_planned():
     with pytest.raises(UsageError, match=r"int8.*nf4"):
         resolve_quantization_kind(tf.LlamaConfig(**SIZES, quantization_config={"load_in_8bit": True}), "nf4")
     with pytest.raises(ModelError, check=has_code("quantized-base")):
-        resolve_quantization_kind(tf.LlamaConfig(**SIZES, quantization_config={"quant_method": "gptq", "bits": 4}))
+        resolve_quantization_kind(tf.LlamaConfig(**SIZES, quantization_config={"quant_method": "gptq", "bits": 3}))
 
 
 def test_what_cannot_be_quantized():

@@ -79,8 +79,8 @@ def spell(server, text):
             logits[i, ids[told[row]]] = 1e4
         return logits
 
-    def spelled_prefill(row, prompt):
-        logits, batch = prefill(row, prompt)
+    def spelled_prefill(row, *tokens):
+        logits, batch = prefill(row, *tokens)
         return push(logits, [row]), batch
 
     runner.prefill, runner.decode = spelled_prefill, lambda batch: push(decode(batch), batch.rows)
