@@ -25,10 +25,13 @@ def call(*command: str) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
-def list_job_flags(job: dict[str, Any]) -> list[str]:
-    """Return what a user says of a job's rows."""
+def list_job_flags(job: dict[str, Any], train: list[str]) -> list[str]:
+    """Return what a user says of a job's rows; another task of `train` stands in place of the job's."""
     named = [word for column in job.get("column", ()) for word in ("--column", column)]
-    return [*named, *(w for key in ("task", "format") if key in job for w in (f"--{key}", job[key]))]
+    keys = [
+        key for key in ("task", "format") if key in job and not any(f.partition("=")[0] == f"--{key}" for f in train)
+    ]
+    return [*named, *(word for key in keys for word in (f"--{key}", job[key]))]
 
 
 def run_job(folder: Path, base: str, train: list[str], evaluate: list[str]) -> dict[str, Any]:
@@ -38,7 +41,7 @@ def run_job(folder: Path, base: str, train: list[str], evaluate: list[str]) -> d
     with tempfile.TemporaryDirectory() as scratch:
         run = f"{scratch}/run"
         data = ["--model", base, "--data", str(folder / f"train.{job['file']}"), "--out", run]
-        code, _, said = call("train", *data, *list_job_flags(job), *train)
+        code, _, said = call("train", *data, *list_job_flags(job, train), *train)
         if code:
             return {"error": said[-600:]}
         result = json.loads(Path(run, "result.json").read_text())

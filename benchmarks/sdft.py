@@ -40,7 +40,16 @@ def run_job(job: Path, base: str, task: list[str]) -> dict[str, Any]:
         command = ["train", "--model", base, "--data", str(job / f"train.{flags['file']}"), "--out", run]
         started = time.perf_counter()
         subprocess.run(
-            [sys.executable, "-m", "slimtune", *command, *list_job_flags(flags), "--forgetting-budget", "null", *task],
+            [
+                sys.executable,
+                "-m",
+                "slimtune",
+                *command,
+                *list_job_flags(flags, task),
+                "--forgetting-budget",
+                "null",
+                *task,
+            ],
             check=True,
         )
         seconds = time.perf_counter() - started
