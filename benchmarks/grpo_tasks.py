@@ -115,15 +115,17 @@ def format_estimate(found: dict[str, Any], name: str) -> str:
     return f"{found[name]:.3f} ({low:.3f} to {high:.3f})"
 
 
-def print_table(results: list[dict[str, Any]]) -> None:
-    """Print a Markdown table with a line for each task."""
-    print("| task | base | tuned | gain | of the way to 1 | best of 8 | tokens | forgotten | probes above the base |")
-    print("| --- | --- | --- | --- | ---: | --- | --- | --- | --- |")
+def format_table(results: list[dict[str, Any]]) -> str:
+    """Return a Markdown table with a line for each task."""
+    lines = [
+        "| task | base | tuned | gain | of the way to 1 | best of 8 | tokens | forgotten | probes above the base |",
+        "| --- | --- | --- | --- | ---: | --- | --- | --- | --- |",
+    ]
     for result in results:
         found = result["eval"]
         fired = [probe["name"] for probe in found["probes"] if probe["gain_ci95"][0] > 0]
         cells = (
-            f"`{result['task']}`, {result['steps']} steps",
+            result["task"],
             format_estimate(found, "base_reward"),
             format_estimate(found, "tuned_reward"),
             format_estimate(found, "reward_gain"),
@@ -133,7 +135,8 @@ def print_table(results: list[dict[str, Any]]) -> None:
             format_estimate(found["forgetting"], "change"),
             ", ".join(fired) or f"none of {len(found['probes'])}",
         )
-        print(f"| {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def read_results(file: Path) -> list[dict[str, Any]]:
@@ -154,7 +157,7 @@ def main() -> None:
                 result = run_task(name, args.base, args.steps, Path(scratch))
             with args.out.open("a") as file:
                 file.write(json.dumps(result) + "\n")
-    print_table(read_results(args.table or args.out))
+    print(format_table(read_results(args.table or args.out)))
 
 
 if __name__ == "__main__":
