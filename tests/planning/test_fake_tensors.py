@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig
+from transformers.utils import logging as transformers_logging
 
 from slimtune import LoraConfig
 from slimtune.planning.fake_tensors import FakeOperators, fake_tensor_mode
@@ -78,3 +79,10 @@ def test_one_and_one_point_zero_are_two_arguments():
     with fake_tensor_mode():
         x = torch.empty(4, dtype=torch.int64)
         assert [(x * factor).dtype for factor in (1, 1.0, 1)] == [torch.int64, torch.float32, torch.int64]
+
+
+def test_warnings_of_transformers_are_not_those_of_a_plan():
+    level = transformers_logging.get_verbosity()
+    with fake_tensor_mode():
+        assert transformers_logging.get_verbosity() == transformers_logging.ERROR
+    assert transformers_logging.get_verbosity() == level

@@ -20,6 +20,7 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from transformers import masking_utils
 from transformers.integrations import moe
+from transformers.utils import logging as transformers_logging
 
 from ..core.foundation.device import get_real_or_simulated_device_type
 from ..errors import ModelError
@@ -64,6 +65,8 @@ def fake_tensor_mode() -> Iterator["FakeOperators"]:
     limit, is_tracing, can_use = fake_tensor.CONSTANT_NUMEL_LIMIT, masking_utils.is_tracing, moe._can_use_grouped_mm
     fake_tensor.CONSTANT_NUMEL_LIMIT = MAX_KNOWN_INTEGERS
     fake_tensor.log.disabled = True  # it prints a traceback for an error that is raised anyway
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # it warns of kernels that are not installed, and nothing is computed
     masking_utils.is_tracing = lambda *_: False
     # A GPU older than Ampere takes transformers' own product of experts, which makes a gradient of frozen experts, too.
     moe._can_use_grouped_mm = _require_bfloat16_on_gpus(can_use)
@@ -81,6 +84,7 @@ def fake_tensor_mode() -> Iterator["FakeOperators"]:
     finally:
         fake_tensor.CONSTANT_NUMEL_LIMIT, masking_utils.is_tracing, moe._can_use_grouped_mm = limit, is_tracing, can_use
         fake_tensor.log.disabled = False
+        transformers_logging.set_verbosity(verbosity)
 
 
 def _require_bfloat16_on_gpus(can_use_grouped_mm: Any) -> Any:
