@@ -1,44 +1,32 @@
-"""transformers' quantizer of checkpoints in GPTQ and AWQ, made to keep the weights packed.
-
-transformers runs such a checkpoint by gptqmodel's kernels. Here each product dequantizes the weight that it multiplies
-by (`quantized_weight.py`), so adapters train on the checkpoint as it is, on any device.
-"""
+"""transformers' quantizer of GPTQ and AWQ checkpoints, made to keep the weights packed; see `packed_quantizer.py`."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
-from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
 from ..core.kernels.linear_layers import is_weight_transposed
 from .integer_checkpoints import read_integer_checkpoint, require_whole_layers
 from .integer_weights import pack_integer_weight
+from .packed_quantizer import KeepPacked, PackedQuantizerMixin
 from .quantized_weight import QuantizedLinear, QuantizedWeight
 
 PACKED_INTEGERS = "slimtune_packed_integers"
 """The quantizer's name in transformers."""
 
 
-class _KeepPacked(ConversionOps):
+class _KeepPackedIntegers(KeepPacked):
     """Loads the packed tensors of a weight as a `QuantizedWeight`; of an expert before experts are stacked."""
 
-    def __init__(self, hf_quantizer: Any) -> None:
-        self.hf_quantizer = hf_quantizer
-
-    def convert(
-        self, input_dict: Any, *args: Any, model: Any = None, full_layer_name: Any = None, **kwargs: Any
-    ) -> Any:
-        module, name = get_module_from_name(model, full_layer_name)
-        dtype = getattr(module, name).dtype
+    def pack(self, tensors: Any, name: str, model: Any, module: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
         by_layer: dict[str, dict[str, list[Tensor]]] = {}
-        for pattern, tensors in input_dict.items():
+        for pattern, found in tensors.items():
             layer, _, leaf = pattern.rpartition(".")
-            by_layer.setdefault(layer, {})[leaf] = tensors if isinstance(tensors, list) else [tensors]
+            by_layer.setdefault(layer, {})[leaf] = found
         if "" not in by_layer:  # of experts, by the pattern of their names
             return {f"{layer}.weight": self.load_weights(parts, dtype) for layer, parts in by_layer.items()}
         (weight,) = self.load_weights(by_layer[""], dtype)
@@ -48,7 +36,7 @@ class _KeepPacked(ConversionOps):
             else:
                 weight = weight.dequantized().contiguous()
                 weight = weight.t().contiguous() if is_weight_transposed(module) else weight
-        return {full_layer_name: nn.Parameter(weight, requires_grad=False)}
+        return {name: nn.Parameter(weight, requires_grad=False)}
 
     def load_weights(self, parts: Mapping[str, list[Tensor]], dtype: torch.dtype) -> list[Tensor]:
         """Return the weights of layers of one kind, packed if they are stored so."""
@@ -71,9 +59,10 @@ class PackedIntegersConfig(QuantizationConfigMixin):
 
 
 @register_quantizer(PACKED_INTEGERS)
-class PackedIntegersQuantizer(HfQuantizer):
+class PackedIntegersQuantizer(PackedQuantizerMixin, HfQuantizer):
     """transformers' quantizer of checkpoints in GPTQ and AWQ, which keeps the weights packed, and trains."""
 
+    conversion = _KeepPackedIntegers
     serialized_names = {"weight": ["weight", "qweight", "qzeros", "scales", "g_idx"]}  # noqa: RUF012
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
@@ -82,18 +71,3 @@ class PackedIntegersQuantizer(HfQuantizer):
         settings.quant_method = model.quantization_method = QuantizationMethod(settings.stored_method)
         self.stored = read_integer_checkpoint(settings.stored_method, vars(settings))
         require_whole_layers(checkpoint_files or (), self.stored)
-
-    def get_load_operations(self) -> dict[str, type[ConversionOps]]:
-        return {"dequantize": _KeepPacked}
-
-    def postprocess_model(self, model: Any, **kwargs: Any) -> Any:
-        settings: Any = self.quantization_config
-        settings.dequantize = False
-        return super().postprocess_model(model, **kwargs)
-
-    def is_serializable(self) -> bool:
-        return False
-
-    @property
-    def is_trainable(self) -> bool:
-        return True

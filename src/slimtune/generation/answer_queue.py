@@ -46,9 +46,7 @@ class SamplingParams:
     top_logprobs: int | None = None  # likeliest tokens to report at each position; None: no log-probabilities
     logprobs_at_temperature: bool = False  # report log-probabilities at the temperature, not at 1
     grammar: CompiledGrammar | None = None  # that the answer matches; None: any text
-    prompt_logprobs: int | None = (
-        None  # likeliest tokens to report of each token of the prompt; None: none, not its own
-    )
+    prompt_logprobs: int | None = None  # likeliest tokens to report at each token of the prompt; None: none at all
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:

@@ -77,8 +77,10 @@ class _FrozenProduct(torch.autograd.Function):
 
 
 def _is_faster_in_onednn(x: Tensor, weight: Tensor) -> bool:
+    if not getattr(weight, "runs_in_onednn", False):  # first: it is all that other hardware pays for
+        return False
     is_plain = x.dtype == weight.dtype == torch.float32 and x.device.type == weight.device.type == "cpu"
-    return is_plain and x.dim() > 1 and getattr(weight, "runs_in_onednn", False) and not isinstance(x, FakeTensor)
+    return is_plain and x.dim() > 1 and not isinstance(x, FakeTensor)
 
 
 @cache
