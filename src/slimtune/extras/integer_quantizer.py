@@ -12,7 +12,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin, Quan
 from ..core.kernels.linear_layers import is_weight_transposed
 from .integer_checkpoints import read_integer_checkpoint, require_whole_layers
 from .integer_weights import pack_integer_weight
-from .packed_quantizer import KeepPacked, PackedQuantizerMixin
+from .packed_quantizer import KeepPacked, LoadedParameters, PackedQuantizerMixin
 from .quantized_weight import QuantizedLinear, QuantizedWeight
 
 PACKED_INTEGERS = "slimtune_packed_integers"
@@ -22,7 +22,7 @@ PACKED_INTEGERS = "slimtune_packed_integers"
 class _KeepPackedIntegers(KeepPacked):
     """Loads the packed tensors of a weight as a `QuantizedWeight`; of an expert before experts are stacked."""
 
-    def pack(self, tensors: Any, name: str, model: Any, module: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
+    def pack(self, tensors: Any, name: str, model: Any, module: nn.Module, dtype: torch.dtype) -> LoadedParameters:
         by_layer: dict[str, dict[str, list[Tensor]]] = {}
         for pattern, found in tensors.items():
             layer, _, leaf = pattern.rpartition(".")

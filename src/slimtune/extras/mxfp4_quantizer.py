@@ -11,7 +11,7 @@ from transformers.utils.quantization_config import Mxfp4Config, QuantizationMeth
 
 from ..core.models.quantization import LoadOptions
 from .mxfp4_experts import pack_mxfp4_experts
-from .packed_quantizer import KeepPacked, PackedQuantizerMixin
+from .packed_quantizer import KeepPacked, LoadedParameters, PackedQuantizerMixin
 
 PACKED_MXFP4 = "slimtune_packed_mxfp4"
 """The quantizer's name in transformers."""
@@ -20,7 +20,7 @@ PACKED_MXFP4 = "slimtune_packed_mxfp4"
 class _KeepPackedMxfp4(KeepPacked):
     """Loads the two packed tensors of a parameter as `QuantizedWeight`."""
 
-    def pack(self, tensors: Any, name: str, model: Any, module: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
+    def pack(self, tensors: Any, name: str, model: Any, module: nn.Module, dtype: torch.dtype) -> LoadedParameters:
         blocks, scales = (next(t[0] for n, t in tensors.items() if n.endswith(end)) for end in ("_blocks", "_scales"))
         return {name: nn.Parameter(pack_mxfp4_experts(blocks, scales, dtype), requires_grad=False)}
 

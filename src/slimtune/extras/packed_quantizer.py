@@ -8,9 +8,12 @@ as it is, on any device.
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.quantizers_utils import get_module_from_name
+
+LoadedParameters = dict[str, nn.Parameter | list[Tensor]]
+"""Parameters of the model by name; a list where transformers stacks what is loaded of several experts."""
 
 
 class KeepPacked(ConversionOps):
@@ -21,13 +24,13 @@ class KeepPacked(ConversionOps):
 
     def convert(
         self, input_dict: Any, *args: Any, model: Any = None, full_layer_name: Any = None, **kwargs: Any
-    ) -> dict[str, Any]:
+    ) -> Any:  # LoadedParameters; transformers declares lists alone
         """Return the parameter, or those of several experts that transformers is about to stack, by name."""
         module, name = get_module_from_name(model, full_layer_name)
         tensors = {name: value if isinstance(value, list) else [value] for name, value in input_dict.items()}
         return self.pack(tensors, full_layer_name, model, module, getattr(module, name).dtype)
 
-    def pack(self, tensors: Any, name: str, model: Any, module: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
+    def pack(self, tensors: Any, name: str, model: Any, module: nn.Module, dtype: torch.dtype) -> LoadedParameters:
         """Return what `convert` does.
 
         Args:
