@@ -121,7 +121,7 @@ def format_table(results: list[dict[str, Any]]) -> str:
         "| task | base | tuned | gain | of the way to 1 | best of 8 | tokens | forgotten | probes above the base |",
         "| --- | --- | --- | --- | ---: | --- | --- | --- | --- |",
     ]
-    for result in results:
+    for result in sorted(results, key=lambda run: run["task"]):
         found = result["eval"]
         fired = [probe["name"] for probe in found["probes"] if probe["gain_ci95"][0] > 0]
         cells = (

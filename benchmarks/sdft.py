@@ -71,10 +71,12 @@ def get_forgetting_at_loss(strengths: list[dict[str, float]], loss: float) -> fl
     return None
 
 
-def print_table(results: list[dict[str, Any]]) -> None:
-    """Print a Markdown table with a line for each job and each task but sft."""
-    print("| rows | task | gain | accuracy | forgotten | forgotten by `sft` at this gain | gain of `sft` | by `sft` |")
-    print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+def format_table(results: list[dict[str, Any]]) -> str:
+    """Return a Markdown table with a line for each job and each task but sft."""
+    lines = [
+        "| rows | task | gain | accuracy | forgotten | by `sft` at this gain | gain of `sft` | forgotten by it |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
     for result in results:
         if "sft" in result["task"]:
             continue
@@ -83,7 +85,7 @@ def print_table(results: list[dict[str, Any]]) -> None:
         same = get_forgetting_at_loss(sft, end["loss"])
         cells = (
             result["job"],
-            f"`{' '.join(result['task'])}`",
+            f"`{' '.join(result['task']).replace('--task ', '')}`",
             f"{start['loss'] - end['loss']:+.3f}",
             f"{start['accuracy']:.1%} → {end['accuracy']:.1%}",
             f"{end['forgetting']:+.3f}",
@@ -91,7 +93,8 @@ def print_table(results: list[dict[str, Any]]) -> None:
             f"{start['loss'] - whole['loss']:+.3f}",
             f"{whole['forgetting']:+.3f}",
         )
-        print(f"| {' | '.join(cells)} |".replace("%", " %"))
+        lines.append(f"| {' | '.join(cells)} |".replace("%", " %"))
+    return "\n".join(lines)
 
 
 def read_results(file: Path) -> list[dict[str, Any]]:
@@ -114,7 +117,7 @@ def main() -> None:
                 result = run_job(job, args.base, words)
                 with args.out.open("a") as file:
                     file.write(json.dumps(result) + "\n")
-    print_table(read_results(args.table or args.out))
+    print(format_table(read_results(args.table or args.out)))
 
 
 if __name__ == "__main__":

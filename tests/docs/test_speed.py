@@ -1,4 +1,4 @@
-"""The tables of speeds and of rewards are what their scripts write from recorded figures."""
+"""The tables of speeds and of other benchmarks are what their scripts write from recorded figures."""
 
 import runpy
 from pathlib import Path
@@ -7,6 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = runpy.run_path(str(ROOT / "docs/internals/make_speed.py"))
+TABLES = runpy.run_path(str(ROOT / "docs/internals/make_benchmark_tables.py"))
 
 
 @pytest.mark.parametrize("page", SCRIPT["PAGES"])
@@ -14,6 +15,6 @@ def test_page_is_fresh(page):
     assert (ROOT / page).read_text("utf-8") == SCRIPT["make_page"](page)
 
 
-def test_rewards_are_fresh():
-    script = runpy.run_path(str(ROOT / "docs/internals/make_grpo_tasks.py"))
-    assert script["PAGE"].read_text("utf-8") == script["make_page"]()
+@pytest.mark.parametrize("page", TABLES["PAGES"])
+def test_benchmark_table_is_fresh(page):
+    assert (ROOT / page).read_text("utf-8") == TABLES["make_page"](page)
