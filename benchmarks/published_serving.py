@@ -5,7 +5,8 @@ it decodes or reads a prompt, the tokens in the context (decoding) or in the pro
 `file_gib`, where the file's mixture of types has no name; `ubatch`, where it is not llama.cpp's own.
 Points with `"seen": false`, whose source was not found, and those with `excluded`, a reason, are shown and not counted.
 The fits of planning/serving_speed.py are to them and to those of data/serving_points_second.json. Those of
-data/serving_points_third.json and, later, data/serving_points_fourth.json judge the fits, which have not seen them.
+data/serving_points_third.json and, later, data/serving_points_fourth.json and data/serving_points_fifth.json judge the
+fits, which have not seen them.
 
 What counts in the fourth was decided before any of it was predicted: one GPU or Mac that holds all weights, one
 request, no speculative decoding, a precision that is named, llama.cpp, Ollama, LM Studio or MLX themselves, a date.
@@ -14,6 +15,10 @@ published context, prompts nearest 512 tokens, of at least 256; of a group at mo
 source's own order. UD-Q4_K_XL counts as Q4_K_M, likewise Q6 and Q8. Left out are speeds by the clock of whole requests,
 tokens guessed from words, cached prompts, rounded "about" speeds, speeds above the memory's bandwidth, laptops on
 battery or throttled, and runs reported as a defect.
+
+The fifth has all such runs of a source, none left out to even the groups, and runs of vLLM, which count apart. Its
+prompts are those nearest 512 tokens by their ratio, the longer of two. Left out, too, are forks of llama.cpp, caches of
+keys in formats of a fork, speeds whose spread is above a tenth, and vLLM's prompts, which clients timed.
 
 Runs of MLX are fitted with those of data/serving_points_other.json; the exit code leaves them and two of vLLM out.
 """
@@ -57,6 +62,8 @@ THIRD_POINTS = json.loads((Path(__file__).parent / "data" / "serving_points_thir
 """Runs of sources that were collected after all of these, and written down before any of them was predicted."""
 FOURTH_POINTS = json.loads((Path(__file__).parent / "data" / "serving_points_fourth.json").read_text(encoding="utf-8"))
 """The same, collected after the fits were changed by what the third showed."""
+FIFTH_POINTS = json.loads((Path(__file__).parent / "data" / "serving_points_fifth.json").read_text(encoding="utf-8"))
+"""The same, collected after the fits were changed by what the fourth showed."""
 EARLIER_POINTS = 249
 """The first points of the file, to which the first fits were made."""
 GROUPS = ("dense", "mixtures", "hybrids", "prompts")

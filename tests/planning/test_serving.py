@@ -466,7 +466,12 @@ def test_every_published_run_has_its_source():
 
 
 @pytest.mark.parametrize(
-    ("points", "earlier"), [(published.THIRD_POINTS, []), (published.FOURTH_POINTS, published.THIRD_POINTS)]
+    ("points", "earlier"),
+    [
+        (published.THIRD_POINTS, []),
+        (published.FOURTH_POINTS, published.THIRD_POINTS),
+        (published.FIFTH_POINTS, [*published.THIRD_POINTS, *published.FOURTH_POINTS]),
+    ],
 )
 def test_a_later_set_has_no_source_of_an_earlier_one(points, earlier):
     file = Path(published.__file__).parent / "data" / "serving_points_other.json"
