@@ -8,12 +8,14 @@
 benchmarks/data/asked_questions.jsonl has titles of issues, questions and error lines from threads of about 200
 repositories, shortened, each with its address and with the answers that are right ("none" if nothing is). They were
 labelled from the pages before `explain` saw them. The hash of the repository's name decides the part, so that a thread
-is never in two. Wordings were added for questions of "development" and "second development" alone; the second parts are
-of repositories that the first do not have, and were collected later. A list of the nearest answers counts as no
-answer. Texts that stood in older collections, or whose wordings the pages already had, were left out.
+is never in two. Wordings were added for questions of the open parts alone; later parts were collected from threads that
+the earlier ones do not have. A list of the nearest answers counts as no answer. Texts that stood in older collections,
+or whose wordings the pages already had, were left out.
 """
 
 import argparse
+import hashlib
+import itertools
 import json
 import math
 from collections import Counter
@@ -23,7 +25,9 @@ from slimtune.diagnostics.knowledge import AnswerAndNearPages, ErrorPage, find_a
 from slimtune.diagnostics.knowledge.guides import QuestionGuide
 
 ASKED = Path(__file__).parent / "data" / "asked_questions.jsonl"
-OPEN_PARTS = ("development", "validation", "second development")
+FORMER = Path(__file__).parents[1] / "tests" / "cli"
+OPEN_PARTS = ("development", "validation", "second development", "third development")
+TEST_PARTS = ("test", "second test", "third test")
 
 
 def load_asked(parts: tuple[str, ...] = OPEN_PARTS) -> list[dict]:
@@ -77,28 +81,55 @@ def print_figures(parts: tuple[str, ...], listed: bool) -> None:
                     print(f"  {outcome}: {row['text']} -> {name_answer(answers.found)}; right: {row['right']}")
 
 
+def load_texts_to_fit() -> list[dict]:
+    """Return the open questions, the questions of former collections, and texts about other subjects."""
+    rows = [row for row in load_asked() if row["kind"] == "question"]
+    for name in ("asked_questions", "forum_questions", "issue_texts", "collected_texts"):
+        former = [json.loads(line) for line in (FORMER / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+        rows += [row for row in former if row.get("kind") != "error" and len(row["text"]) <= 300]
+    foreign = (FORMER / "foreign_texts.txt").read_text(encoding="utf-8").splitlines()
+    return rows + [{"text": text, "right": ["none"]} for text in foreign]
+
+
 def fit_confidence() -> None:
-    """Print the weights of a logistic regression on the open questions; those in the code were fitted before wordings
-    were added for the development part."""
+    """Print the weights of two logistic regressions: whether the first answer is right, and one of the first three; and
+    what ten folds over repositories, none of which saw its own texts, give for some thresholds."""
     import numpy as np
     from scipy.optimize import minimize
 
-    rows = [row for row in load_asked() if row["kind"] == "question"]
-    ranked = [(row, each) for row in rows if (each := rank_answers(row["text"]))]
+    ranked = [(row, each) for row in load_texts_to_fit() if (each := rank_answers(row["text"]))]
     features = np.array([each.features for _, each in ranked])
-    signs = np.array([1 if next(iter(each.scores)) in row["right"] else -1 for row, each in ranked])
     scales = features.std(0) + (features.std(0) == 0)
+    repositories = ["/".join(row.get("source", row["text"]).split("/")[:5]) for row, _ in ranked]
+    folds = np.array([int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10 for name in repositories])
 
-    def loss(weights: np.ndarray) -> float:
-        return np.logaddexp(0, -signs * (features / scales @ weights)).sum() + 0.3 * (weights[1:] ** 2).sum()
+    def fit(signs: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+        def loss(weights: np.ndarray) -> float:
+            fits = np.logaddexp(0, -signs[chosen] * (features[chosen] / scales @ weights)).sum()
+            return fits + 0.3 * (weights[1:] ** 2).sum()
 
-    weights = minimize(loss, np.zeros(features.shape[1])).x / scales
-    print("weights", [round(float(weight), 2) for weight in weights])
+        return minimize(loss, np.zeros(features.shape[1])).x / scales
+
+    estimates, rights = [], []
+    for most in (1, 3):
+        rights.append(np.array([bool({*list(each.scores)[:most]} & {*row["right"]}) for row, each in ranked]))
+        signs = 2 * rights[-1] - 1
+        print(f"first {most}:", [round(float(weight), 2) for weight in fit(signs, folds >= 0)])
+        estimates.append(np.zeros(len(ranked)))
+        for fold in range(10):
+            logits = features[folds == fold] @ fit(signs, folds != fold)
+            estimates[-1][folds == fold] = 1 / (1 + np.exp(-logits))
+    for least_first, least_three in itertools.product((0.85, 0.9, 0.95), (0.7, 0.75, 0.8, 0.85, 0.9)):
+        alone = estimates[0] >= least_first
+        several = ~alone & (estimates[1] >= least_three)
+        right, beside = (alone | several) & rights[0], several & ~rights[0] & rights[1]
+        wrong = (alone | several) & ~right & ~beside
+        print(least_first, least_three, f"right {right.sum()}, beside {beside.sum()}, wrong {wrong.sum()}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parts = (*OPEN_PARTS, "test", "second test")
+    parts = (*OPEN_PARTS, *TEST_PARTS)
     parser.add_argument("--part", choices=parts, help="one part; all open ones otherwise")
     parser.add_argument("--list", action="store_true", help="name what was not right")
     parser.add_argument("--fit", action="store_true", help="fit the weights of the confidence")

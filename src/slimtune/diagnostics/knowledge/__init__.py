@@ -21,12 +21,11 @@ MOST_TEXT = 50_000
 _MOST_QUESTION = 300
 """Characters of a question; a longer text is a log, which only patterns find."""
 _GAP = 300
-_LEAST_CONFIDENCE, _SURE, _LEAST_NEAR, _LEAST_RELATED = 0.85, 0.9, 0.9, 1.2
+_LEAST_CONFIDENCE, _SURE, _LEAST_NEAR, _LEAST_RELATED = 0.95, 0.9, 0.9, 1.2
 """The confidence from which on an answer is given; the likeness to a wording from which on it is given in any case; the
 scores from which on another is named: where nothing is surely meant, and beside an answer."""
-_PROBABLE, _MOST_UNKNOWN = 0.6, 0.1
-"""The confidence from which on, and the share of unknown words up to which, an answer is given together with what else
-may be meant."""
+_PROBABLE = 0.8
+"""The confidence that one of the first three is right, from which on the first is given and the others are named."""
 _EXCEPTION = re.compile(r"\b[A-Za-z_.]*(?:Error|Exception|Warning)\b\s*:")
 _WARNINGS_PAGE = "harmless-warning"
 """The page of texts that stand in many logs beside the error that counts: any other page comes before it."""
@@ -112,10 +111,10 @@ def find_answers(text: str, max_near: int = 3) -> AnswerAndNearPages:
         first = next(iter(scores))
     elif by_pattern and fits[by_pattern[0]][0]:
         first = by_pattern[0]
-    elif ranked and not _EXCEPTION.search(text):
+    elif ranked and (next(iter(scores)) in pages or not _EXCEPTION.search(text)):
         if ranked.confidence >= _LEAST_CONFIDENCE:
             first = next(iter(scores))
-        elif ranked.confidence >= _PROBABLE and ranked.unknown_share <= _MOST_UNKNOWN:
+        elif ranked.confidence_of_first >= _PROBABLE:
             first, *rivals = list(scores)[:max_near]
     least = _LEAST_RELATED if first else _LEAST_NEAR
     others = [*by_pattern, *(name for name, score in scores.items() if score >= least)]

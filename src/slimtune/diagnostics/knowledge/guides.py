@@ -9,18 +9,34 @@ from pathlib import Path
 COMMANDS = {
     "slimtune choose MODEL": (
         "ranks the machines that train it, to buy and to rent",
-        "which gpu should I buy | which gpu for fine-tuning | which laptop | which macbook or mac to buy | "
-        "which graphics card | which machine should I rent | which computer for fine-tuning | best card for training",
+        "which gpu should I buy | which gpu for fine-tuning | which laptop | which macbook or mac to buy | which "
+        "graphics card | which machine should I rent | which computer for fine-tuning | best card for training | "
+        "recommend a gpu for llm fine-tuning | what hardware do I need to buy | hardware recommendation for a "
+        "beginner | which nvidia card is good enough to train an 8b | is a 3090 still worth buying | 4090 or two "
+        "3090 | 5090 or a used a6000 for training | should I get a mac studio or a pc with a gpu | which notebook "
+        "with gpu is suited for lora | cheapest gpu that can train a 7b | gpu advice for a budget of 1000 euros | "
+        "best value card for finetuning",
     ),
     "slimtune plan MODEL --gpu NAME": (
         "says whether a run fits, and how long it takes",
         "does it fit on my gpu | is my memory enough | enough vram | how much memory do I need | how much vram | "
-        "will it run on my card | how long will it take on my gpu",
+        "will it run on my card | how long will it take on my gpu | minimum hardware requirements | what are the "
+        "system requirements for training | can my laptop train a 7b | is 16 gb of vram sufficient to fine-tune an "
+        "8b | is my 3060 able to fine-tune llama | can a 4070 train this | gpu memory requirement | estimate memory "
+        "before training | calculate vram for fine-tuning | vram calculator | memory estimate of a run | what gpu "
+        "size is necessary | how big a model can I train with my card | could I train a 13b on one 24 gb card | how "
+        "many gigabytes of gpu memory for full fine-tuning | number of a100 needed for a 70b | formula for the "
+        "required gpu memory | hardware requirements | minimum gpu for lora | does 32 GB suffice | gpu memory usage "
+        "of training a 3b | expected memory consumption | peak memory of a fine-tuning run | memory space required "
+        "for fine-tuning | estimate the number of gpus",
     ),
     "slimtune cost MODEL --gpu NAME": (
         "compares buying, renting and services",
-        "how much does it cost to train | price of renting | cheaper to rent or to buy | dollars per run | cost of a "
-        "cloud gpu | how expensive is training | when does renting beat buying | rent an h100 or buy a card",
+        "how much does it cost to train | price of renting | cheaper to rent or to buy | dollars per run | cost of "
+        "a cloud gpu | how expensive is training | when does renting beat buying | rent an h100 or buy a card | how "
+        "many dollars to fine-tune a 7b | price of an a100 hour | total cost of a lora training | is it cheaper "
+        "with runpod or vast.ai | cloud gpu price comparison | electricity cost of my own card against renting | "
+        "what would it cost to train on aws | budget for fine-tuning an llm | does renting pay off",
     ),
 }
 """Commands that answer questions: what each does, and questions that it answers."""

@@ -1,19 +1,20 @@
 """How near a question is to the wordings under which an answer is known.
 
 Words are compared by their stems; words that mean the same here ("sample" and "row") have one stem. A rare word says
-more than a frequent one. A word of the question that no answer has counts against every answer, so that a question
-about something else finds none. Two measures rank the answers: the nearest wording, and BM25 over all wordings of an
-answer.
+more than a frequent one, and two words in the same order say more than each alone. A word of the question that no
+answer has counts against every answer, so that a question about something else finds none. Three measures rank the
+answers: the nearest wording, the nearest four, and BM25 over all wordings of an answer.
 """
 
 import difflib
 import math
 import operator
 import re
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 
 _STOP_WORDS_TEXT = (
     "a about after again all also always am an and any anyone are as at be because been being but by can could d did "
@@ -49,7 +50,7 @@ _SAME_WORDS = (
     "stop abort cancel halt interrupt quit terminate pause",
     "enough sufficient suffice adequate",
     "forget forgot forgotten forgets forgetting unlearn",
-    "gpu card graphics",
+    "gpu card graphics rtx gtx geforce",
     "machine computer pc hardware compute computing computational computation resource resources",
     "affect affects affecting influence influences",
     "effect impact",
@@ -120,23 +121,35 @@ _PHRASES = (
     (r"\bover and over\b|\bagain and again\b", "repeat"),
     (r"\bctrl ?[-+] ?c\b|\bcontrol[- ]c\b|\^c\b", "interrupt"),
     (r"\bgraphics? cards?\b", "gpu"),
+    (r"\b(\d+) ?(?:g|gb|gib|gigs?)\b", r"\1gb"),
+    (r"\b(\d+)[- ]?bits?\b", r"\1bit"),
+    (r"\b(?:(?:rtx|gtx) ?)?((?:[1-5]0|16)[5-9]0)(?: ?ti)?(?: super)?\b", r"rtx\1 gpu"),
     (r"\bmid[- ]?(?=sentence)", "middle "),
     (r"\bwarm[- ]?up\b", "warmup"),
     (r"\b(?:run|runs|ran|running)? ?out of (?:\w+ )?(?:memory|vram|ram)\b", "oom"),
     (r"\b(?:memory|vram) (?:is )?full\b|outofmemory\w*", "oom"),
 )
 
-_SMALL, _NAME, _VAGUE, _UNKNOWN = 0.08, 0.3, 0.3, 0.6
+_FIELD_TEXT = (
+    "adapter amd batch checkpoint cuda dataset dpo epoch finetun forget gguf gpu gradient grpo huggingface infer "
+    "instruct invent kto learn linux llm lora loss mac memory mlx model nan nvidia ollama overfit peft prompt "
+    "qlora quantiz rank row slimtun template token train vllm vram windows"
+)
+_SMALL, _NAME, _VAGUE, _UNKNOWN, _PAIR = 0.08, 0.3, 0.3, 0.6, 0.3
 """Weights, as shares of the weight of the rarest word: of a small word, of a name, of a number or a word such as
-"error", and of a word that no wording has."""
-_MOST_LEAD = 0.6
+"error", and of a word that no wording has; and that of two words in a row, as a share of its own rarity."""
+_MOST_LEAD = 0.9
 """A larger lead over the next answer says no more."""
+_NEAREST = 4
+"""How many of an answer's nearest wordings count."""
 _SATURATION, _LENGTH = 1.2, 0.75
 """BM25's k1 and b."""
-_CONFIDENCE = (-2.0, 1.56, 3.4, -2.08)
-"""Weights of what the confidence of an answer depends on: a constant, its score, its lead and the share of unknown
-words. benchmarks/asked.py fits them."""
-_SIZE = re.compile(r"\d+(?:b|gb?|k|x)?")
+_CONFIDENCE = (-4.02, 2.3, 4.06, -3.72, 2.02, 1.59)
+_CONFIDENCE_OF_FIRST = (-3.96, 3.36, 1.39, -5.0, 2.61, 2.1)
+"""Weights of what the confidence depends on, in the first answer and in the first three: a constant, its score, its
+lead, the share of unknown words, the logarithm of its BM25, and whether the question has a word of the field.
+benchmarks/asked.py fits them."""
+_SIZE = re.compile(r"\d+(?:b|k|x)?")
 
 
 def split_into_stems_marking_small_words(text: str) -> list[str]:
@@ -173,76 +186,117 @@ for _group in _SAME_WORDS:
         _SYNONYMS.setdefault(_strip_ending(_word), _first)
 
 
+_FIELD = frozenset(map(_stem, _FIELD_TEXT.split()))
+"""Words of which a question about this subject mostly has one."""
+
+
+def _pair_neighbours(stems: Sequence[str]) -> set[str]:
+    return {f"{first} {second}" for first, second in pairwise(stems) if not {first[0], second[0]} <= {"~", "#"}}
+
+
 @dataclass(frozen=True)
 class RankedAnswers:
     """The answers that share a word with a question, the nearest first."""
 
     scores: dict[str, float]
-    """The score of each, 0 to 3: how alike the question and its nearest wording are, and twice its share of BM25."""
+    """The score of each, 0 to 3: how alike the question and its nearest wordings are, and its share of BM25."""
     nearest: float
     """How alike the question and the nearest wording of the first answer are, 0 to 1."""
-    unknown_share: float
-    """Share of the question's weight that lies in words which no wording has."""
     features: tuple[float, ...]
     """What the confidence depends on."""
 
     @property
     def confidence(self) -> float:
         """The estimated probability that the first answer is right."""
-        return 1 / (1 + math.exp(-sum(map(operator.mul, _CONFIDENCE, self.features))))
+        return _estimate(_CONFIDENCE, self.features)
+
+    @property
+    def confidence_of_first(self) -> float:
+        """The estimated probability that one of the first three answers is right."""
+        return _estimate(_CONFIDENCE_OF_FIRST, self.features)
+
+
+def _estimate(weights: Sequence[float], features: Sequence[float]) -> float:
+    return 1 / (1 + math.exp(-sum(map(operator.mul, weights, features))))
 
 
 class WordingIndex:
     """Ranks answers by their wordings; `wordings` has for each answer the ways in which it is asked for."""
 
     def __init__(self, wordings: Mapping[str, Sequence[str]]) -> None:
-        self.wordings = {
-            name: [frozenset(split_into_stems_marking_small_words(each)) for each in asked]
-            for name, asked in wordings.items()
+        self.owners = [name for name, asked in wordings.items() for _ in asked]
+        self.counts: dict[str, Counter[str]] = {name: Counter() for name in wordings}
+        self.uses = defaultdict[str, list[int]](list)
+        words_of_wordings = []
+        for index, text in enumerate(each for asked in wordings.values() for each in asked):
+            stems = split_into_stems_marking_small_words(text)
+            words = {*stems, *_pair_neighbours(stems)}
+            words_of_wordings.append(words)
+            self.counts[self.owners[index]].update(word for word in words if word[0] != "~")
+            for word in words:
+                self.uses[word].append(index)
+        weights = {
+            word: math.log(1 + len(wordings) / len({self.owners[index] for index in uses}))
+            for word, uses in self.uses.items()
         }
-        self.counts = {
-            name: Counter(word for words in asked for word in words if word[0] != "~")
-            for name, asked in self.wordings.items()
-        }
-        answers = Counter(word for words in self.counts.values() for word in words)
-        weights = {word: math.log(1 + len(wordings) / count) for word, count in answers.items()}
-        self.most = max(weights.values())
+        self.most = max(weight for word, weight in weights.items() if " " not in word)
+        weights = {word: weight * _PAIR if " " in word else weight for word, weight in weights.items()}
         weights |= dict.fromkeys(("#", "not", "error", "require"), _VAGUE * self.most)
         weights |= dict.fromkeys(_NAMES, _NAME * self.most)
         self.weights = weights | {f"~{word}": _SMALL * self.most for word in _STOP_WORDS}
+        self.lengths = [math.sqrt(self._weigh(words)) for words in words_of_wordings]
         self.sizes = {name: sum(words.values()) for name, words in self.counts.items()}
         self.mean_size = sum(self.sizes.values()) / len(self.sizes)
-        self.long_words = [word for word in (*answers, *_SYNONYMS) if len(word) >= 5]
+        single = (word for word in self.uses if " " not in word and word[0] != "~")
+        self.long_words = [word for word in (*single, *_SYNONYMS) if len(word) >= 5]
 
     def rank(self, question: str, are_linked: Callable[[str, str], bool]) -> RankedAnswers | None:
         """Rank the answers to a question; None if none shares a word with it.
 
         `are_linked` says whether one of two answers leads to the other: then they are no rivals.
         """
-        asked = {self._correct(word) for word in split_into_stems_marking_small_words(question)}
-        known = asked & self.weights.keys()
-        unknown = sum(_VAGUE if any(map(str.isdigit, word)) else _UNKNOWN for word in asked - known) * self.most
+        stems = [self._correct(word) for word in split_into_stems_marking_small_words(question)]
+        known = {word for word in (*stems, *_pair_neighbours(stems)) if word in self.weights}
+        unknown = sum(
+            _VAGUE if any(map(str.isdigit, word)) else _UNKNOWN for word in set(stems) - known
+        ) * self.most  # fmt: skip
         total = self._weigh(known) + unknown
-        near = {name: likeness for name in self.wordings if (likeness := self._compare(name, known, total))}
-        if not near:
+        likenesses = self._compare(known, total)
+        if not likenesses:
             return None
-        scores = {name: near[name] + 2 * self._score_bm25(name, known) / total for name in near}
+        bm25 = {name: self._score_bm25(name, known) for name in likenesses}
+        scores = {
+            name: each[0] + sum(each[:_NEAREST]) / _NEAREST + bm25[name] / total for name, each in likenesses.items()
+        }
         first, *others = sorted(scores, key=lambda name: scores[name], reverse=True)
         rival = next((scores[name] for name in others if not are_linked(first, name)), 0.0)
-        features = (1.0, scores[first], min(scores[first] - rival, _MOST_LEAD), unknown / total)
-        return RankedAnswers({name: scores[name] for name in (first, *others)}, near[first], unknown / total, features)
-
-    def _compare(self, name: str, known: set[str], total: float) -> float:
-        """Return how alike a question and the nearest wording of an answer are, 0 to 1: the weight of the words that
-        both have, over the geometric mean of their weights; 0 if they share small words alone."""
-        return max(
-            (
-                self._weigh(known & words) / math.sqrt(total * self._weigh(words))
-                for words in self.wordings[name]
-                if any(word[0] != "~" for word in known & words)
-            ),
-            default=0.0,
+        features = (
+            1.0,
+            scores[first],
+            min(scores[first] - rival, _MOST_LEAD),
+            unknown / total,
+            math.log(0.05 + bm25[first] / self.most),
+            float(not _FIELD.isdisjoint(known)),
         )
+        return RankedAnswers({name: scores[name] for name in (first, *others)}, likenesses[first][0], features)
+
+    def _compare(self, known: set[str], total: float) -> dict[str, list[float]]:
+        """Return how alike a question and the wordings of each answer are, 0 to 1, the nearest first: the weight of the
+        words that both have, over the geometric mean of their weights. Wordings with small words alone are left out."""
+        shared = defaultdict[int, float](float)
+        for word in known:
+            if word[0] != "~" and " " not in word:
+                for index in self.uses[word]:
+                    shared[index] += self.weights[word]
+        for word in known:
+            if word[0] == "~" or " " in word:
+                for index in self.uses.get(word, ()):
+                    if index in shared:
+                        shared[index] += self.weights[word]
+        likenesses = defaultdict[str, list[float]](list)
+        for index, weight in shared.items():
+            likenesses[self.owners[index]].append(weight / (math.sqrt(total) * self.lengths[index]))
+        return {name: sorted(each, reverse=True) for name, each in likenesses.items()}
 
     def _score_bm25(self, name: str, known: set[str]) -> float:
         """Return BM25 of an answer, at most the weight of the question's words."""
@@ -259,5 +313,5 @@ class WordingIndex:
         near = difflib.get_close_matches(word, alike, 1, 0.8)
         return _SYNONYMS.get(near[0], near[0]) if near else word
 
-    def _weigh(self, words: set[str] | frozenset[str]) -> float:
+    def _weigh(self, words: Iterable[str]) -> float:
         return sum(self.weights[word] for word in words)
