@@ -18,7 +18,6 @@ from ..core.models.base_config import get_max_positions
 from ..core.training.forgetting_budget import group_row_numbers_by_kind
 from ..core.training.loss import count_supervised_targets
 from ..errors import DataError, UsageError, suggest
-from ..extras.adapter_strength import pair_tensors_with_no_op_values
 
 BUILT_IN_TEXT = Path(__file__).parent / "general" / "text.jsonl"
 WINDOW = 256
@@ -133,12 +132,10 @@ class GeneralTextFile:
 
         Raises:
             DataError: the chat template rejects messages, or there is nothing to predict.
-            UsageError: the strength of the model's method cannot be reduced.
         """
         try:
-            pair_tensors_with_no_op_values(model, "default")
             return self._choose_rows(tokenizer, model)
-        except (DataError, UsageError) as error:
+        except DataError as error:
             if recipe.train.forgetting_budget != "auto" or recipe.data.general_text is not None:
                 raise
             say(f"nothing limits what the run forgets of general text: {error.message}")

@@ -16,7 +16,7 @@ from slimtune.core.adapters.peft_model import PeftModel, get_peft_model
 from slimtune.core.training import best_adapter
 from slimtune.core.training.loss import count_supervised_targets
 from slimtune.core.training.train import train
-from slimtune.errors import RecipeError, UsageError
+from slimtune.errors import RecipeError
 from slimtune.evaluation.general_text import TOKENS_OF_A_KIND, load_general_text
 from slimtune.export.merge import merge
 from slimtune.extras.adapter_strength import AdapterTensorInterpolator
@@ -154,10 +154,23 @@ def test_refused_recipes(budgeted, changes, message):
         recipe_of({**budgeted, **changes})
 
 
-def test_method_without_a_strength_is_refused(budgeted):
-    with pytest.raises(UsageError, match=r"prompt_tuning.*strength"):
-        train(recipe_of({**budgeted, "method": {"name": "prompt_tuning", "num_virtual_tokens": 4}}))
-    assert not Path(budgeted["output_dir"]).exists()
+def test_prompt_gives_way_to_an_earlier_one_inside_the_budget(budgeted, tmp_path):
+    budgeted |= {"method": {"name": "prefix_tuning", "num_virtual_tokens": 4}}
+    budgeted["train"]["learning_rate"] = 0.05
+    free = train(recipe_of(budgeted, forgetting_budget=99.0))
+    curve = dict(free.forgetting.measured)
+    budget = max(change for change in curve.values() if change < curve[free.best_step])
+    result = train(recipe_of({**budgeted, "output_dir": str(tmp_path / "earlier")}, forgetting_budget=budget))
+    assert result.best_step != free.best_step
+    assert result.forgetting.change == curve[result.best_step] <= budget
+    assert result.forgetting.strength == 1.0
+
+
+def test_prompt_without_an_earlier_one_inside_the_budget_is_kept(budgeted):
+    budgeted |= {"method": {"name": "prompt_tuning", "num_virtual_tokens": 4}}
+    result = train(recipe_of(budgeted, forgetting_budget=1e-9))
+    assert result.forgetting.change == result.forgetting.before > 1e-9
+    assert "no strength" in (Path(result.run) / "train.log").read_text()
 
 
 def test_a_budget_that_nobody_named_is_kept_and_measured_once(budgeted):
@@ -167,9 +180,10 @@ def test_a_budget_that_nobody_named_is_kept_and_measured_once(budgeted):
     assert 0 < result.forgetting.strength < 1
 
 
-def test_a_method_without_a_strength_trains_without_a_budget_that_nobody_named(settings):
-    settings |= {"method": {"name": "prompt_tuning", "num_virtual_tokens": 4}}
-    assert train(recipe_of(settings, forgetting_budget="auto")).forgetting is None
+def test_prompt_is_measured_with_every_validation(budgeted):
+    budgeted |= {"method": {"name": "prompt_tuning", "num_virtual_tokens": 4}}
+    result = train(recipe_of(budgeted, forgetting_budget="auto"))
+    assert [step for step, _ in result.forgetting.measured] == list(range(2, 13, 2))
 
 
 def test_built_in_rows_are_few_and_of_every_kind(settings, tiny_llama, tiny_tokenizer):

@@ -87,14 +87,10 @@ def parse_yaml(text: str, source: str) -> Any:
         lines = text.splitlines() or [""]
         line = lines[min(mark.line, len(lines) - 1)]  # at the end of the text the mark is one line past it
         place = f"{source}, line {mark.line + 1}, column {mark.column + 1}"
-        hint = f"look at: {line.strip()[:80]}{_quote_hint(line)}"
+        value = line.partition(": ")[2].strip() or line.strip()  # YAML keeps some characters for itself
+        quotes = f'; a text that begins with {value[0]} needs quotes: "{value}"' if value[:1] in tuple("*&!%@`") else ""
+        hint = f"look at: {line.strip()[:80]}{quotes}"
         raise RecipeError(f"{place}: {e.problem or e.context}", "YAML", hint) from None
-
-
-def _quote_hint(line: str) -> str:
-    """Return what to do where a value begins with a character that YAML keeps for itself, such as a pattern's star."""
-    value = line.partition(": ")[2].strip() or line.strip()
-    return f'; a text that begins with {value[0]} needs quotes: "{value}"' if value[:1] in tuple("*&!%@`") else ""
 
 
 class _Dumper(yaml.SafeDumper):

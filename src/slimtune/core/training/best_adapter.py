@@ -25,8 +25,7 @@ class _KeptAdapter(NamedTuple):
 def load_best_adapter_within_forgetting_budget(loop: TrainingLoop) -> _KeptAdapter:
     """Load the best adapter; with a forgetting budget make it weaker if it is outside, or take an earlier one.
 
-    With a budget the better one of two adapters is kept: the best of all, weaker, and the best one inside the budget as
-    it is.
+    With a budget the better one is kept of the best of all, weaker, and the best one inside the budget as it is.
     """
     state, budget = loop.state, loop.state.forgetting_budget
     step, loss = _load_best_adapter(loop, state.ranked, state.step)
@@ -37,16 +36,20 @@ def load_best_adapter_within_forgetting_budget(loop: TrainingLoop) -> _KeptAdapt
     before = forgetting = known[step] if step in known else loop.measure_forgetting(alone=True)
     strength, tried = 1.0, list[tuple[float, float]]()
     if not before <= budget:  # NaN is outside
-        search = STRENGTH_SEARCHES.load("interpolation")
-        strength, tried = search(loop.model, lambda: loop.measure_forgetting(alone=True), before, budget)
-        forgetting = max((change for s, change in tried if s == strength), default=0.0)
-        loss = loop.measure(loop.validation, loop.objective, alone=True)[1]["loss"] if loop.validation else None
+        way = "an earlier one inside is kept, if there is one (it has no strength to reduce; a lower --lr forgets less)"
+        weaker_loss = None
+        if loop.model.active_peft_config.has_strength:
+            search = STRENGTH_SEARCHES.load("interpolation")
+            strength, tried = search(loop.model, lambda: loop.measure_forgetting(alone=True), before, budget)
+            forgetting = max((change for s, change in tried if s == strength), default=0.0)
+            if loop.validation:
+                weaker_loss = loss = loop.measure(loop.validation, loop.objective, alone=True)[1]["loss"]
+            way = f"its strength is reduced to {strength:.3f}, where it forgets {forgetting:.4f}"
         loop.logger.say(
             f"the adapter of step {step} forgets {before:.4f} nats per token of a kind of general text, more than "
-            f"its budget of {budget:g}: its strength is reduced to {strength:.3f}, "
-            f"where it forgets {forgetting:.4f}; --forgetting-budget sets another budget, null none"
+            f"its budget of {budget:g}: {way}; --forgetting-budget sets another budget, null none"
         )
-        inside = [(other, at) for other, at in state.ranked_inside_budget if loss is None or not loss <= other]
+        inside = [(a, at) for a, at in state.ranked_inside_budget if weaker_loss is None or not weaker_loss <= a]
         if inside and (found := _load_best_adapter(loop, inside, -1))[0] >= 0:
             (step, loss), strength = found, 1.0
             before = forgetting = known[step]

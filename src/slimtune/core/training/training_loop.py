@@ -322,7 +322,8 @@ class TrainingLoop:
         """Compute and log the loss over the validation rows, the objective's other measures, and the forgetting."""
         scores, measures = self.measure(self.validation, self.objective)
         loss = measures.pop("loss")
-        if self.general_rows and self.settings.forgetting_budget != "auto":
+        weaken_alone = self.settings.forgetting_budget == "auto" and self.model.active_peft_config.has_strength
+        if self.general_rows and not weaken_alone:
             measures["forgetting"] = self.measure_forgetting()
             if math.isfinite(measures["forgetting"]):
                 self.state.forgetting.append((self.state.step, measures["forgetting"]))
