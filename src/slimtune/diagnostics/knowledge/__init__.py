@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 
-from .guides import QuestionGuide, find_section_by_exact_heading, load_docs_sections_by_heading
+from .guides import QuestionGuide, find_section_by_exact_heading, load_docs_sections_by_heading, load_terms
 from .question_words import RankedAnswers, WordingIndex
 
 MOST_TEXT = 50_000
@@ -24,7 +24,7 @@ _GAP = 300
 _LEAST_CONFIDENCE, _SURE, _LEAST_NEAR, _LEAST_RELATED = 0.95, 0.9, 0.9, 1.2
 """The confidence from which on an answer is given; the likeness to a wording from which on it is given in any case; the
 scores from which on another is named: where nothing is surely meant, and beside an answer."""
-_PROBABLE = 0.8
+_PROBABLE = 0.82
 """The confidence that one of the first three is right, from which on the first is given and the others are named."""
 _EXCEPTION = re.compile(r"\b[A-Za-z_.]*(?:Error|Exception|Warning)\b\s*:")
 _WARNINGS_PAGE = "harmless-warning"
@@ -142,7 +142,8 @@ def _get_answers(names: list[str]) -> tuple[ErrorPage | QuestionGuide, ...]:
 def _build_index() -> WordingIndex:
     pages, sections = load_error_pages(), load_docs_sections_by_heading()
     wordings = {code: (page.title, code.replace("-", " "), *page.asked) for code, page in pages.items()}
-    return WordingIndex(wordings | {name: section.wordings for name, section in sections.items()})
+    definitions = {term.guide.name for term in load_terms().values()}
+    return WordingIndex(wordings | {name: section.wordings for name, section in sections.items()}, definitions)
 
 
 @cache

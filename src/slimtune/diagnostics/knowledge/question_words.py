@@ -11,7 +11,7 @@ import math
 import operator
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -111,6 +111,9 @@ _PHRASES = (
     (r"^(?:hi|hello|hey)\b|\bthank(?:s| you)\b|\bcould you (?:please )?(?:tell|explain|share|provide)\b", " "),
     (r"\bfine[- ]?tun\w*|\btun(?:e|ed|ing)\b", "finetun train"),
     (r"hugging[- ]face", "huggingface"),
+    (r"\bllama[-. ]?cpp(?:[- ]python)?\b|\bllama-(?:server|cli)\b", "llamacpp"),
+    (r"\blm ?studio\b", "lmstudio"),
+    (r"\bopen ?ai\b", "openai"),
     (r"\b(?:2|3|two|three)(?= (?:or more )?(?:loras?|adapters?)\b)", "several"),
     (r"\bmulti[- ]?turns?\b", "multiturn"),
     (r"\bhow (?:long|many (?:hours|days|minutes))\b", "duration"),
@@ -142,10 +145,12 @@ _MOST_LEAD = 0.9
 """A larger lead over the next answer says no more."""
 _NEAREST = 4
 """How many of an answer's nearest wordings count."""
+_DEFINITION = 0.85
+"""The share of its score that a definition keeps."""
 _SATURATION, _LENGTH = 1.2, 0.75
 """BM25's k1 and b."""
-_CONFIDENCE = (-4.02, 2.3, 4.06, -3.72, 2.02, 1.59)
-_CONFIDENCE_OF_FIRST = (-3.96, 3.36, 1.39, -5.0, 2.61, 2.1)
+_CONFIDENCE = (-4.01, 2.05, 4.21, -2.53, 2.26, 1.79)
+_CONFIDENCE_OF_FIRST = (-4.39, 3.67, 1.31, -4.4, 2.28, 2.02)
 """Weights of what the confidence depends on, in the first answer and in the first three: a constant, its score, its
 lead, the share of unknown words, the logarithm of its BM25, and whether the question has a word of the field.
 benchmarks/asked.py fits them."""
@@ -221,9 +226,13 @@ def _estimate(weights: Sequence[float], features: Sequence[float]) -> float:
 
 
 class WordingIndex:
-    """Ranks answers by their wordings; `wordings` has for each answer the ways in which it is asked for."""
+    """Ranks answers by their wordings; `wordings` has for each answer the ways in which it is asked for.
 
-    def __init__(self, wordings: Mapping[str, Sequence[str]]) -> None:
+    `definitions` are answers that only say what a word means: they come after others that are nearly as near.
+    """
+
+    def __init__(self, wordings: Mapping[str, Sequence[str]], definitions: Collection[str] = ()) -> None:
+        self.definitions = definitions
         self.owners = [name for name, asked in wordings.items() for _ in asked]
         self.counts: dict[str, Counter[str]] = {name: Counter() for name in wordings}
         self.uses = defaultdict[str, list[int]](list)
@@ -266,7 +275,9 @@ class WordingIndex:
             return None
         bm25 = {name: self._score_bm25(name, known) for name in likenesses}
         scores = {
-            name: each[0] + sum(each[:_NEAREST]) / _NEAREST + bm25[name] / total for name, each in likenesses.items()
+            name: (each[0] + sum(each[:_NEAREST]) / _NEAREST + bm25[name] / total)
+            * (_DEFINITION if name in self.definitions else 1)
+            for name, each in likenesses.items()
         }
         first, *others = sorted(scores, key=lambda name: scores[name], reverse=True)
         rival = next((scores[name] for name in others if not are_linked(first, name)), 0.0)
