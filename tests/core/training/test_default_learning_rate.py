@@ -14,8 +14,8 @@ def test_each_method_has_a_learning_rate():
     def rate(**recipe):
         return fill_in_learning_rate(make_recipe(**recipe), row_count=96, hidden_size=576).train.learning_rate
 
-    assert rate(method="prompt_tuning") == 3e-2
-    assert rate(method="prompt_tuning", task="dpo") == 9e-3
+    assert rate(method="prompt_tuning") == 3e-3
+    assert rate(method="prompt_tuning", task="dpo") == 9e-4
     assert rate(method="prompt_tuning", train={"learning_rate": 1e-3}) == 1e-3
 
 

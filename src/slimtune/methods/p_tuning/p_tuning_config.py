@@ -26,7 +26,7 @@ class PromptEncoderConfig(PromptLearningConfig):
     """P-tuning: learned embeddings from a small network; PEFT's field names and defaults."""
 
     name: ClassVar = "p_tuning"
-    learning_rate: ClassVar = 3e-3
+    learning_rate: ClassVar = 1e-4
     recipe_defaults: ClassVar = {"num_virtual_tokens": 20}
     short_names: ClassVar = {"tokens": "num_virtual_tokens", "hidden": "encoder_hidden_size"}
 

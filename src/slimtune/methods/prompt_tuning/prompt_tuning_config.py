@@ -28,7 +28,7 @@ class PromptTuningConfig(PromptLearningConfig):
     """Prompt tuning: learned embeddings in front of the sequence; PEFT's field names and defaults."""
 
     name: ClassVar = "prompt_tuning"
-    learning_rate: ClassVar = 3e-2
+    learning_rate: ClassVar = 3e-3
     recipe_defaults: ClassVar = {"num_virtual_tokens": 20, "prompt_tuning_init": "SAMPLE_VOCAB"}
     short_names: ClassVar = {"tokens": "num_virtual_tokens", "init": "prompt_tuning_init"}
 
