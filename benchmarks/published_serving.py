@@ -4,9 +4,10 @@ Each point of data/serving_points.json is a run that somebody else published: en
 it decodes or reads a prompt, the tokens in the context (decoding) or in the prompt, tokens a second, source, date;
 `file_gib`, where the file's mixture of types has no name; `ubatch`, where it is not llama.cpp's own.
 Points with `"seen": false`, whose source was not found, and those with `excluded`, a reason, are shown and not counted.
-The fits of planning/serving_speed.py are to them and to those of data/serving_points_second.json. Those of
-data/serving_points_third.json and, later, data/serving_points_fourth.json and data/serving_points_fifth.json judge the
-fits, which have not seen them.
+The fits of planning/serving_speed.py are to them and to those of data/serving_points_second.json,
+data/serving_points_third.json and data/serving_points_fourth.json, which judged earlier fits, and of runs of MLX to
+those of data/serving_points_other.json. Those of data/serving_points_fifth.json judge the fits, which have not seen
+them.
 
 What counts in the fourth was decided before any of it was predicted: one GPU or Mac that holds all weights, one
 request, no speculative decoding, a precision that is named, llama.cpp, Ollama, LM Studio or MLX themselves, a date.
@@ -20,7 +21,7 @@ The fifth has all such runs of a source, none left out to even the groups, and r
 prompts are those nearest 512 tokens by their ratio, the longer of two. Left out, too, are forks of llama.cpp, caches of
 keys in formats of a fork, speeds whose spread is above a tenth, and vLLM's prompts, which clients timed.
 
-Runs of MLX are fitted with those of data/serving_points_other.json; the exit code leaves them and two of vLLM out.
+The exit code leaves out the runs of MLX and two of vLLM in the first file.
 """
 
 import argparse
@@ -50,6 +51,7 @@ from slimtune.planning.serving_memory import (
 )
 from slimtune.planning.serving_speed import (
     BATCH_TOKENS,
+    MLX_BATCH_TOKENS,
     estimate_decode_and_prefill_speed,
     get_serving_fit_hardware_key,
 )
@@ -154,13 +156,14 @@ def predict(point: dict[str, Any]) -> Interval:
     length = 256 * max(1, -(-point["tokens"] // 256))
     cached = count_request_kv_cache_bytes(model.config, length, engine, "f16") * point["tokens"] / length + state
     gpu = require_gpu_by_name(point["card"])
+    batch = point.get("ubatch", MLX_BATCH_TOKENS if engine == "mlx" else BATCH_TOKENS)
     if "core_share" in point:  # a version with fewer cores than that of the table
         gpu = replace(gpu, rates={d: point["core_share"] * rate for d, rate in (gpu.rates or {}).items()})
     text = model.config.get_text_config()
     speed = estimate_decode_and_prefill_speed(
         gpu, engine, weight_bytes_per_token=read_bytes, kv_bytes_per_request=cached if decodes else 0,
         matmul_weight_count=weights, layers=text.num_hidden_layers, vocab_size=text.vocab_size,
-        structure=structure, batch_tokens=min(point["tokens"], point.get("ubatch", BATCH_TOKENS)),
+        structure=structure, batch_tokens=min(point["tokens"], batch),
     )  # fmt: skip
     if speed is None:
         raise ValueError(f"no fit for {point['card']} and {point['engine']}")

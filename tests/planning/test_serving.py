@@ -439,18 +439,10 @@ def test_published_runs_of_the_fit(published_rows, group):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("group", published.GROUPS)
-def test_published_runs_that_no_fit_saw(group):
-    assert published.is_good(published.compare_points(published.THIRD_POINTS), group)
-
-
-@pytest.mark.slow
-def test_the_fourth_set_is_inside():
-    rows = published.compare_points(published.FOURTH_POINTS)
-    for group in published.GROUPS:
-        median, inside = published.summarize([row for row in rows if row["group"] == group])
-        assert inside >= published.INSIDE
-        assert median <= 0.2  # of mixtures and hybrids more than the aim
+@pytest.mark.parametrize("points", [published.THIRD_POINTS, published.FOURTH_POINTS])
+def test_published_runs_that_judged_earlier_fits(points):
+    rows = published.compare_points(points)
+    assert all(published.is_good(rows, group) for group in published.GROUPS)
 
 
 @pytest.fixture(scope="module")
@@ -492,7 +484,7 @@ def test_a_later_set_has_no_source_of_an_earlier_one(points, earlier):
 def test_datacentre_gpus_have_fits_of_their_own(card, kind):
     gpu = require_gpu_by_name(card)
     assert get_serving_fit_hardware_key(gpu) == kind
-    assert get_serving_fit_key(gpu, "llama.cpp") == ("llama.cpp", kind)
+    assert get_serving_fit_key(gpu, "llama.cpp")[1] in (kind, f"{kind} {gpu.architecture}")
     assert get_serving_fit_key(gpu, "vllm")[1] in (kind, gpu.vendor)
 
 
@@ -518,8 +510,8 @@ def test_layers_that_are_no_attention():
 
     assert speed("llama.cpp", convolution_layers=24).high > plain.decode.high * 1.01
     own, slow = speed("llama.cpp", recurrent_layers=24), speed("ollama", recurrent_layers=24, is_slow_in_ollama=True)
-    assert slow.high == own.high
-    assert slow.low < 0.8 * own.low
+    assert 1.05 * slow.high < own.high
+    assert slow.low < 0.75 * own.low
     assert describe_layer_structure(model("lfm2-1.2b"), "Q4_K_M")[:4] == (0, 0, 10, False)
     assert describe_layer_structure(model("qwen3.5-0.8b"), "Q4_K_M")[:4] == (0, 18, 0, True)
 
@@ -553,9 +545,9 @@ def test_published_runs_of_mlx():
 
 def test_formula_of_the_speed():
     gpu, fit = require_gpu_by_name("rtx-3090"), DECODING["llama.cpp", "nvidia"]
-    speed = estimate_decode_and_prefill_speed(gpu, "ollama", **LLAMA_8B)
+    speed = estimate_decode_and_prefill_speed(gpu, "llama.cpp", **LLAMA_8B)
     seconds = 4.61e9 / (fit.bandwidth_share * 936e9) + 32 * fit.layer_s
-    assert (*speed.decode,) == pytest.approx([fit.spread.low / seconds, fit.spread.high / seconds])
+    assert (*speed.decode,) == pytest.approx([1 / fit.spread / seconds, fit.spread / seconds])
     assert speed.decode.low < 111.7 < speed.decode.high  # XiongjieDai, May 2024
     assert speed.prefill.low < 3865 < speed.prefill.high
 

@@ -7,10 +7,10 @@ A decoded token reads every active weight and the cached keys, values and states
 A layer with experts counts more than one layer, as it has a router and a gather, and so does a recurrent layer; a
 short convolution counts less. A token of a prompt takes `2 · weights` operations at a share of a rate; experts see few
 tokens of a batch each, which costs rate, and all of them are read once for a batch. Shares are fitted to published runs
-(benchmarks/data, `python benchmarks/published_serving.py`) by engine and kind of hardware. A range is what held for
-sources left out of the fit, by the kind of hardware and of base, whichever is wider; of fewer than six sources, it is
-as wide around their mean as a t distribution of so few is (its logarithm at most 1.5 times as wide). It imports no
-torch, so that machines are compared at once.
+(benchmarks/data, `python benchmarks/published_serving.py`) by engine and kind of hardware. A range is as wide, on both
+sides of the formula and by a factor, as held for nine in ten runs of sources left out of the fit, by the kind of
+hardware and of base, whichever is wider; of fewer than six sources it is wider than they need. It imports no torch, so
+that machines are compared at once.
 """
 
 from dataclasses import dataclass, field
@@ -21,17 +21,23 @@ from .gpu_specs import GpuSpec
 from .interval import Interval
 from .weight_formats import ENGINES
 
-EXPERT_LAYER, RECURRENT_LAYER, CONVOLUTION_LAYER = 0.5, 0.4, -0.5
-"""What a layer with experts, a recurrent one, or a short convolution instead of attention takes beside its traffic more
-than a layer of attention, in layers."""
+EXPERT_LAYER, RECURRENT_LAYER, CONVOLUTION_LAYER, EMBEDDING_LAYER = 0.60, 0.77, -0.20, 0.45
+"""What a layer with experts, a recurrent one, a short convolution instead of attention, or one with an embedding of its
+own takes beside its traffic more than a layer of attention, in layers."""
+MLX_EXPERT_LAYER, MLX_RECURRENT_LAYER = 1.11, 0.29
+"""The same in MLX."""
+OLLAMA_SLOWDOWN, OLLAMA_EXPERT_SLOWDOWN = 1.10, 1.22
+"""Time of a token in Ollama as a multiple of that in llama.cpp, and of a mixture's."""
 OLLAMA_DELTA_LAYER_S = 0.38e-3
 """Seconds that a layer of Qwen3.5's gated delta rule takes longer in slow versions of Ollama's own engine."""
-EXPERT_TOKENS = 24
+EXPERT_TOKENS = 45
 """Tokens of a batch at which an expert's matrices reach half of the rate."""
-RECURRENT_RATE = 0.8
+RECURRENT_RATE = 0.82
 """Rate at which a base with recurrent layers reads a prompt, as a share of that of others."""
 BATCH_TOKENS = 512
 """Tokens of a prompt that llama.cpp computes at once (`--ubatch-size`)."""
+MLX_BATCH_TOKENS = 2048
+"""Tokens of a prompt that MLX computes at once (`prefill_step_size`)."""
 EXPERT_BANDWIDTH_SHARE = 0.8
 """Share of the bandwidth at which a batch of a prompt reads the experts."""
 
@@ -68,7 +74,7 @@ class DecodingSpeedFit(NamedTuple):
 
     bandwidth_share: float  # of the bandwidth
     layer_s: float  # seconds that each layer takes beside its traffic
-    spread: Interval  # measured speed divided by that of the formula, nine in ten runs of sources left out
+    spread: float  # factor between measured speed and the formula, nine in ten runs of sources left out
     fitted_source_count: int  # authors, sites and repositories of the runs; fewer than two: guessed
 
 
@@ -79,7 +85,7 @@ class PrefillSpeedFit(NamedTuple):
     rate_dtype: (
         str  # dtype of the rate: float32 where the engine computes on integers, whose rate is proportional to it
     )
-    spread: Interval
+    spread: float
     fitted_source_count: int
 
 
@@ -98,65 +104,55 @@ class ServingSpeed:
 
 
 DECODING = {
-    ("llama.cpp", "nvidia"): DecodingSpeedFit(0.84, 51e-6, Interval(0.74, 1.26), 27),
-    ("llama.cpp", "nvidia pascal"): DecodingSpeedFit(0.62, 156e-6, Interval(0.63, 1.60), 4),
+    ("llama.cpp", "nvidia"): DecodingSpeedFit(0.88, 51e-6, 1.26, 40),
+    ("llama.cpp", "nvidia blackwell"): DecodingSpeedFit(0.88, 40e-6, 1.26, 12),
+    ("llama.cpp", "nvidia pascal"): DecodingSpeedFit(0.83, 194e-6, 1.50, 4),
     # It has no products of four integers (compute capability 6.0), by which llama.cpp multiplies quantized weights.
-    ("llama.cpp", "nvidia p100"): DecodingSpeedFit(0.28, 154e-6, Interval(0.59, 1.57), 1),
-    ("llama.cpp", "nvidia hbm"): DecodingSpeedFit(0.65, 117e-6, Interval(0.70, 1.50), 5),
-    ("llama.cpp", "nvidia hbm3"): DecodingSpeedFit(0.59, 85e-6, Interval(0.60, 1.50), 2),
-    ("llama.cpp", "nvidia unified"): DecodingSpeedFit(0.83, 56e-6, Interval(0.78, 1.31), 5),
-    ("llama.cpp", "amd"): DecodingSpeedFit(0.83, 83e-6, Interval(0.73, 1.33), 7),
-    ("llama.cpp", "amd hbm"): DecodingSpeedFit(0.50, 200e-6, Interval(0.55, 1.6), 1),
-    ("llama.cpp", "amd unified"): DecodingSpeedFit(0.83, 93e-6, Interval(0.74, 1.30), 10),
-    ("llama.cpp", "apple m1, m2"): DecodingSpeedFit(0.71, 134e-6, Interval(0.58, 1.45), 8),
-    ("llama.cpp", "apple m5"): DecodingSpeedFit(0.82, 85e-6, Interval(0.74, 1.35), 5),
-    ("llama.cpp", "apple"): DecodingSpeedFit(0.86, 127e-6, Interval(0.79, 1.33), 8),
-    ("mlx", "apple m1, m2"): DecodingSpeedFit(0.84, 110e-6, Interval(0.60, 1.50), 4),
-    ("mlx", "apple m5"): DecodingSpeedFit(0.88, 60e-6, Interval(0.75, 1.35), 2),
-    ("mlx", "apple"): DecodingSpeedFit(0.84, 75e-6, Interval(0.75, 1.35), 6),
+    ("llama.cpp", "nvidia p100"): DecodingSpeedFit(0.28, 143e-6, 1.65, 1),
+    ("llama.cpp", "nvidia hbm"): DecodingSpeedFit(0.66, 97e-6, 1.35, 6),
+    ("llama.cpp", "nvidia hbm3"): DecodingSpeedFit(0.58, 71e-6, 1.65, 2),
+    ("llama.cpp", "nvidia unified"): DecodingSpeedFit(0.82, 45e-6, 1.25, 7),
+    ("llama.cpp", "amd"): DecodingSpeedFit(0.79, 68e-6, 1.30, 14),
+    ("llama.cpp", "amd hbm"): DecodingSpeedFit(0.50, 200e-6, 1.70, 1),
+    ("llama.cpp", "amd unified"): DecodingSpeedFit(0.82, 72e-6, 1.27, 12),
+    ("llama.cpp", "apple m1, m2"): DecodingSpeedFit(0.71, 160e-6, 1.41, 13),
+    ("llama.cpp", "apple m5"): DecodingSpeedFit(0.82, 54e-6, 1.35, 5),
+    ("llama.cpp", "apple"): DecodingSpeedFit(0.86, 116e-6, 1.25, 16),
+    ("mlx", "apple m1, m2"): DecodingSpeedFit(0.82, 96e-6, 1.42, 6),
+    ("mlx", "apple m5"): DecodingSpeedFit(0.79, 42e-6, 1.35, 4),
+    ("mlx", "apple"): DecodingSpeedFit(0.85, 74e-6, 1.31, 11),
     # Two runs of vLLM were found (A100: 0.78 of the bandwidth, RTX 4090: 0.66), too few to fit.
-    ("vllm", "nvidia"): DecodingSpeedFit(0.80, 40e-6, Interval(0.75, 1.15), 0),
-    ("vllm", "nvidia hbm"): DecodingSpeedFit(0.78, 20e-6, Interval(0.75, 1.15), 0),
-    ("vllm", "nvidia hbm3"): DecodingSpeedFit(0.78, 20e-6, Interval(0.75, 1.15), 0),
-    ("vllm", "amd"): DecodingSpeedFit(0.70, 60e-6, Interval(0.6, 1.2), 0),
+    ("vllm", "nvidia"): DecodingSpeedFit(0.74, 40e-6, 1.25, 0),
+    ("vllm", "nvidia hbm"): DecodingSpeedFit(0.72, 20e-6, 1.25, 0),
+    ("vllm", "nvidia hbm3"): DecodingSpeedFit(0.72, 20e-6, 1.25, 0),
+    ("vllm", "amd"): DecodingSpeedFit(0.60, 60e-6, 1.4, 0),
 }
 PREFILL = {
-    ("llama.cpp", "nvidia"): PrefillSpeedFit(1.67, "float32", Interval(0.53, 1.55), 12),
-    ("llama.cpp", "nvidia pascal"): PrefillSpeedFit(0.96, "float32", Interval(0.5, 1.6), 1),
-    ("llama.cpp", "nvidia p100"): PrefillSpeedFit(0.96, "float32", Interval(0.5, 1.6), 0),
-    ("llama.cpp", "nvidia hbm"): PrefillSpeedFit(0.30, "float16", Interval(0.45, 1.7), 3),
-    ("llama.cpp", "nvidia hbm3"): PrefillSpeedFit(0.21, "float16", Interval(0.5, 1.6), 1),
-    ("llama.cpp", "nvidia unified"): PrefillSpeedFit(1.38, "float32", Interval(0.5, 1.6), 2),
-    ("llama.cpp", "amd"): PrefillSpeedFit(0.72, "float32", Interval(0.54, 1.9), 3),
-    ("llama.cpp", "amd hbm"): PrefillSpeedFit(0.72, "float32", Interval(0.5, 1.9), 0),
-    ("llama.cpp", "amd unified"): PrefillSpeedFit(0.57, "float32", Interval(0.65, 1.4), 6),
-    ("llama.cpp", "apple m1, m2"): PrefillSpeedFit(0.68, "float32", Interval(0.68, 1.28), 6),
+    ("llama.cpp", "nvidia"): PrefillSpeedFit(1.57, "float32", 1.70, 21),
+    ("llama.cpp", "nvidia blackwell"): PrefillSpeedFit(1.57, "float32", 1.70, 6),
+    ("llama.cpp", "nvidia pascal"): PrefillSpeedFit(1.03, "float32", 1.8, 1),
+    ("llama.cpp", "nvidia p100"): PrefillSpeedFit(1.03, "float32", 1.8, 0),
+    ("llama.cpp", "nvidia hbm"): PrefillSpeedFit(0.24, "float16", 1.9, 4),
+    ("llama.cpp", "nvidia hbm3"): PrefillSpeedFit(0.17, "float16", 1.9, 1),
+    ("llama.cpp", "nvidia unified"): PrefillSpeedFit(1.06, "float32", 1.55, 4),
+    ("llama.cpp", "amd"): PrefillSpeedFit(0.82, "float32", 1.70, 7),
+    ("llama.cpp", "amd hbm"): PrefillSpeedFit(0.75, "float32", 1.9, 1),
+    ("llama.cpp", "amd unified"): PrefillSpeedFit(0.50, "float32", 1.45, 7),
+    ("llama.cpp", "apple m1, m2"): PrefillSpeedFit(0.66, "float32", 1.42, 10),
     # The M5 has units for matrices, whose rate Apple does not say.
-    ("llama.cpp", "apple m5"): PrefillSpeedFit(2.4, "float32", Interval(0.60, 1.60), 3),
-    ("llama.cpp", "apple"): PrefillSpeedFit(0.78, "float32", Interval(0.72, 1.25), 4),
-    ("mlx", "apple m1, m2"): PrefillSpeedFit(0.53, "float32", Interval(0.60, 1.50), 2),
-    ("mlx", "apple m5"): PrefillSpeedFit(2.4, "float32", Interval(0.5, 1.9), 2),
-    ("mlx", "apple"): PrefillSpeedFit(0.87, "float32", Interval(0.60, 1.55), 3),
-    ("vllm", "nvidia"): PrefillSpeedFit(0.5, "float16", Interval(0.6, 1.4), 0),
-    ("vllm", "nvidia hbm"): PrefillSpeedFit(0.5, "float16", Interval(0.6, 1.4), 0),
-    ("vllm", "nvidia hbm3"): PrefillSpeedFit(0.5, "float16", Interval(0.6, 1.4), 0),
-    ("vllm", "amd"): PrefillSpeedFit(0.35, "float16", Interval(0.5, 1.5), 0),
+    ("llama.cpp", "apple m5"): PrefillSpeedFit(2.37, "float32", 1.60, 3),
+    ("llama.cpp", "apple"): PrefillSpeedFit(0.74, "float32", 1.30, 6),
+    ("mlx", "apple m1, m2"): PrefillSpeedFit(0.45, "float32", 1.60, 3),
+    ("mlx", "apple m5"): PrefillSpeedFit(2.06, "float32", 1.65, 3),
+    ("mlx", "apple"): PrefillSpeedFit(0.73, "float32", 1.55, 4),
+    ("vllm", "nvidia"): PrefillSpeedFit(0.46, "float16", 1.5, 0),
+    ("vllm", "nvidia hbm"): PrefillSpeedFit(0.46, "float16", 1.5, 0),
+    ("vllm", "nvidia hbm3"): PrefillSpeedFit(0.46, "float16", 1.5, 0),
+    ("vllm", "amd"): PrefillSpeedFit(0.30, "float16", 1.7, 0),
 }
-KIND_DECODING: dict[BaseKind, Interval] = {
-    "dense": Interval(1.0, 1.0),
-    "per-layer embeddings": Interval(0.62, 1.20),
-    "mixtures": Interval(0.62, 1.38),
-    "hybrids": Interval(0.64, 1.28),
-}
-"""Measured speed divided by that of the formula by the kind of base, nine in ten runs of sources left out."""
-KIND_PREFILL: dict[BaseKind, Interval] = {
-    "dense": Interval(1.0, 1.0),
-    "per-layer embeddings": Interval(0.5, 1.6),
-    "mixtures": Interval(0.45, 1.35),
-    "hybrids": Interval(0.60, 1.25),
-}
-KINDS_WITH_PREFILL_SOURCES = ("dense", "mixtures", "hybrids")
-"""Kinds of bases whose prompts were read in the runs of two sources or more."""
+KIND_DECODING: dict[BaseKind, float] = {"dense": 1.0, "per-layer embeddings": 1.48, "mixtures": 1.35, "hybrids": 1.43}
+"""Factor between measured speed and the formula by the kind of base, nine in ten runs of sources left out."""
+KIND_PREFILL: dict[BaseKind, float] = {"dense": 1.0, "per-layer embeddings": 1.95, "mixtures": 1.9, "hybrids": 1.53}
 
 
 def get_serving_fit_hardware_key(gpu: GpuSpec) -> str:
@@ -182,7 +178,7 @@ def get_serving_fit_key(gpu: GpuSpec, engine: str) -> tuple[str, str]:
     fitted = ENGINES[engine].fitted_speeds_engine
     architecture = FITTED_AS.get(gpu.architecture, gpu.architecture)
     hardware = (get_serving_fit_hardware_key(gpu), f"{gpu.vendor} {architecture}")
-    if gpu.vendor == "apple":  # a generation that has a fit of its own, as the M5 has
+    if hardware[0] in ("apple", "nvidia"):  # a generation that has a fit of its own, as the M5 and the RTX 50 have
         hardware = hardware[::-1]
     # vLLM on unified memory and on old GPUs is not known apart.
     return fitted, next((name for name in hardware if (fitted, name) in DECODING), gpu.vendor)
@@ -191,7 +187,7 @@ def get_serving_fit_key(gpu: GpuSpec, engine: str) -> tuple[str, str]:
 def estimate_decode_and_prefill_speed(
     gpu: GpuSpec, engine: str, *, weight_bytes_per_token: float, kv_bytes_per_request: float,
     matmul_weight_count: float, layers: int, vocab_size: int, concurrent_requests: int = 1, precision: str = "Q4_K_M",
-    structure: LayerStructure = DENSE_LAYERS, batch_tokens: int = BATCH_TOKENS,
+    structure: LayerStructure = DENSE_LAYERS, batch_tokens: int | None = None,
 ) -> ServingSpeed | None:  # fmt: skip
     """Return the speed of one request; None if the GPU's rates are unknown, or no runs of its kind are.
 
@@ -206,7 +202,7 @@ def estimate_decode_and_prefill_speed(
         concurrent_requests: requests decoded together.
         precision: of the weights, by which a measurement of this machine is chosen.
         structure: what of the model is not dense layers of attention.
-        batch_tokens: of a prompt that are computed at once.
+        batch_tokens: of a prompt that are computed at once; None: the engine's own.
     """
     cached = concurrent_requests * kv_bytes_per_request
     if gpu.measured is not None and (found := gpu.measured.find_serving_fit(engine, precision)) is not None:
@@ -225,7 +221,9 @@ def estimate_decode_and_prefill_speed(
         return None
     decoding, prefill = DECODING[key], PREFILL[key]
     kind = structure.kind
+    is_mlx, is_ollama = engine == "mlx", engine == "ollama"
     # An expert sees few tokens of a batch, too few for the rate; the batch reads every expert once.
+    batch_tokens = batch_tokens or (MLX_BATCH_TOKENS if is_mlx else BATCH_TOKENS)
     tokens = batch_tokens * structure.expert_share
     macs = matmul_weight_count + structure.expert_macs * EXPERT_TOKENS / tokens
     rate = prefill.rate_share * gpu.rates[prefill.rate_dtype] * (RECURRENT_RATE if kind == "hybrids" else 1)
@@ -234,25 +232,22 @@ def estimate_decode_and_prefill_speed(
     # Decoded together, requests share the reading of the weights, until their arithmetic takes longer.
     read_seconds = (weight_bytes_per_token + cached) / (decoding.bandwidth_share * gpu.bandwidth)
     layers_s = decoding.layer_s * (
-        layers
-        + EXPERT_LAYER * structure.expert_layers
-        + RECURRENT_LAYER * structure.recurrent_layers
+        layers * (1 + (EMBEDDING_LAYER if structure.per_layer_embeddings else 0))
+        + (MLX_EXPERT_LAYER if is_mlx else EXPERT_LAYER) * structure.expert_layers
+        + (MLX_RECURRENT_LAYER if is_mlx else RECURRENT_LAYER) * structure.recurrent_layers
         + CONVOLUTION_LAYER * structure.convolution_layers
     )
     seconds = max(read_seconds, concurrent_requests * 2 * matmul_weight_count / rate) + layers_s
+    if is_ollama:
+        seconds *= OLLAMA_EXPERT_SLOWDOWN if kind == "mixtures" else OLLAMA_SLOWDOWN
     slow = OLLAMA_DELTA_LAYER_S * structure.recurrent_layers
-    slowest = seconds + (slow if engine == "ollama" and structure.is_slow_in_ollama else 0.0)
-    spread = _unite(decoding.spread, KIND_DECODING[kind])
+    slowest = seconds + (slow if is_ollama and structure.is_slow_in_ollama else 0.0)
+    spread = max(decoding.spread, KIND_DECODING[kind])
+    prefill_spread = max(prefill.spread, KIND_PREFILL[kind])
     is_known = gpu.architecture not in FITTED_AS
     return ServingSpeed(
-        Interval(spread.low / slowest, spread.high / seconds),
-        Interval(*(end / prompt_seconds for end in _unite(prefill.spread, KIND_PREFILL[kind]))),
+        Interval(1 / (spread * slowest), spread / seconds),
+        Interval(1 / (prefill_spread * prompt_seconds), prefill_spread / prompt_seconds),
         "published" if is_known and decoding.fitted_source_count > 1 else "guessed",
-        "published"
-        if is_known and prefill.fitted_source_count > 1 and kind in KINDS_WITH_PREFILL_SOURCES
-        else "guessed",
+        "published" if is_known and prefill.fitted_source_count > 1 else "guessed",
     )
-
-
-def _unite(one: Interval, other: Interval) -> Interval:
-    return Interval(min(one.low, other.low), max(one.high, other.high))
