@@ -1,11 +1,12 @@
 """How much of what training gained on held-out rows is left in few bits, in llama.cpp, by each way of shipping them.
 
-    python benchmarks/kept_gain.py RUN [RUN ...] [--precision q8_0 Q4_0] [--way merged beside] [--out kept_gain.jsonl]
+    python benchmarks/kept_gain.py RUN [RUN ...] [--data ROWS] [--precision q8_0 Q4_0] [--way merged beside]
     python benchmarks/kept_gain.py QAT_RUN --gain-of RUN --way trained --precision Q4_0
     python benchmarks/kept_gain.py --table kept_gain.jsonl
 
-A run is of one data set and one objective; `export/kept_gain.py` says what is measured. Each result is a JSON line, and
-a result that the file has is not measured again. A way is a function in `WAYS`:
+A run is of one data set and one objective; `export/kept_gain.py` says what is measured, on the rows that the run held
+out or on those of a file. Each result is a JSON line of `--out` (kept_gain.jsonl), with the name of the run's folder; a
+result that the file has is not measured again. A way is a function in `WAYS`:
 
     rows      base and adapter as one model, rounded with the run's rows: `export`
     merged    rounded by llama.cpp's quantizer alone: `export --without-rows`
@@ -19,9 +20,12 @@ With `--gain-of` the shares are of the gain of another run, on its held-out rows
 import argparse
 import json
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+
+from torch import Tensor
 
 from slimtune.core.foundation.json_results import to_json_dict
 from slimtune.core.training.trained_model import TrainedModel
@@ -37,7 +41,7 @@ from slimtune.export.llama_cpp_scorer import LlamaCppScorer
 from slimtune.export.merge import (
     load_run_for_export,
     measure_input_importances,
-    record_inputs_for_few_bits,
+    record_second_moments_by_gguf_name,
     write_base_gguf,
     write_merged_gguf,
 )
@@ -45,11 +49,19 @@ from slimtune.export.merge import (
 Files = tuple[Path, Path | None]  # a model, and an adapter beside it
 
 
+MOMENTS: dict[Path, dict[str, Tensor] | str] = {}  # by run: they serve every precision
+
+
 def write_merged_with_rows(loaded: TrainedModel, run: Path, folder: Path, precision: str) -> Files:
-    inputs = record_inputs_for_few_bits(loaded)
-    if isinstance(inputs, str):
-        raise SystemExit(f"{run}: {inputs}")
-    rounded = write_merged_gguf(loaded, run, folder / "rows.gguf", precision, inputs=inputs)
+    if run not in MOMENTS:
+        started = time.process_time()
+        MOMENTS[run] = record_second_moments_by_gguf_name(loaded)
+        print(f"inputs of {run}: {time.process_time() - started:.0f} s of processor time", flush=True)
+    if isinstance(moments := MOMENTS[run], str):
+        raise SystemExit(f"{run}: {moments}")
+    started = time.process_time()
+    rounded = write_merged_gguf(loaded, run, folder / "rows.gguf", precision, second_moments=moments)
+    print(f"{run} in {precision}: {time.process_time() - started:.0f} s of processor time", flush=True)
     print(f"{len(rounded)} matrices rounded with rows")
     return folder / "rows.gguf", None
 
@@ -84,21 +96,30 @@ WAYS: dict[str, Callable[[TrainedModel, Path, Path, str], Files]] = {
     "beside": write_beside,
     "trained": write_as_trained,
 }
+TITLES = {
+    "rows": "rounded with rows",
+    "merged": "`--without-rows`",
+    "imatrix": "`--imatrix`",
+    "beside": "adapter beside the base",
+    "trained": "`method.qat`",
+}
 
 
-def measure_run(run: Path, precisions: list[str], ways: list[str], out: Path, gain_of: Path | None = None) -> None:
+def measure_run(
+    run: Path, precisions: list[str], ways: list[str], out: Path, gain_of: Path | None = None, data: Path | None = None
+) -> None:
     done = {(r["run"], r["precision"], r["way"]) for r in read_results(out)}
-    wanted = [(p, w) for p in precisions for w in ways if (str(run), p, w) not in done]
+    wanted = [(p, w) for p in precisions for w in ways if (run.name, p, w) not in done]
     if not wanted:
         return
     loaded = load_run_for_export(run)
-    rows = list_held_out_rows(loaded, None)
+    rows = list_held_out_rows(loaded, data)
     if isinstance(rows, str):
         print(f"{run}: not measured: {rows}")
         return
     assert loaded.recipe is not None
     tuned = loaded if gain_of is None else load_run_for_export(gain_of)
-    unrounded, longest = measure_unrounded_nats(tuned, rows), max(len(row.input_ids) for row in rows) + 1
+    unrounded, longest = measure_unrounded_nats(tuned, rows.texts), max(len(text.input_ids) for text in rows.texts) + 1
     for precision in dict.fromkeys(p for p, _ in wanted):
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
@@ -106,15 +127,15 @@ def measure_run(run: Path, precisions: list[str], ways: list[str], out: Path, ga
 
             def sum_nats(model: Path, adapter: Path | None) -> list[float]:
                 with closing(LlamaCppScorer(model, adapter, max_tokens=longest, threads=1)) as scorer:
-                    return sum_supervised_nats(scorer, rows, "rows")
+                    return sum_supervised_nats(scorer, rows.texts, "rows")
 
             rounded_base = sum_nats(folder / "base.gguf", None)
             for way in (w for p, w in wanted if p == precision):
                 files = WAYS[way](loaded, run, folder, precision)
-                kept = estimate_kept_gain(unrounded, sum_nats(*files), rounded_base)
+                kept = estimate_kept_gain(rows, unrounded, sum_nats(*files), rounded_base)
                 names = {
-                    "run": str(run),
-                    **({"gain_of": str(gain_of)} if gain_of else {}),
+                    "run": run.name,
+                    **({"gain_of": gain_of.name} if gain_of else {}),
                     "base": loaded.recipe.model.name,
                     "objective": loaded.recipe.task.name,
                 }
@@ -129,20 +150,24 @@ def read_results(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
-def print_table(results: list[dict]) -> None:
-    """Print a Markdown table for each run whose gain is shared: a line for each precision, a column for each way."""
-    for run in dict.fromkeys(r.get("gain_of", r["run"]) for r in results):
-        of_run = [r for r in results if r.get("gain_of", r["run"]) == run]
-        first, ways = of_run[0], [way for way in WAYS if any(r["way"] == way for r in of_run)]
-        losses = f"loss of the base {first['base_loss']:.3f}, tuned {first['tuned_loss']:.3f}"
-        print(f"{Path(run).name} ({first['base']}, {first['objective']}, {first['rows']} held-out rows): {losses}\n")
-        print(f"| precision | base alone | {' | '.join(ways)} |")
-        print(f"| --- | --- |{' --- |' * len(ways)}")
-        for precision in dict.fromkeys(r["precision"] for r in of_run):
-            found = {r["way"]: r for r in of_run if r["precision"] == precision}
-            some = next(iter(found.values()))
-            cells = [precision, f"{some['rounded_base_loss'] - some['base_loss']:+.3f}"]
-            print(f"| {' | '.join(cells + [format_share(found.get(way)) for way in ways])} |")
+def format_table(results: list[dict]) -> str:
+    """Return a Markdown table: a line for each run whose gain is shared and each precision, a column for each way."""
+    ways = [way for way in WAYS if any(r["way"] == way for r in results)]
+    lines = [
+        f"| rows | precision | base alone | {' | '.join(TITLES[way] for way in ways)} |",
+        f"| --- | --- | --- |{' --- |' * len(ways)}",
+    ]
+    groups: dict[tuple[str, str], dict[str, dict]] = {}
+    for r in results:
+        groups.setdefault((r.get("gain_of", r["run"]), r["precision"]), {})[r["way"]] = r
+    for (run, precision), found in sorted(groups.items(), key=lambda group: group[0][0]):
+        some = next(iter(found.values()))
+        unit = "nats per token" if some["objective"] == "sft" else "per pair"
+        rows = f"{run}: {some['objective']}, gain {some['base_loss'] - some['tuned_loss']:.3f} {unit}"
+        base = f"{some['rounded_base_loss'] - some['base_loss']:+.3f}"
+        cells = [rows, precision, base, *(format_share(found.get(way)) for way in ways)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def format_share(result: dict | None) -> str:
@@ -161,13 +186,14 @@ def main() -> None:
     parser.add_argument("--precision", nargs="+", default=["q8_0", "Q4_K_M", "Q4_0"])
     parser.add_argument("--way", nargs="+", default=[way for way in WAYS if way != "trained"], choices=WAYS)
     parser.add_argument("--gain-of", type=Path, metavar="RUN")
+    parser.add_argument("--data", type=Path, metavar="ROWS", help="held-out rows; default: those of the run")
     parser.add_argument("--out", type=Path, default=Path("kept_gain.jsonl"))
     parser.add_argument("--table", type=Path, help="print the results of a file")
     args = parser.parse_args()
     for run in args.runs:
-        measure_run(run, args.precision, args.way, args.out, args.gain_of)
+        measure_run(run, args.precision, args.way, args.out, args.gain_of, args.data)
     if args.table or args.runs:
-        print_table(read_results(args.table or args.out))
+        print(format_table(read_results(args.table or args.out)))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PAGES = {"docs/grpo.md": "grpo_tasks", "docs/distill.md": "sdft"}
+PAGES = {"docs/grpo.md": "grpo_tasks", "docs/distill.md": "sdft", "docs/export.md": "kept_gain"}
 END = "<!-- end of the table -->\n"
 
 

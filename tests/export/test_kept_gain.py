@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from error_facts import has_code
 from hand_run import save_adapter_of
+from row_files import write_jsonl
 from tiny_gguf import write_tiny_base
 from tiny_run import recipe_of, write_rows
 
@@ -19,10 +21,10 @@ from slimtune.core.training.train import train
 from slimtune.core.training.trained_model import load_run
 from slimtune.errors import RunError, UsageError
 from slimtune.evaluation.statistics import bootstrap_share
-from slimtune.export import expected_logps, kept_gain
+from slimtune.export import expected_logps, gptq_rounding, kept_gain
 from slimtune.export.exporter import export
 from slimtune.export.manifest import read_export_manifest
-from slimtune.export.merge import load_run_for_export, record_inputs_for_few_bits
+from slimtune.export.merge import load_run_for_export, record_second_moments_by_gguf_name
 from slimtune.export.verify import verify
 
 gguf = pytest.importorskip("gguf")
@@ -88,7 +90,7 @@ def test_too_small_a_share_is_refused_with_the_ways_out_and_nothing_is_left(runs
     with pytest.raises(RunError, check=has_code("merge-differs")) as refused:
         to_gguf(runs["run"], tmp_path / "out", precision="q4_0", min_kept=1.0)
     ways_out = str(refused.value.hint)
-    for command in ("--to gguf;", "--precision q8_0;", "--min-kept 0"):
+    for command in ("--to gguf;", "--precision q8_0;", "method.qat=Q4_0;", "--min-kept 0"):
         assert command in ways_out
     assert list(tmp_path.iterdir()) == []
     taken = to_gguf(runs["run"], tmp_path / "out", precision="Q4_0", min_kept=0.0)
@@ -127,18 +129,43 @@ def test_rounding_with_rows_is_refused_where_there_are_none(runs, tmp_path):
 
 def test_a_model_whose_weights_have_no_known_names_is_rounded_by_llama_cpp(runs, monkeypatch):
     loaded = load_run_for_export(runs["run"])
-    assert len(record_inputs_for_few_bits(loaded)) == 14
+    assert len(record_second_moments_by_gguf_name(loaded)) == 14
     monkeypatch.setattr("slimtune.export.gguf.ARCHITECTURES", {})
-    assert isinstance(record_inputs_for_few_bits(loaded), str)
+    assert isinstance(record_second_moments_by_gguf_name(loaded), str)
 
 
-def test_rows_that_the_run_set_aside_are_held_out(runs, tmp_path):
+def test_rows_that_the_run_set_aside_are_held_out_and_decide_no_rounding(runs, tmp_path, monkeypatch):
     recipe = load_recipe(runs["run"] / "recipe.yaml", {"output_dir": str(tmp_path / "run"), "train.max_steps": 2,
                          "data.test": None, "data.test_fraction": 0.25})  # fmt: skip
     train(recipe)
-    rows = kept_gain.list_held_out_rows(load_run(tmp_path / "run", device="cpu"), None)
-    assert 1 < len(rows) <= 6  # as many as have `MAX_TOKENS`
-    assert all(any(row.supervised) for row in rows)
+    loaded, learned = load_run(tmp_path / "run", device="cpu"), []
+    held_out = kept_gain.list_held_out_rows(loaded, None).texts
+    assert 1 < len(held_out) <= 6  # as many as have `MAX_TOKENS`
+    assert all(any(row.supervised) for row in held_out)
+    monkeypatch.setattr(gptq_rounding, "collect_second_moments", lambda model, layers, rows: learned.extend(rows) or {})
+    record_second_moments_by_gguf_name(loaded)
+    assert len(learned) > 10
+    assert not any(row.input_ids in learned for row in held_out), "they judge the rounding"
+
+
+@pytest.mark.slow
+def test_gain_on_pairs_is_that_of_the_objectives_loss(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(kept_gain, "MAX_TOKENS", 400)
+    pairs = {
+        name: write_jsonl(tmp_path / f"{name}.jsonl", [
+            {"prompt": f"say {i}", "chosen": "abc " * (1 + i % 3), "rejected": "xyz " * (1 + i % 4)} for i in numbers
+        ])
+        for name, numbers in {"train": range(24), "validation": range(100, 106)}.items()
+    }  # fmt: skip
+    recipe = load_recipe(runs["run"] / "recipe.yaml", {"output_dir": str(tmp_path / "dpo"), "task": "dpo",
+                         "data.test": None, "data.train": str(pairs["train"]),
+                         "data.validation": str(pairs["validation"])})  # fmt: skip
+    trained = train(recipe)
+    kept = to_gguf(tmp_path / "dpo", tmp_path / "out", precision="q8_0").check.kept_gain
+    assert kept.rows == 6
+    assert kept.base_loss == pytest.approx(math.log(2))
+    assert kept.tuned_loss == pytest.approx(trained.validation_loss, abs=1e-4)
+    assert kept.share == pytest.approx(1, abs=0.05)
 
 
 @pytest.mark.slow

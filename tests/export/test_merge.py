@@ -221,7 +221,7 @@ def test_large_models_give_the_same_weights(tmp_path, tiny_folder, monkeypatch, 
 
 def test_rounding_with_rows_is_nearer(tmp_path, make_base, tiny_llama, monkeypatch):
     run = make_run(tmp_path / "run", make_base(tiny_llama().bfloat16()), model={"dtype": "bfloat16"})
-    monkeypatch.setattr("slimtune.export.merged_weights.MIN_INPUTS", 1)
+    monkeypatch.setattr("slimtune.export.merged_weights.MIN_TOKENS", 1)
     with_rows = merge(run, tmp_path / "rows")
     monkeypatch.setattr(module, "record_linear_layer_inputs", lambda *_: {})
     assert with_rows["mean_difference"] < merge(run, tmp_path / "nearest")["mean_difference"]
@@ -231,7 +231,7 @@ def test_gguf_in_16_bits_is_rounded_with_the_rows_of_the_run(tmp_path, make_base
     """A change of less than half a step of the base's own values is not lost: its effect arrives."""
     run = make_run(tmp_path / "run", make_base(tiny_llama().bfloat16()), size=0.02, model={"dtype": "bfloat16"})
     found = {}
-    monkeypatch.setattr("slimtune.export.merged_weights.MIN_INPUTS", 1)
+    monkeypatch.setattr("slimtune.export.merged_weights.MIN_TOKENS", 1)
     monkeypatch.setattr(
         module.llama_cpp_tools, "convert_hf_to_gguf", lambda path, file, kind: found.update({kind: load_weights(path)})
     )

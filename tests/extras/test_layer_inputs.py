@@ -1,7 +1,7 @@
 import torch
 from models_zoo import llama
 
-from slimtune.extras.layer_inputs import MAX_INPUTS, collect_layer_inputs
+from slimtune.extras.layer_inputs import MAX_INPUTS, collect_layer_inputs, collect_second_moments
 
 
 def test_inputs_of_layers():
@@ -17,6 +17,19 @@ def test_inputs_of_layers():
     order = torch.cdist(found["q_proj"], expected).argmin(1)
     torch.testing.assert_close(found["q_proj"], expected[order])
     assert not any(m._forward_pre_hooks for m in layers.values())
+
+
+def test_second_moments_are_those_of_the_inputs_of_all_tokens():
+    model = llama().eval()
+    block = model.model.layers[0]
+    layers = {n: block.get_submodule(n) for n in ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj")}
+    layers["unused"] = torch.nn.Linear(4, 4)
+    rows = [[5, 9, 17], [4, 4, 4, 4], [8] * 600]  # of several batches
+    inputs, found = collect_layer_inputs(model, layers, rows, 10_000), collect_second_moments(model, layers, rows)
+    assert found["self_attn.q_proj"] is found["self_attn.k_proj"]
+    assert found.keys() == inputs.keys()
+    for name, x in inputs.items():
+        torch.testing.assert_close(found[name], x.t() @ x / 607)
 
 
 def test_number_of_inputs():

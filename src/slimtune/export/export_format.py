@@ -127,9 +127,9 @@ class ExportFormat:
         """Return what exports a run into a temporary folder and compares it, one function each. By default nothing."""
         return []
 
-    def hint_if_gain_is_lost(self, run: Path) -> str:
-        """Return the ways out if too little of the held-out gain is left."""
-        return "more bits"
+    def list_ways_to_keep_gain(self, run: Path) -> list[str]:
+        """Return what to do if too little of the held-out gain is left, each with its command."""
+        return ["more bits: --precision"]
 
     def hint_if_different(self) -> str:
         """Return what to do if the engine differs from the trained adapter."""

@@ -18,10 +18,13 @@ MIN_EFFECT_SHARE = 0.9
 
 @dataclass(frozen=True)
 class KeptGain:
-    """How much of what training gained on held-out rows is left in few bits; losses in nats per supervised token."""
+    """How much of what training gained on held-out rows is left in few bits.
+
+    Losses are in nats per supervised token; of preference pairs they are the objective's loss per pair.
+    """
 
     rows: int = 0
-    """Held-out rows that were measured."""
+    """Held-out rows, or pairs, that were measured."""
     tokens: int = 0
     """Their supervised tokens."""
     base_loss: float | None = None
@@ -42,12 +45,12 @@ class KeptGain:
     def describe(self) -> str:
         """Return the share with its interval and the losses, or why there is none."""
         if self.share is None or self.share_ci95 is None:
-            return f"share of the held-out gain that is left: {self.reason}"
+            return f"what is left of the gain on held-out rows: {self.reason}"
         low, high = self.share_ci95
         return (
-            f"{self.share:.1%} of the held-out gain is left ({low:.1%} to {high:.1%}; {self.rows} rows; loss of the "
-            f"base {self.base_loss:.4f}, tuned {self.tuned_loss:.4f}, base in these bits {self.rounded_base_loss:.4f}, "
-            f"as shipped {self.shipped_loss:.4f})"
+            f"{self.share:.1%} of what training gained on {self.rows} held-out rows is left ({low:.1%} to {high:.1%}); "
+            f"loss of the base {self.base_loss:.4f}, trained {self.tuned_loss:.4f}, this file {self.shipped_loss:.4f}, "
+            f"the base rounded alike {self.rounded_base_loss:.4f}"
         )
 
 

@@ -85,8 +85,9 @@ def export(
         elif not chosen.is_merged and loaded.base.quantization is not None:
             notes = [*notes, describe_16_bit_serving_effect(loaded, run)]
         if verdict.passed is False and verdict.kept_gain is not None:
-            hint = chosen.hint_if_gain_is_lost(run)
-            raise RunError(verdict.reason, verdict.limit, hint, code="merge-differs")
+            ways = [*chosen.list_ways_to_keep_gain(run), "this file as it is: --min-kept 0"]
+            message, hint = f"nothing is written, as rounding loses too much: {verdict.reason}", "; or ".join(ways)
+            raise RunError(message, verdict.limit, hint, code="merge-differs")
         if verdict.passed is False:
             message = f"{verdict.engine} differs from the trained adapter: {verdict.reason}"
             raise RunError(message, verdict.limit, chosen.hint_if_different(), code="merge-differs")

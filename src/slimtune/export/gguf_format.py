@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -153,27 +154,27 @@ class GgufFormat(ExportFormat):
         from .gguf import write_adapter_gguf
         from .gguf_roundings import is_trained_precision
         from .llama_cpp_tools import PRECISIONS, describe_fallback_types
-        from .merge import measure_input_importances, record_inputs_for_few_bits, write_merged_gguf
+        from .merge import measure_input_importances, record_second_moments_by_gguf_name, write_merged_gguf
 
         model: Any = job.loaded.model
         if self.merged:
             file, precision = job.folder / MODEL_GGUF, self.precision or "f16"
             importances = measure_input_importances(job.loaded, job.run) if self.imatrix else None
-            inputs: Any = "it was left out"
+            moments: Any = "it was left out"
             as_trained = is_trained_precision(model, precision) and not self.imatrix and not self.with_rows
             if precision not in PRECISIONS and not self.imatrix and self.with_rows is not False and not as_trained:
-                inputs = record_inputs_for_few_bits(job.loaded)
-            if self.with_rows and isinstance(inputs, str):
-                raise UsageError(f"--with-rows: {inputs}", hint="leave it out")
+                moments = record_second_moments_by_gguf_name(job.loaded)
+            if self.with_rows and isinstance(moments, str):
+                raise UsageError(f"--with-rows: {moments}", hint="leave it out")
             rounded = write_merged_gguf(
-                job.loaded, job.run, file, precision, importances, None if isinstance(inputs, str) else inputs
+                job.loaded, job.run, file, precision, importances, None if isinstance(moments, str) else moments
             )
             chat = shlex.join(["llama-cli", "-m", str(job.final_path / MODEL_GGUF)])
             notes = [note] if (note := describe_fallback_types(file, precision)) else []
             if as_trained:
                 notes += [f"{len(rounded)} matrices are in {precision} with the values that training saw"]
             elif precision not in PRECISIONS:
-                notes += [describe_rounding(rounded, inputs, is_weighted=bool(self.imatrix))]
+                notes += [describe_rounding(rounded, moments, is_weighted=bool(self.imatrix))]
                 if (trained := getattr(model.active_peft_config, "qat", None)) is not None:
                     notes += [f"the run was trained to be exported in {trained}, and rounding to {precision} is added"]
             commands = [chat, *_list_serve_commands(model, job.run)]
@@ -262,19 +263,19 @@ class GgufFormat(ExportFormat):
             lambda: verifier.verify_engine(MODEL_ENGINE, "f16", open_whole, None, open_base),
         ]
 
-    def hint_if_gain_is_lost(self, run: Path) -> str:
-        """Return the ways out if too little of the held-out gain is left."""
+    def list_ways_to_keep_gain(self, run: Path) -> list[str]:
+        """Return what to do if too little of the held-out gain is left, each with its command."""
         export = ["slimtune", "export", str(run), "--out", "DIR", "--to"]
-        beside, more = (
-            shlex.join([*export, "gguf"]),
-            shlex.join([*export, self.kind, "--merged", "--precision", "q8_0"]),
-        )
-        if self.precision == "q8_0":
-            more = shlex.join([*export, self.kind, "--merged"])
-        ways = [f"the adapter beside its base: {beside}", f"more bits: {more}"]
+        more = [] if self.precision == "q8_0" else ["--precision", "q8_0"]
+        ways = [
+            f"more bits: {shlex.join([*export, self.kind, '--merged', *more])}",
+            f"two files, the adapter beside its base: {shlex.join([*export, 'gguf'])}",
+        ]
         if self.imatrix or self.with_rows is False:
-            ways.insert(0, "rounding with the run's rows: --with-rows, and no --imatrix")
-        return f"{'; '.join(ways)}; or take it as it is: --min-kept 0"
+            ways.insert(0, "rounding with the run's rows: without --imatrix and --without-rows")
+        if re.match("I?Q[456]", self.precision or ""):
+            ways.append(f"a LoRA that is trained for these bits: slimtune train … --set method.qat={self.precision}")
+        return ways
 
     def check_upload(self, folder: Path, files: dict[str, Path | bytes], notes: list[str]) -> str:
         """Raise ModelError if a GGUF file is damaged."""
@@ -292,13 +293,13 @@ class GgufFormat(ExportFormat):
         return f"{folder.resolve().name} as GGUF"
 
 
-def describe_rounding(rounded: list[str], inputs: Any, engine: str = "llama.cpp", *, is_weighted: bool = False) -> str:
-    """Return which way a model was rounded to few bits; `inputs` may say why there are none."""
+def describe_rounding(rounded: list[str], moments: Any, engine: str = "llama.cpp", *, is_weighted: bool = False) -> str:
+    """Return which way a model was rounded to few bits; `moments` may say why there are none."""
     if rounded:
         return f"{len(rounded)} matrices were rounded with rows that the run was trained on"
     if is_weighted:
         return f"rounded by {engine}, its errors weighted by the inputs that the run's rows give"
-    reason = inputs if isinstance(inputs, str) else "no matrix has enough inputs on the run's rows"
+    reason = moments if isinstance(moments, str) else "these types of the matrices are not rounded with rows"
     return f"rounded by {engine} without the run's rows: {reason}"
 
 

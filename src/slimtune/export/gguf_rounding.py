@@ -15,17 +15,16 @@ from ..core.foundation.progress_bars import track_progress
 from ..extras.gguf_loading import open_gguf_reader
 from .gguf_blocks import BLOCK_FORMATS
 from .gptq_rounding import round_to_blocks_with_inputs
-from .merged_weights import MIN_INPUTS
 
 
-def round_gguf_with_inputs(file: Path, source: Path, inputs: Mapping[str, Tensor]) -> list[str]:
+def round_gguf_with_inputs(file: Path, source: Path, second_moments: Mapping[str, Tensor]) -> list[str]:
     """Round the matrices of a quantized GGUF again, so that their outputs on inputs change little; return their names.
 
     Args:
         file: of llama.cpp's quantizer; it is changed.
         source: what it was made from, in 16 or 32 bits.
-        inputs: of matrices, `(n, in)`, by the tensor's name. Matrices without, and those in a type that is not in
-            `BLOCK_FORMATS`, stay as they are.
+        second_moments: of the inputs of matrices, `(in, in)`, by the tensor's name. Matrices without, and those in a
+            type that is not in `BLOCK_FORMATS`, stay as they are.
     """
     values = {t.name: t for t in open_gguf_reader(source).tensors}
     chosen = [
@@ -33,15 +32,15 @@ def round_gguf_with_inputs(file: Path, source: Path, inputs: Mapping[str, Tensor
         for t in open_gguf_reader(file).tensors
         if t.tensor_type.name in BLOCK_FORMATS
         and len(t.shape) == 2
-        and t.name in inputs
-        and inputs[t.name].shape[1] == t.shape[0]
-        and len(inputs[t.name]) >= MIN_INPUTS
+        and t.name in second_moments
+        and len(second_moments[t.name]) == t.shape[0]
     ]
-    chosen.sort(key=lambda t: id(inputs[t.name]))  # what is computed of an input serves q, k and v
+    chosen.sort(key=lambda t: id(second_moments[t.name]))  # what is computed of an input serves q, k and v
     with file.open("r+b") as f:
         for tensor in track_progress(chosen, "matrices rounded with rows"):
             weight = torch.from_numpy(np.array(values[tensor.name].data, dtype=np.float32))
-            blocks = round_to_blocks_with_inputs(weight, inputs[tensor.name], BLOCK_FORMATS[tensor.tensor_type.name])
+            block_format = BLOCK_FORMATS[tensor.tensor_type.name]
+            blocks = round_to_blocks_with_inputs(weight, second_moments[tensor.name], block_format)
             f.seek(tensor.data_offset)
             f.write(blocks.numpy().tobytes())
     return [t.name for t in chosen]

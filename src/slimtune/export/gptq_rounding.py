@@ -26,19 +26,24 @@ from torch import Tensor
 from ..core.config import Recipe
 from ..core.data.rows import InvalidRow
 from ..core.data.tokenize import tokenize_rows_with_errors
+from ..core.data.tokenized_dataset import list_tokens_and_labels_by_row
 from ..core.kernels.linear_layers import get_base_layer_type
 from ..core.models.dtype import pick_dtype
+from ..core.training.datasets import tokenize_recipe_datasets
 from ..core.training.objective import open_rows_for_objective
 from ..errors import SlimtuneError
-from ..extras.layer_inputs import MAX_INPUTS, collect_layer_inputs, compute_second_moment
+from ..extras.layer_inputs import add_damping, collect_layer_inputs, collect_second_moments, compute_second_moment
 from .gguf_blocks import BlockFormat
 
 ROWS = 32
 """Rows whose inputs decide in 16 bits; 64 did not bring the outputs nearer (benchmarks/merge_rounding.py)."""
-FEW_BIT_ROWS, FEW_BIT_INPUTS = 128, 4096
-"""Rows, and inputs kept for a layer, that decide in fewer bits, where rounding changes the outputs more. The model that
-gives them is not rounded: inputs behind layers that are rounded already, corrected for these, left no more of the gain.
+MAX_TOKENS = 40_960
+"""Of the rows whose inputs decide in fewer bits, where rounding changes the outputs more: a limit to an export's time.
+The model that runs on them is not rounded: inputs behind layers that are rounded already, corrected for these, left no
+more of the gain.
 """
+MIN_TOKENS = 256
+"""With fewer tokens weights are rounded to their nearest: a few texts say little about others."""
 DAMPING, FEW_BIT_DAMPING = 0.01, 0.05
 """λ as a share of the mean of the diagonal of XᵀX. Errors of few bits are large: what fits the sample of inputs too
 closely loses elsewhere (demo's run in Q4_0, 1,024 inputs: 0.003 leaves 86.0 % of the gain, 0.01 92.4 %, 0.05 93.8 %).
@@ -48,25 +53,26 @@ closely loses elsewhere (demo's run in Q4_0, 1,024 inputs: 0.003 leaves 86.0 % o
 def round_with_inputs(weight: Tensor, inputs: Tensor, dtype: torch.dtype) -> Tensor:
     """Round a linear layer's weight `(out, in)` to `dtype` so that its outputs on `inputs` `(n, in)` change little."""
     weight, nearest = weight.float(), weight.to(dtype)
-    factors = _factorize(inputs, DAMPING)
+    factors = _factorize(_compute_second_moment(inputs), DAMPING)
     rounded, error = round_columns_in_turn(weight, factors, lambda column, _: column.to(dtype).float())
     is_better = error <= factors.measure_output_error(weight - nearest)
     return torch.where(is_better[:, None], rounded.to(dtype), nearest)
 
 
-def round_to_blocks_with_inputs(weight: Tensor, inputs: Tensor, block_format: BlockFormat) -> Tensor:
-    """Round a weight `(out, in)` to a GGUF format so that its outputs on `inputs` `(n, in)` change little.
+def round_to_blocks_with_inputs(weight: Tensor, second_moment: Tensor, block_format: BlockFormat) -> Tensor:
+    """Round a weight `(out, in)` to a GGUF format so that its outputs on inputs change little.
 
-    Scales are those that ggml finds for the weight, with errors weighted by the mean square of each input.
+    `second_moment` is (1/n) XᵀX of the inputs X, `(in, in)`. Scales are those that ggml finds for the weight, with
+    errors weighted by the mean square of each input.
 
     Returns:
         the bytes, uint8 `(out, in / block_weights, block_bytes)`.
     """
     weight = weight.float()
-    blocks = block_format.quantize_as_ggml(weight, inputs.float().square().mean(0))
+    blocks = block_format.quantize_as_ggml(weight, second_moment.diagonal())
     scale, offset = (by_weight.flatten(1) for by_weight in block_format.expand_scales(blocks))
     quants, is_better = round_quants_with_inputs(
-        weight, inputs, scale, offset, block_format.find_nearest_quants, block_format.levels,
+        weight, second_moment, scale, offset, block_format.find_nearest_quants, block_format.levels,
         block_format.dequantize(blocks).flatten(1),
     )  # fmt: skip
     rounded = blocks.clone()
@@ -76,7 +82,7 @@ def round_to_blocks_with_inputs(weight: Tensor, inputs: Tensor, block_format: Bl
 
 def round_quants_with_inputs(
     weight: Tensor,
-    inputs: Tensor,
+    second_moment: Tensor,
     scale: Tensor,
     offset: Tensor,
     find_nearest_quants: Callable[[Tensor, Tensor, Tensor], Tensor],
@@ -87,7 +93,7 @@ def round_quants_with_inputs(
 
     Args:
         weight: `(out, in)`, fp32; scale, offset: of each weight, alike.
-        inputs: `(n, in)`.
+        second_moment: (1/n) XᵀX of the inputs X, `(in, in)`.
         find_nearest_quants: gets values, scales and offsets of the same shape; returns the nearest quants, int64.
         levels: by quant.
         nearest: the weight, rounded to its nearest values `(out, in)`.
@@ -103,7 +109,7 @@ def round_quants_with_inputs(
         quants[j] = found
         return scale[j] * levels[found] + offset[j]
 
-    factors = _factorize(inputs, FEW_BIT_DAMPING)
+    factors = _factorize(second_moment, FEW_BIT_DAMPING)
     _, error = round_columns_in_turn(weight, factors, round_column)
     return quants.t(), error <= factors.measure_output_error(weight - nearest)
 
@@ -151,9 +157,13 @@ def round_columns_in_turn(
     return rounded[order.argsort()].t(), error
 
 
-@functools.lru_cache(maxsize=1)  # layers with the same input (q, k and v) follow one another
-def _factorize(inputs: Tensor, damping: float) -> InputFactors:
-    H = compute_second_moment(inputs, damping)
+_compute_second_moment = functools.lru_cache(maxsize=1)(compute_second_moment)
+"""Layers with the same input (q, k and v) follow one another."""
+
+
+@functools.lru_cache(maxsize=1)
+def _factorize(second_moment: Tensor, damping: float) -> InputFactors:
+    H = add_damping(second_moment, damping)
     order = H.diagonal().argsort(descending=True)
     M = torch.linalg.cholesky(H[order][:, order].flip(0, 1)).flip(0, 1).float()
     return InputFactors(order, M, _invert_upper(M))
@@ -170,10 +180,8 @@ def _invert_upper(M: Tensor) -> Tensor:
     return U
 
 
-def record_linear_layer_inputs(
-    model: Any, recipe: Recipe | None, tokenizer: Any, max_rows: int = ROWS, max_inputs: int = MAX_INPUTS
-) -> dict[str, Tensor]:
-    """Run an adapted model on the first rows its run trained on; return the inputs of its linear layers by name.
+def record_linear_layer_inputs(model: Any, recipe: Recipe | None, tokenizer: Any) -> dict[str, Tensor]:
+    """Run an adapted model on the first rows of its run; return inputs `(n, in)` of its linear layers by name.
 
     Empty without a recipe, or if its rows are not there any more. The head is left out: it is often tied to embeddings.
     """
@@ -181,17 +189,35 @@ def record_linear_layer_inputs(
     with suppress(SlimtuneError):
         if recipe is not None:
             opened = open_rows_for_objective(recipe.data.train, recipe.data, recipe.objective())
-            rows = list(itertools.islice(opened.require_valid_rows(), max_rows))
+            rows = list(itertools.islice(opened.require_valid_rows(), ROWS))
     tokenized = [r for r in tokenize_rows_with_errors(rows, tokenizer) if not isinstance(r, InvalidRow)]
-    ids = [part.input_ids for row in tokenized for part in row.split()]
+    longest = recipe.data.max_seq_len if recipe is not None else None
+    ids = [part.input_ids[:longest] for row in tokenized for part in row.split()]
+    return _run_on_rows(collect_layer_inputs, model, ids)
+
+
+def record_second_moments(model: Any, recipe: Recipe | None, tokenizer: Any) -> dict[str, Tensor]:
+    """Run an adapted model on rows its run trained on; return the second moments `(in, in)` of its layers' inputs.
+
+    They are those of all tokens of these rows. None of the rows is one that the run set aside, as these say how much of
+    the gain is left. Empty if there are too few tokens, too.
+    """
+    ids: list[list[int]] = []
+    with suppress(SlimtuneError):
+        for example in tokenize_recipe_datasets(recipe, tokenizer).train if recipe is not None else ():
+            if sum(map(len, ids)) >= MAX_TOKENS:
+                break
+            ids += [tokens for tokens, _ in list_tokens_and_labels_by_row(example)]
+    return _run_on_rows(collect_second_moments, model, ids) if sum(map(len, ids)) >= MIN_TOKENS else {}
+
+
+def _run_on_rows(collect: Callable[..., dict[str, Tensor]], model: Any, ids: list[list[int]]) -> dict[str, Tensor]:
     layers = {
         n: m for n, m in model.named_modules() if get_base_layer_type(m) == "linear" and "adapters" not in n.split(".")
     }
     layers = {n: m for n, m in layers.items() if m is not model.get_output_embeddings()}
-    longest = recipe.data.max_seq_len if recipe is not None else None
     # How errors compensate needs no more precision than these inputs have.
     dtype, device = pick_dtype("auto", model.device), model.device.type
-    kept = torch.bfloat16 if max_inputs > MAX_INPUTS else None  # 4,096 of every layer would take gigabytes
     faster = model.dtype == torch.float32 and dtype == torch.bfloat16
     with torch.autocast(device, dtype=dtype if faster else torch.bfloat16, enabled=faster):
-        return collect_layer_inputs(model, layers, [row[:longest] for row in ids], max_inputs, kept) if ids else {}
+        return collect(model, layers, ids) if ids else {}

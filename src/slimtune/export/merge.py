@@ -51,7 +51,7 @@ from .export_format import MERGED_FOLDER
 from .export_results import MergeComparison, MergedExportFacts, MergeResult
 from .gguf_rounding import round_gguf_with_inputs
 from .gguf_roundings import is_trained_precision, write_trained_blocks
-from .gptq_rounding import FEW_BIT_INPUTS, FEW_BIT_ROWS, record_linear_layer_inputs
+from .gptq_rounding import MIN_TOKENS, record_linear_layer_inputs, record_second_moments
 from .manifest import write_export_manifest
 from .merged_weights import LazyMergedStateDict, round_merged_weight, save_merged_weights
 from .served_base import read_gguf_majority_precision
@@ -301,7 +301,7 @@ def write_merged_gguf(
     file: Path,
     precision: str,
     importances: Mapping[str, Any] | None = None,
-    inputs: Mapping[str, Tensor] | None = None,
+    second_moments: Mapping[str, Tensor] | None = None,
 ) -> list[str]:
     """Write base and adapter as one GGUF; the loaded model is unchanged afterwards.
 
@@ -311,15 +311,16 @@ def write_merged_gguf(
         file: to write.
         precision: of its weights.
         importances: of inputs: they weight the errors of llama.cpp's quantizer, as for `quantize_gguf`.
-        inputs: of matrices, `(n, in)`, by the tensor's name: these are rounded as `round_gguf_with_inputs` does.
+        second_moments: of the inputs of matrices, by the tensor's name: these are rounded as `round_gguf_with_inputs`
+            does.
 
     Returns:
-        the names of the matrices that were rounded with inputs, or as in training: without importances and inputs, in
+        the names of the matrices that were rounded with inputs, or as in training: without importances and moments, in
         the precision that the adapter was trained through.
     """
-    with _writing_unquantized(loaded, file, precision, importances, inputs) as (whole, written, rounded):
+    with _writing_unquantized(loaded, file, precision, importances, second_moments) as (whole, written, rounded):
         _write_unquantized_merged_gguf(loaded, run, whole, written, quantized_afterwards=whole != file)
-    if importances is None and inputs is None and is_trained_precision(loaded.model, precision):
+    if importances is None and second_moments is None and is_trained_precision(loaded.model, precision):
         return write_trained_blocks(file, loaded.model)
     return rounded
 
@@ -358,29 +359,27 @@ def measure_input_importances(loaded: TrainedModel, run: Path) -> dict[str, Any]
 
     UsageError means that the run's rows are not there.
     """
-    inputs = _record_inputs_by_gguf_name(loaded)
+    inputs = _name_as_in_gguf(loaded, record_linear_layer_inputs(loaded.model, loaded.recipe, loaded.base.tokenizer))
     if not inputs:
         raise UsageError(f"--imatrix, but the rows that {run} was trained on are not there", hint="leave it out")
     return {name: x.float().square().mean(0).cpu().numpy() for name, x in inputs.items()}
 
 
-def record_inputs_for_few_bits(loaded: TrainedModel) -> dict[str, Tensor] | str:
-    """Return the inputs `(n, in)` to round to few bits with, by the matrix's name in a GGUF; or why there are none."""
+def record_second_moments_by_gguf_name(loaded: TrainedModel) -> dict[str, Tensor] | str:
+    """Return the second moments of inputs to round with, by the matrix's name in a GGUF; or why there are none."""
     if not _is_small(loaded.model):
         return f"the model has {SMALL_MODEL:,} parameters or more"
     if not llama_cpp_tools.is_llama_cpp_library_installed():
         return f"{format_install_command('export-check')} brings the library that it needs"
     if (kind := loaded.model.config.model_type) not in gguf.ARCHITECTURES:  # llama.cpp's converter knows more of them
         return f"how llama.cpp names the weights of a {kind} model is not known"
-    inputs = _record_inputs_by_gguf_name(loaded, FEW_BIT_ROWS, FEW_BIT_INPUTS)
-    return inputs or "the rows that the run was trained on are not there"
+    moments = _name_as_in_gguf(loaded, record_second_moments(loaded.model, loaded.recipe, loaded.base.tokenizer))
+    return moments or f"the rows that the run was trained on are not there, or have fewer than {MIN_TOKENS} tokens"
 
 
-def _record_inputs_by_gguf_name(loaded: TrainedModel, *limits: int) -> dict[str, Tensor]:
-    model: Any = loaded.model
-    inputs = record_linear_layer_inputs(model, loaded.recipe, loaded.base.tokenizer, *limits)
-    names = gguf.make_gguf_module_name_mapper(model.config)
-    return {f"{name}.weight": x for module, x in inputs.items() if (name := names(module)) is not None}
+def _name_as_in_gguf(loaded: TrainedModel, by_module: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    names = gguf.make_gguf_module_name_mapper(loaded.model.config)
+    return {f"{name}.weight": value for module, value in by_module.items() if (name := names(module)) is not None}
 
 
 def write_base_gguf(
@@ -421,12 +420,12 @@ def _writing_unquantized(
     file: Path,
     precision: str,
     importances: Mapping[str, Any] | None,
-    inputs: Mapping[str, Tensor] | None = None,
+    second_moments: Mapping[str, Tensor] | None = None,
 ) -> Iterator[tuple[Path, str, list[str]]]:
     """Yield the GGUF to write and in which of `PRECISIONS`; llama.cpp's quantizer then makes any other.
 
-    It is made of float32, of a large model of float16, which takes half of the space. Then matrices with `inputs` are
-    rounded with them; their names are added to the list that is yielded.
+    It is made of float32, of a large model of float16, which takes half of the space. Then matrices with
+    `second_moments` are rounded with them; their names are added to the list that is yielded.
     """
     precision, rounded = llama_cpp_tools.resolve_gguf_precision(precision), list[str]()
     if precision in llama_cpp_tools.PRECISIONS:
@@ -436,7 +435,7 @@ def _writing_unquantized(
         whole = Path(folder, "whole.gguf")
         yield whole, "f32" if _is_small(loaded.model) else "f16", rounded
         llama_cpp_tools.quantize_gguf(whole, file, precision, importances)
-        rounded += round_gguf_with_inputs(file, whole, inputs) if inputs else []
+        rounded += round_gguf_with_inputs(file, whole, second_moments) if second_moments else []
 
 
 @contextmanager

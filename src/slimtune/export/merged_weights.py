@@ -31,11 +31,9 @@ from ..core.kernels.linear_layers import (
     is_weight_transposed,
 )
 from ..errors import AdapterError
-from .gptq_rounding import round_with_inputs
+from .gptq_rounding import MIN_TOKENS, round_with_inputs
 
 MIN_SHARD_BYTES, MAX_SHARD_BYTES = 250_000_000, 5_000_000_000
-MIN_INPUTS = 256
-"""With fewer inputs weights are rounded to their nearest: a few texts say little about others."""
 
 
 class LazyMergedStateDict(Mapping[str, Tensor]):
@@ -224,7 +222,7 @@ def round_merged_weight(
             "--dtype bfloat16 or float32",
         )
     x = inputs.get(module)
-    if leaf != "weight" or x is None or len(x) < MIN_INPUTS or torch.equal(nearest, weight):
+    if leaf != "weight" or x is None or len(x) < MIN_TOKENS or torch.equal(nearest, weight):
         return nearest
     if is_weight_transposed(model.get_submodule(module)):
         return round_with_inputs(weight.t(), x, dtype).t()

@@ -35,7 +35,7 @@ from ..generation.mlx_engine import convert_to_mlx_folder, is_mlx_lm_installed, 
 from .adapter_file_check import ScaledMatrix, require_same_matrices
 from .expected_logps import TOLERANCES, EngineTolerance
 from .export_support import get_export_support_flags
-from .gptq_rounding import FEW_BIT_INPUTS, FEW_BIT_ROWS, record_linear_layer_inputs
+from .gptq_rounding import MIN_TOKENS, record_second_moments
 from .manifest import EXPORT_MANIFEST
 from .merge import SMALL_MODEL, merge, write_base_checkpoint
 from .mlx_format import BITS, UNROUNDED
@@ -282,7 +282,7 @@ def write_merged_mlx_folder(
     dtype: str | None,
     bits: int | None,
     group_size: int | None,
-    inputs: Mapping[str, Tensor] | None = None,
+    second_moments: Mapping[str, Tensor] | None = None,
 ) -> tuple[list[str], list[str]]:
     """Write base and adapter as one MLX folder with tokenizer and chat template.
 
@@ -294,8 +294,8 @@ def write_merged_mlx_folder(
         folder: it exists, and is empty.
         dtype: of the weights; None: they are quantized.
         bits, group_size: of a quantized model.
-        inputs: of its matrices, by mlx-lm's name of the module: these are rounded as `round_mlx_folder_with_inputs`
-            does.
+        second_moments: of the inputs of its matrices, by mlx-lm's name of the module: these are rounded as
+            `round_mlx_folder_with_inputs` does.
 
     Returns:
         notes, and the modules whose matrices were rounded with inputs.
@@ -317,8 +317,8 @@ def write_merged_mlx_folder(
         if is_mlx_lm_installed():
             convert_to_mlx_folder(plain, converted, dtype or _get_16_bit_dtype(loaded), bits, group_size)
             (converted / "README.md").unlink(missing_ok=True)
-            if inputs and bits is not None and group_size is not None:
-                rounded = round_mlx_folder_with_inputs(converted, plain, inputs, bits, group_size)
+            if second_moments and bits is not None and group_size is not None:
+                rounded = round_mlx_folder_with_inputs(converted, plain, second_moments, bits, group_size)
             make_config_readable_for_mlx_lm(converted)
             result = converted
         else:
@@ -328,17 +328,16 @@ def write_merged_mlx_folder(
     return notes, rounded
 
 
-def record_inputs_by_mlx_name(loaded: TrainedModel) -> dict[str, Tensor] | str:
-    """Return the inputs `(n, in)` to round to few bits with, by mlx-lm's name of the module; or why there are none."""
+def record_second_moments_by_mlx_name(loaded: TrainedModel) -> dict[str, Tensor] | str:
+    """Return the second moments of inputs to round with, by mlx-lm's name of the module; or why there are none."""
     model: Any = loaded.model
     if sum(p.numel() for p in model.parameters()) >= SMALL_MODEL:
         return f"the model has {SMALL_MODEL:,} parameters or more"
-    limits = FEW_BIT_ROWS, FEW_BIT_INPUTS
-    inputs = record_linear_layer_inputs(model, loaded.recipe, loaded.base.tokenizer, *limits)
+    moments = record_second_moments(model, loaded.recipe, loaded.base.tokenizer)
     is_wrapper = model.config.get_text_config() is not model.config
-    names = {name: to_mlx_module_name(name, is_wrapper) for name in inputs}
-    found = {mlx_name: inputs[name] for name, mlx_name in names.items() if mlx_name is not None}
-    return found or "the rows that the run was trained on are not there"
+    names = {name: to_mlx_module_name(name, is_wrapper) for name in moments}
+    found = {mlx_name: moments[name] for name, mlx_name in names.items() if mlx_name is not None}
+    return found or f"the rows that the run was trained on are not there, or have fewer than {MIN_TOKENS} tokens"
 
 
 def find_16_bit_precision(loaded: TrainedModel) -> str:

@@ -143,15 +143,15 @@ class MlxFormat(ExportFormat):
         precision = self.precision or mlx.find_16_bit_precision(job.loaded)
         bits = BITS.get(precision)
         size, dtype = self.group_size or (64 if bits else None), UNROUNDED.get(precision)
-        inputs: Any = "--without-rows"
+        moments: Any = "--without-rows"
         if bits is not None and bits < 8 and self.with_rows is not False:
-            inputs = mlx.record_inputs_by_mlx_name(job.loaded)
-            if self.with_rows and isinstance(inputs, str):
-                raise UsageError(f"--with-rows: {inputs}", hint="leave it out")
-        given = None if isinstance(inputs, str) else inputs
+            moments = mlx.record_second_moments_by_mlx_name(job.loaded)
+            if self.with_rows and isinstance(moments, str):
+                raise UsageError(f"--with-rows: {moments}", hint="leave it out")
+        given = None if isinstance(moments, str) else moments
         notes, rounded = mlx.write_merged_mlx_folder(job.loaded, job.run, job.folder, dtype, bits, size, given)
         if bits is not None and bits < 8:
-            notes.append(describe_rounding(rounded, inputs, "mlx-lm"))
+            notes.append(describe_rounding(rounded, moments, "mlx-lm"))
         least = DEFAULT_MIN_KEPT if self.min_kept is None else self.min_kept
         facts = MlxExportFacts(
             precision,
@@ -216,12 +216,13 @@ class MlxFormat(ExportFormat):
             verdict, facts.min_kept or 0.0, lambda _: MlxEngine(folder), lambda _: open_base()
         )
 
-    def hint_if_gain_is_lost(self, run: Path) -> str:
-        """Return the ways out if too little of the held-out gain is left."""
+    def list_ways_to_keep_gain(self, run: Path) -> list[str]:
+        """Return what to do if too little of the held-out gain is left, each with its command."""
         export = ["slimtune", "export", str(run), "--out", "DIR", "--to", "mlx"]
         more = ["--precision", "8bit"] if self.precision != "8bit" else []
-        rows = "rounding with the run's rows: --with-rows; " if self.with_rows is False else ""
-        return (
-            f"{rows}the adapter beside its base: {shlex.join(export)}; "
-            f"more bits: {shlex.join([*export, '--merged', *more])}; or take it as it is: --min-kept 0"
-        )
+        rows = ["rounding with the run's rows: without --without-rows"] if self.with_rows is False else []
+        return [
+            *rows,
+            f"more bits: {shlex.join([*export, '--merged', *more])}",
+            f"the adapter beside its base: {shlex.join(export)}",
+        ]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..core.foundation.progress_bars import track_progress
 from .gptq_rounding import round_quants_with_inputs
-from .merged_weights import MIN_INPUTS, CheckpointTensors
+from .merged_weights import CheckpointTensors
 
 SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 """Shares of a group's range that are tried: fewer values far out are exact, and more near the middle."""
@@ -64,10 +64,10 @@ class AffineGroups:
         bytes_ = (bits.flatten(1).unflatten(1, (-1, 8)) * places).sum(2, dtype=torch.uint8)
         return bytes_.contiguous().view(torch.int32)
 
-    def round_with_inputs(self, weight: Tensor, inputs: Tensor) -> dict[str, Tensor]:
-        """Return a matrix's tensors by their leaf; its outputs on `inputs` `(n, in)` change little."""
+    def round_with_inputs(self, weight: Tensor, second_moment: Tensor) -> dict[str, Tensor]:
+        """Return a matrix's tensors by their leaf; its outputs on inputs with this moment `(in, in)` change little."""
         weight = weight.float()
-        scales, biases = self.find_scales_and_biases(weight, inputs.float().square().mean(0))
+        scales, biases = self.find_scales_and_biases(weight, second_moment.diagonal())
         scale, bias = (each.float().repeat_interleave(self.group_size, 1) for each in (scales, biases))
 
         def find_nearest_quants(values: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
@@ -76,21 +76,22 @@ class AffineGroups:
         nearest = find_nearest_quants(weight, scale, bias)
         levels = torch.arange(2**self.bits, dtype=torch.float32)
         quants, is_better = round_quants_with_inputs(
-            weight, inputs, scale, bias, find_nearest_quants, levels, scale * nearest + bias
+            weight, second_moment, scale, bias, find_nearest_quants, levels, scale * nearest + bias
         )
         words = self.pack(torch.where(is_better[:, None], quants, nearest.to(torch.uint8)))
         return {"weight": words, "scales": scales, "biases": biases}
 
 
 def round_mlx_folder_with_inputs(
-    folder: Path, source: Path, inputs: Mapping[str, Tensor], bits: int, group_size: int
+    folder: Path, source: Path, second_moments: Mapping[str, Tensor], bits: int, group_size: int
 ) -> list[str]:
     """Round the quantized matrices of an MLX folder again; return the names of their modules.
 
     Args:
         folder: of mlx-lm's conversion; its weights are changed.
         source: the Hugging Face folder that it was made from.
-        inputs: of linear layers `(n, in)`, by the module's name. Other matrices stay as they are.
+        second_moments: of the inputs of linear layers `(in, in)`, by the module's name. Other matrices stay as they
+            are.
         bits, group_size: of the conversion.
     """
     weights = CheckpointTensors(source)
@@ -99,12 +100,11 @@ def round_mlx_folder_with_inputs(
         tensors = load_file(file)
         with safe_open(str(file), "pt") as opened:
             metadata = opened.metadata()
-        names = [name for name in inputs if f"{name}.scales" in tensors and f"{name}.weight" in weights.files]
-        names = [name for name in names if len(inputs[name]) >= MIN_INPUTS]
-        names.sort(key=lambda name: id(inputs[name]))  # what is computed of an input serves q, k and v
+        names = [name for name in second_moments if f"{name}.scales" in tensors and f"{name}.weight" in weights.files]
+        names.sort(key=lambda name: id(second_moments[name]))  # what is computed of an input serves q, k and v
         for name in track_progress(names, "matrices rounded with rows"):
             groups = AffineGroups(bits, group_size, tensors[f"{name}.scales"].dtype)
-            found = groups.round_with_inputs(weights.load(f"{name}.weight"), inputs[name])
+            found = groups.round_with_inputs(weights.load(f"{name}.weight"), second_moments[name])
             stored = {leaf: tensors[f"{name}.{leaf}"] for leaf in found}
             if any(found[leaf].shape != stored[leaf].shape for leaf in found):
                 continue  # mlx-lm keeps this matrix in other bits or groups

@@ -19,7 +19,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.data.chat_template import TokenizedRow
 from ..core.foundation.dtype_names import dtype_name, llama_cpp_dtype_name
 from ..core.foundation.formatting import format_duration
 from ..core.models.loader import load_base
@@ -48,7 +47,7 @@ from .expected_logps import (
 from .expert_layouts import has_split_experts, write_with_stacked_experts
 from .export_format import EXPORT_FORMATS
 from .export_results import AdapterReport, EngineVerdict, KeptGain
-from .kept_gain import OpenScorer, list_held_out_rows, measure_kept_gain
+from .kept_gain import HeldOutRows, OpenScorer, list_held_out_rows, measure_kept_gain
 from .llama_cpp_tools import LlamaCppToolFailedError, is_llama_cpp_library_installed
 from .manifest import EXPORT_MANIFEST, ExportManifest, read_export_manifest
 from .served_base import ServedBase, read_gguf_majority_precision, resolve_matching_ollama_base
@@ -246,7 +245,7 @@ class ExportVerifier:
             return EngineVerdict(name, precision, passed=False, reason=reason)
 
     @cached_property
-    def held_out_rows(self) -> list[TokenizedRow] | str:
+    def held_out_rows(self) -> HeldOutRows | str:
         """The rows that say how much of the gain is left; or why there are none."""
         return list_held_out_rows(self.loaded, self.rows_file)
 
@@ -269,7 +268,7 @@ class ExportVerifier:
         verdict = replace(verdict, kept_gain=kept)
         if kept.share is None or kept.share >= min_kept:
             return verdict
-        limit, reason = f"{min_kept:.0%} or more of the held-out gain", f"{verdict.precision}: {kept.describe()}"
+        limit, reason = f"{min_kept:.0%} or more (--min-kept {min_kept:g})", f"{verdict.precision}: {kept.describe()}"
         return replace(verdict, passed=False, limit=limit, reason=reason)
 
     def require_mergeable(self) -> None:

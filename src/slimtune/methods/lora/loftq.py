@@ -22,7 +22,7 @@ from torch import Tensor
 from ...core.data.tokenized_dataset import list_tokens_and_labels_by_row
 from ...core.kernels.linear_layers import get_dequantized_weight, is_quantized
 from ...errors import UsageError, format_names
-from ...extras.layer_inputs import ROWS, collect_layer_inputs, compute_second_moment
+from ...extras.layer_inputs import ROWS, add_damping, collect_layer_inputs, compute_second_moment
 from .init_configs import LoftQConfig as LoftQConfig
 
 _DAMPING = 0.1
@@ -90,7 +90,7 @@ def approximate_quantization_error(error: Tensor, rank: int, inputs: Tensor | No
         U, S, Vh = torch.linalg.svd(error, full_matrices=False)
         root = S[:rank].sqrt()
         return U[:, :rank] * root, root[:, None] * Vh[:rank]
-    L = torch.linalg.cholesky(compute_second_moment(inputs.to(error.device), _DAMPING))
+    L = torch.linalg.cholesky(add_damping(compute_second_moment(inputs.to(error.device)), _DAMPING))
     U, S, Vh = torch.linalg.svd(error.double() @ L, full_matrices=False)
     down = torch.linalg.solve_triangular(L, Vh[:rank], upper=False, left=False)
     norms = down.norm(dim=1)
