@@ -275,6 +275,7 @@ def test_pairs_in_columns_of_any_names_are_learned_evaluated_compared_and_export
             page.get_by_role("link", name="Next: evaluate").wait_for(timeout=WAIT)
             visit.evaluate(run)
         check_page(page, "pairs evaluated")
+        page.get_by_text("2.7 times as likely").wait_for()
         visit.go("/runs")
         for run in ("runs/a", "runs/b"):
             page.get_by_label(f"{run} side by side").check()
@@ -282,12 +283,14 @@ def test_pairs_in_columns_of_any_names_are_learned_evaluated_compared_and_export
         page.get_by_role("heading", name="Side by side").wait_for()
         rates = page.get_by_role("row", name="Learning rate").get_by_role("cell")
         assert rates.all_inner_texts() == ["0.001", "0.01"]
+        page.get_by_role("heading", name="nats per token").wait_for()
         check_page(page, "compared")
         visit.go("/export?run=runs/a")
         page.get_by_label("For").select_option("merge")
         page.get_by_label("New folder").fill("exports/a")
         visit.run_command("Export")
         page.get_by_text("written").first.wait_for()
+        assert page.get_by_label("New folder").input_value() == "exports/a-2"
         visit.run_command("Check it again")
         page.get_by_text("exports/a is the trained model").wait_for()
     rates = [

@@ -580,10 +580,14 @@ class UiPages:
             job=self.latest_job_view("export"),
             targets=targets,
             exports=exports,
-            new_folder=self.workspace.suggest_new(self.choices.get(OUT) or "exports/first"),
+            new_folder=self.suggest_export(),
             **vars(chosen),
             **values,
         )
+
+    def suggest_export(self) -> str:
+        """Return a name that no export has."""
+        return self.workspace.suggest_new(self.choices.get(OUT) or "exports/first")
 
     def verify_export(self, form: Form) -> str:
         """Start the comparison of an export with its run."""
@@ -678,7 +682,14 @@ class UiPages:
     def live(self, kind: str) -> Response:
         """Return the part of a page that shows a job."""
         self.require_kind(kind)
-        return self.render("job.html.j2", page=PAGE_OF_JOB[kind], job=self.job_view(kind), **vars(self.chosen("")))
+        return self.render(
+            "job.html.j2",
+            page=PAGE_OF_JOB[kind],
+            job=self.job_view(kind),
+            is_live=True,
+            new_folder=self.suggest_export(),
+            **vars(self.chosen("")),
+        )
 
     def stop(self, form: Form, kind: str) -> str:
         """Stop a job."""

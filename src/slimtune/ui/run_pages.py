@@ -246,6 +246,8 @@ class RunComparisonCharts:
     """Runs whose losses are not drawn."""
     gains: Markup
     """What each gained on held-out rows."""
+    gain_units: list[str]
+    """What the gains count."""
     same_rows: bool
     """Whether all were measured on the same rows and base."""
     unmeasured: list[str]
@@ -372,7 +374,7 @@ def make_loss_and_gain_comparison_charts(run_table_rows: Sequence[RunTableRow]) 
                                     if "step" in m and is_finite_number(m.get("train_loss"))], smooth=True)
         for (row, results), color in zip(known, ("one", "two"), strict=False)
     ]  # fmt: skip
-    estimates, measured_on = [], set()
+    estimates, units, measured_on = [], dict[str, None](), set()
     for at, (row, results) in enumerate(known):
         if row.held_out_evaluation is None:
             continue
@@ -380,9 +382,12 @@ def make_loss_and_gain_comparison_charts(run_table_rows: Sequence[RunTableRow]) 
         measures = result.measures
         assert isinstance(measures, LossMeasures | BaselineComparisonMeasures | PolicyMeasures)
         if isinstance(measures, PolicyMeasures):
-            gain = measures.reward_gain
+            gain, unit = measures.reward_gain, "reward"
+        elif isinstance(measures, LossMeasures):
+            gain, unit = measures.loss_reduction, "nats per token of loss less than the base"
         else:
-            gain = measures.loss_reduction if isinstance(measures, LossMeasures) else measures.accuracy_gain
+            gain, unit = measures.accuracy_gain, "share of rows right"
+        units[unit] = None
         text = f"{row.name}: {signed(gain.value)} ({fixed(gain.low)} to {fixed(gain.high)})"
         estimates.append(ChartEstimate("", "one" if at == 0 else "two", gain.value, gain.ci95, text))
         assert results.recipe is not None
@@ -394,6 +399,7 @@ def make_loss_and_gain_comparison_charts(run_table_rows: Sequence[RunTableRow]) 
         losses=losses,
         left_out=[row.name for row, _ in known[2:]],
         gains=render_interval_chart(estimates, [(0.0, "")]),
+        gain_units=list(units),
         same_rows=len(measured_on) < 2,
         unmeasured=[row.name for row, _ in known if row.held_out_evaluation is None],
     )
