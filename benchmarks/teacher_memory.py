@@ -4,7 +4,8 @@
 
     planned    what `slimtune train` plans for the run
     measured   the most that torch had allocated in a step, sampling of answers included, or in the longest micro-batch
-               before the first one: sums of the `[memory]` events of its profiler
+               before the first one with the optimizer's state that the first one makes: sums of the `[memory]` events
+               of its profiler
     of sft's   measured, divided by the same of `sft`
 
 Rows are chats with answers of 40 to 60 words, of which the longest one is how long sampled answers may be. Each task
@@ -103,8 +104,10 @@ def measure(task: str, base: str, steps: int, folder: Path) -> dict[str, int]:
     times = [(e.start_ns(), e.end_ns()) for e in found if e.name() == "measured step"]
     events = sorted((e.start_ns(), e.nbytes()) for e in found if e.name() == "[memory]")
     live = [*itertools.accumulate(size for _, size in events)]
-    peaks = [max(n for (at, _), n in zip(events, live, strict=True) if a <= at <= b) for a, b in times]
-    return {"planned": planned[0], "measured": max(peaks)}
+    steps_live = [[n for (at, _), n in zip(events, live, strict=True) if a <= at <= b] for a, b in times]
+    longest, *others = [max(each) for each in steps_live]
+    optimizer_bytes = steps_live[1][-1] - steps_live[1][0]
+    return {"planned": planned[0], "measured": max(longest + optimizer_bytes, *others)}
 
 
 def main() -> int:

@@ -17,6 +17,8 @@ from slimtune.core.training import loss as step
 from slimtune.core.training.loss import compute_step_loss, make_collator
 from slimtune.core.training.memory_savings import apply_memory_savings
 from slimtune.errors import UsageError
+from slimtune.planning.fake_tensors import list_module_tensors
+from slimtune.planning.memory_tracker import MemoryTracker
 
 BASES = {"llama": llama, "gpt2": gpt2, "gemma3": gemma3}
 PROMPTS = ("adaption_prompt", "p_tuning", "prefix_tuning", "prompt_tuning")
@@ -146,6 +148,14 @@ def test_micro_batches_fill_the_free_memory(method, monkeypatch):
     needed = step.measure_activation_bytes(model, collator, 120)
     monkeypatch.setattr(step, "count_free_memory", lambda device: 2 * needed)
     assert step.choose_sufficient_micro_batch_tokens(model, collator, 9) == pytest.approx(120, rel=0.05)
+
+
+def test_measuring_activations_keeps_none_of_them():
+    model = prepare(get_peft_model(llama(), config("lora", "llama")))
+    with MemoryTracker() as tracker:
+        tracker.assign(list_module_tensors(model), "weights")
+        assert step.measure_activation_bytes(model, make_collator(model, 0)) > 0
+    assert +tracker.live == {"weights": tracker.live["weights"]}
 
 
 def test_layers_share_the_masks_behind_a_prefix():

@@ -125,6 +125,13 @@ def test_answers_in_one_tree_are_learned_as_alone(name, shared, family):
         torch.testing.assert_close(gradient, other_gradients[name], atol=1e-5 * scale + 1e-7, rtol=1e-4)
 
 
+def test_longest_step_shares_prompts_and_no_answers():
+    objective = GRPO(rewards=["length:9"], num_generations=4, max_completion_length=8)
+    prompts = [{"input_ids": [n, *range(10, 20)], "labels": [-100] * 11, "line": n} for n in (1, 2)]
+    examples = objective.make_longest_examples(prompts)
+    assert Collator(0, with_packed_layout=True).count_tokens(examples) == 2 * (11 + 4 * 8)
+
+
 # --- faults -----------------------------------------------------------------------------------------------------------
 
 FAULTS = {}

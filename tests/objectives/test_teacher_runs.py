@@ -192,7 +192,7 @@ def test_head_that_trains_is_refused(make):
 
 
 def test_plan_runs_the_pass_of_the_teacher(make):
-    content = DatasetRowComposition(supervised_share=0.5, teacher_prefix_tokens=100)
+    content = DatasetRowComposition(supervised_share=0.5, teacher_prefix_tokens=100, teacher_row_tokens=100)
     job = build_plan_request(make("run"), require_gpu_by_name("rtx-3090"), [60] * 4, 1, content).job()
 
     def count_flops(job):

@@ -20,7 +20,11 @@ from slimtune.errors import UsageError
 from slimtune.planning import planner
 from slimtune.planning.extrapolation import fit_memory_formula
 from slimtune.planning.gpu_specs import GpuSpec, make_gpu_with_memory, require_gpu_by_name
-from slimtune.planning.memory_trace import estimate_sharding_savings_and_uncertainty, make_dummy_examples
+from slimtune.planning.memory_trace import (
+    estimate_sharding_savings_and_uncertainty,
+    make_dummy_examples,
+    trace_training_step,
+)
 from slimtune.planning.packed_lengths import remove_prefix_sharing, resize_example_rows
 from slimtune.planning.plan_request import PlanRequest, build_plan_request
 from slimtune.planning.plan_result import PARTS
@@ -230,9 +234,21 @@ def test_speed_is_of_shared_prefixes_stored_once_and_of_learned_tokens():
     rows = (60,) * 8
     request = PlanRequest(TINY, ROOMY, lora(), lengths=rows, quantiles=rows, content=DatasetRowComposition(40, 0.25))
     job = put_typical_micro_batches_in_job(request, request.job())
-    pack = Collator(0, with_packed_layout=True)(make_dummy_examples(job.lengths, job.supervised))
+    examples = make_dummy_examples(job.lengths, job.supervised, job.shared_prefix_tokens)
+    pack = Collator(0, with_packed_layout=True)(examples)
     assert (pack["input_ids"].shape[1], int(pack["tokens"]), len(pack["targets"])) == (40 + 8 * 20, 8 * 60, 8 * 15)
     assert estimate_resources(request).work.tokens_per_micro_batch == 8 * 60
+
+
+@pytest.mark.slow
+def test_memory_is_of_a_system_prompt_stored_once():
+    job = PlanRequest(TINY, ROOMY, lora(), lengths=(60,) * 8, content=DatasetRowComposition(40)).job()
+    tree = replace(job, lengths=((40, *[20] * 8),), shared_prefix_tokens=0)
+    assert job.micro_batch_tokens == tree.micro_batch_tokens == 40 + 8 * 20
+    assert trace_training_step(job).peaks == trace_training_step(tree).peaks
+    formula = fit_memory_formula(job, job.build_model())
+    assert formula.peak(job.lengths) == formula.peak(tree.lengths)
+    assert formula.peak((30,) * 8) == formula.peak(((29, *[1] * 8),))  # rows that are shorter than the prompt
 
 
 @pytest.mark.parametrize(("gpu", "dtype"), [("rtx-3090", "bfloat16"), ("t4", "float32")])

@@ -19,6 +19,7 @@ from slimtune.planning.plan_request import build_plan_request
 from slimtune.planning.planner import estimate_resources
 from slimtune.planning.this_machine import detect_gpu_or_cpu_spec
 
+SYSTEM = "You know the shop and all that it sells."
 TASKS = {
     "context": {"context": "You are a shop. Answer every customer in capital letters, and thank them. " * 4},
     "sdft": {"lmbda": 0, "seq_kd": False},
@@ -40,7 +41,7 @@ class UniformTeacher:
 
 @pytest.fixture
 def plan_and_measure(tmp_path, tiny_llama, tiny_tokenizer, monkeypatch):
-    """Plan a task and train it for two steps; return the planned bytes and those that its steps took at most."""
+    """Plan a task and train it for two steps; return the planned bytes and those that its steps take at most."""
     monkeypatch.setattr("slimtune.generation.teacher_server.open_teacher_server", lambda *_: UniformTeacher())
     for part in (tiny_llama(max_position_embeddings=2048), tiny_tokenizer()):
         part.save_pretrained(tmp_path / "base")
@@ -50,17 +51,18 @@ def plan_and_measure(tmp_path, tiny_llama, tiny_tokenizer, monkeypatch):
         return "".join(draws.choice(string.ascii_letters) for _ in range(draws.randint(least, most)))
 
     talks = [(text(30, 80), text(30, 100)) for _ in range(24)]
-    rows = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in talks]
+    roles = ("system", "user", "assistant")
+    rows = [[{"role": r, "content": c} for r, c in zip(roles, (SYSTEM, *talk), strict=True)] for talk in talks]
     write_jsonl(tmp_path / "rows.jsonl", ({"messages": r} for r in rows))
 
     def run(task, **settings):
         fields = {k: str(tmp_path / "base") if v == "BASE" else v for k, v in (TASKS[task] | settings).items()}
         recipe = recipe_of({
             "model": {"name": str(tmp_path / "base"), "dtype": "float32", "device": "cpu"},
-            "data": {"train": str(tmp_path / "rows.jsonl")},
+            "data": {"train": str(tmp_path / "rows.jsonl"), "validation_fraction": 0},
             "task": {"name": task.partition(" ")[0], **fields},
             "method": {"name": "lora", "r": 4},
-            "train": {"max_steps": 4, "batch_size": 8, "forgetting_budget": None},
+            "train": {"max_steps": 4, "batch_size": 6, "forgetting_budget": None},
             "output_dir": str(tmp_path / task),
         })  # fmt: skip
         plans = []
@@ -85,8 +87,9 @@ def plan_and_measure(tmp_path, tiny_llama, tiny_tokenizer, monkeypatch):
         times = [(e.start_ns(), e.end_ns()) for e in found if e.name() == "measured step"]
         events = sorted((e.start_ns(), e.nbytes()) for e in found if e.name() == "[memory]")
         live = list(itertools.accumulate(size for _, size in events))
-        peaks = [max(n for (at, _), n in zip(events, live, strict=True) if a <= at <= b) for a, b in times]
-        return plans[0].allocated_bytes, max(peaks)
+        steps = [[n for (at, _), n in zip(events, live, strict=True) if a <= at <= b] for a, b in times]
+        optimizer_bytes = steps[2][0] - steps[1][0]  # the longest micro-batch runs before the first step makes them
+        return plans[0].allocated_bytes, max(max(steps[0]) + optimizer_bytes, *map(max, steps[1:]))
 
     return run
 

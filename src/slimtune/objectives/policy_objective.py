@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from urllib.parse import urlsplit
@@ -175,19 +176,21 @@ class PolicyObjective(Objective):
 
     def make_longest_examples(self, examples: Sequence[Example]) -> list[Example]:
         """Return the answers of a step as if each were as long as it may be, to measure the memory of learning."""
-        answer = [next((i for i in examples[0]["input_ids"]), 0)] * self.max_completion_length
-        filler = {"answer": 0, "advantage": 1.0, "sampled_count": len(answer), "sampled_tokens": answer}
-        filler |= {"sampled_logps": [0.0] * len(answer), "reference_logps": [0.0] * len(answer), "is_probe": True}
+        length = self.max_completion_length
+        filler: Example = {"sampled_logps": [0.0] * length, "reference_logps": [0.0] * length, "is_probe": True}
+        filler |= {"answer": 0, "advantage": 1.0, "sampled_count": length, **self.temperature_column}
+        # The prompt's tokens from another one on for each answer: what answers have in common would be computed once.
         return [
             {
                 "input_ids": e["input_ids"] + answer,
                 "labels": e["labels"] + answer,
                 "line": e["line"],
+                "sampled_tokens": answer,
                 **filler,
-                **self.temperature_column,
             }
             for e in examples
-            for _ in range(self.num_generations)
+            for number in range(self.num_generations)
+            for answer in [[*islice(cycle(e["input_ids"]), number, number + length)]]
         ]
 
     @property

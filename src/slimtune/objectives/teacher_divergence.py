@@ -81,31 +81,39 @@ def compute_logits(head: LMHead, states: Tensor) -> Tensor:
 
 
 def compute_divergences_and_slopes(student: Tensor, teacher: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """Return the divergence of each row of logits `(n)`, and its derivative by the student's logits `(n, V)`."""
-    # In place as far as it goes: each of these tensors is as large as the logits of a chunk.
-    s, t = torch.log_softmax(student, -1), torch.log_softmax(teacher, -1)
-    del student, teacher
+    """Return the divergence of each row of logits `(n)`, and its derivative by the student's logits `(n, V)`.
+
+    Both logits are overwritten: each of the at most four tensors here is as large as the logits of a chunk.
+    """
+    s, t = normalize_logits(student), normalize_logits(teacher)
     if beta == 0:
         q = t.exp()
         return t.sub_(s).mul_(q).sum(-1), s.exp_().sub_(q)
-    p, weight = s.exp(), 1 - beta or 1.0
+    weight, from_teacher = 1 - beta or 1.0, s.new_zeros(len(s))
     if beta < 1:
-        mixture = torch.logaddexp(s + math.log1p(-beta), t + math.log(beta))
-        q = t.exp()
+        mixture, q = s + math.log1p(-beta), t + math.log(beta)
+        torch.logaddexp(mixture, q, out=mixture)
+        torch.exp(t, out=q)
         from_teacher = t.sub_(mixture).mul_(q).sum(-1)
-        terms = s.sub_(mixture).mul_(p)
+        t, p = mixture, torch.exp(s, out=q)
     else:
-        from_teacher = p.new_zeros(len(p))
-        terms = s.sub_(t).mul_(p)
+        p = s.exp()
+    terms = s.sub_(t).mul_(p)
     own = terms.sum(-1)
     return weight * own + beta * from_teacher, terms.sub_(p.mul_(own[:, None])).mul_(weight)
 
 
+def normalize_logits(logits: Tensor) -> Tensor:
+    """Turn logits `(n, V)` into log-probabilities in place; `log_softmax` would make another tensor of their size."""
+    return logits.sub_(logits.logsumexp(-1, keepdim=True))
+
+
 def compute_top_k_divergences_and_slopes(logits: Tensor, ids: Tensor, logps: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what `compute_top_k_divergences` says of rows of logits `(n, V)`, and its derivative by them `(n, V)`."""
-    # In place as far as it goes, as above.
-    s, t = torch.log_softmax(logits, -1), logps.to(logits.dtype)
-    del logits
+    """Return what `compute_top_k_divergences` says of rows of logits `(n, V)`, and its derivative by them `(n, V)`.
+
+    The logits are overwritten, as above.
+    """
+    s, t = normalize_logits(logits), logps.to(logits.dtype)
     q, is_known = t.exp(), t > -math.inf
     is_rest = torch.zeros_like(s).scatter_add_(1, ids, is_known.to(s.dtype)) == 0
     others = s.masked_fill(~is_rest, -math.inf)
@@ -131,7 +139,7 @@ class _TokenDivergence(torch.autograd.Function):
             with torch.set_grad_enabled(grad is not None):
                 states = student[part].detach().requires_grad_(grad is not None)
                 logits = compute_logits(head, states)[:, :vocabulary]
-            found, slopes = compare(logits.detach(), part)
+            found, slopes = compare(logits.detach(), part)  # in place: no gradient of a head needs its logits
             losses.append(found)
             if grad is not None:
                 (grad[part],) = torch.autograd.grad(logits, states, slopes)

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..core.config.schema import DataSettings
 from ..core.data.collator import Collator
-from ..core.data.example_lengths import DatasetRowComposition, ExampleLength
+from ..core.data.example_lengths import MIN_SHARED_TOKENS, DatasetRowComposition, ExampleLength
 from ..core.data.rows import Row
 from ..core.data.tokenize import tokenize_dataset
 from ..core.data.tokenized_dataset import Example, TokenizedDataset
@@ -133,9 +133,10 @@ class TeacherRows(TokenizedDataset):
         more = self.teacher_lengths - self.lengths
         prompts = [self.teacher_rows.read(i)["input_ids"] for i in range(0, len(self), -(-len(self) // 32) or 1)]
         shared = min((count_common_prefix(prompts[0], ids) for ids in prompts), default=0)
-        longest = int(more.max(initial=0))
-        shared = max(0, min(shared, longest))
-        found = super().content._replace(teacher_prefix_tokens=shared, teacher_row_tokens=longest - shared)
+        found = super().content._replace(
+            teacher_prefix_tokens=shared if shared >= MIN_SHARED_TOKENS else 0,
+            teacher_row_tokens=int(more.max(initial=0)),
+        )
         if self.longest_answer is None or not len(self):
             return found
         return found._replace(supervised_share=self.longest_answer / float(self.lengths.mean()), samples_answers=True)

@@ -33,7 +33,7 @@ from ..core.models.base_config import get_max_positions
 from ..errors import UsageError
 from .fake_tensors import list_module_tensors
 from .memory_trace import ALLOCATION_BLOCK, FLOAT32_MERGE_PARAMS, StepTrace, trace_merge_peak, trace_training_step
-from .packed_lengths import count_tokens_with_shared_prompt
+from .packed_lengths import count_packed_tokens
 from .plan_request import MicroBatchWorkload
 from .trace_cache import load_or_compute_trace
 
@@ -206,16 +206,18 @@ class MemoryFormula:
         corrections: for each phase the bytes that a trace took more than the formula gives.
         corrected_tokens: of that trace. More tokens may fill an MLP tile or a chunk of logits that this trace did not,
             so that they take no fewer bytes than the formula gives.
+        shared_prefix_tokens: that all examples begin with.
     """
 
     state: int
     coefficients: dict[str, np.ndarray]
     traced_excess_bytes: dict[str, float] = field(default_factory=dict)
     traced_tokens: int = 0
+    shared_prefix_tokens: int = 0
 
     def peak(self, lengths: Sequence[ExampleLength]) -> int:
         """Return the highest number of bytes in a micro-batch of examples of these lengths."""
-        features = _features(lengths)
+        features = _features(lengths, self.shared_prefix_tokens)
         least = 0.0 if features[1] > self.traced_tokens else -np.inf
         shifts = {phase: max(least, shift) for phase, shift in self.traced_excess_bytes.items()}
         above = (float(c @ features) + shifts.get(phase, 0.0) for phase, c in self.coefficients.items())
@@ -223,7 +225,7 @@ class MemoryFormula:
 
     def correct(self, lengths: Sequence[ExampleLength], trace: StepTrace) -> Self:
         """Return the formula shifted so that it gives what was traced at these lengths."""
-        features = _features(lengths)
+        features = _features(lengths, self.shared_prefix_tokens)
         above = {phase: trace.peaks[phase] - trace.state_bytes for phase in self.coefficients}
         shifts = {phase: above[phase] - float(c @ features) for phase, c in self.coefficients.items()}
         return replace(self, state=trace.state_bytes, traced_excess_bytes=shifts, traced_tokens=int(features[1]))
@@ -260,14 +262,14 @@ def fit_memory_formula(job: MicroBatchWorkload, model: Any) -> MemoryFormula:
         extrapolate_step_trace(replace(job, lengths=lengths), stop_after_backward=lengths != job.lengths)
         for lengths in shapes
     ]
-    features = np.array([_features(lengths) for lengths in shapes])[:, columns]
+    features = np.array([_features(lengths, job.shared_prefix_tokens) for lengths in shapes])[:, columns]
     coefficients = {}
     partial_trace = min(traces, key=lambda trace: len(trace.bytes_by_phase_and_part))
     for phase in partial_trace.bytes_by_phase_and_part:  # without those of the optimizer and the evaluation
         solution = np.zeros(4)
         solution[columns] = np.linalg.solve(features, [t.peaks[phase] - t.state_bytes for t in traces])
         coefficients[phase] = solution
-    return MemoryFormula(traces[0].state_bytes, coefficients)
+    return MemoryFormula(traces[0].state_bytes, coefficients, shared_prefix_tokens=job.shared_prefix_tokens)
 
 
 def _split_row(tokens: int, longest: int) -> tuple[int, ...]:
@@ -276,8 +278,8 @@ def _split_row(tokens: int, longest: int) -> tuple[int, ...]:
     return (*[longest] * whole, *[rest] * (rest > 0))
 
 
-def _features(lengths: Sequence[ExampleLength]) -> np.ndarray:
-    tokens = sum(map(count_tokens_with_shared_prompt, lengths))
+def _features(lengths: Sequence[ExampleLength], shared_prefix_tokens: int) -> np.ndarray:
+    tokens = count_packed_tokens(lengths, shared_prefix_tokens)
     rows = [n for length in lengths for n in count_tokens_per_row(length)]
     one_long_row = len(rows) == 1 and tokens > MAX_SEGMENT_TOKENS
     return np.array(

@@ -28,6 +28,7 @@ from ..errors import ModelError, UsageError
 from .fake_tensors import fake_tensor_mode, list_module_tensors, replace_meta_with_fake_cpu_tensors
 from .memory_tracker import MemoryTracker, iterate_nested_tensors
 from .meta_model import build_adapted_meta_model
+from .packed_lengths import limit_shared_prefix
 from .plan_request import MicroBatchWorkload
 from .plan_result import PARTS
 from .teacher_examples import add_dummy_teacher_rows, make_teacher_objective_and_collator
@@ -120,7 +121,7 @@ def trace_training_step(job: MicroBatchWorkload, model: Any = None, *, stop_afte
         replace_meta_with_fake_cpu_tensors(model)
         model.train()
         collator, objective = make_collator(model, 0, packing=job.packing), None
-        examples = make_dummy_examples(job.lengths, job.supervised)
+        examples = make_dummy_examples(job.lengths, job.supervised, job.shared_prefix_tokens)
         if job.teacher is not None:
             objective, collator = make_teacher_objective_and_collator(job.teacher, collator)
             examples = add_dummy_teacher_rows(examples, job.teacher)
@@ -176,15 +177,19 @@ def trace_training_step(job: MicroBatchWorkload, model: Any = None, *, stop_afte
     return StepTrace(state, phases, work, attention, tracker.host_peak)
 
 
-def make_dummy_examples(example_lengths: Sequence[ExampleLength], supervised_fraction: float = 1.0) -> list[Example]:
-    """Return examples of these lengths; their rows share prompts, which are not learned, and nothing else.
+def make_dummy_examples(
+    example_lengths: Sequence[ExampleLength], supervised_fraction: float = 1.0, shared_prefix_tokens: int = 0
+) -> list[Example]:
+    """Return examples of these lengths; rows of one share a prompt, all share so many first tokens, and nothing else.
 
-    Of the other tokens of a row, the last ones are learned, a share of `supervised_fraction`.
+    What is shared is not learned. Of the other tokens of a row, the last ones are learned, a share of
+    `supervised_fraction`.
     """
     examples, tokens = [], itertools.count(1)
+    shared = limit_shared_prefix(example_lengths, shared_prefix_tokens)
     for length in example_lengths:
-        prefix, *answers = (0, length) if isinstance(length, int) else length
-        prompt, rows = [next(tokens)] * prefix, [[next(tokens)] * n for n in answers]
+        prefix, *answers = (shared, length - shared) if isinstance(length, int) else length
+        prompt, rows = [0] * shared + [next(tokens)] * (prefix - shared), [[next(tokens)] * n for n in answers]
         ids = [t for row in rows for t in prompt + row]
         learned = [max(1, round(supervised_fraction * len(row))) for row in rows]
         labels = [t for row, n in zip(rows, learned, strict=True)

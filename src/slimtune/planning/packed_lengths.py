@@ -1,6 +1,6 @@
 """The lengths of examples (core/data/example_lengths.py) as a plan counts, unshares and resizes them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ..core.data.example_lengths import ExampleLength, count_tokens_per_row
 
@@ -8,6 +8,17 @@ from ..core.data.example_lengths import ExampleLength, count_tokens_per_row
 def count_tokens_with_shared_prompt(example_length: ExampleLength) -> int:
     """Return the tokens of an example in a packed sequence, those of a prompt once."""
     return example_length if isinstance(example_length, int) else sum(example_length)
+
+
+def limit_shared_prefix(example_lengths: Sequence[ExampleLength], shared_prefix_tokens: int) -> int:
+    """Return how many tokens all examples begin with, so that each row has more than these, and a prompt no fewer."""
+    return max(0, min([shared_prefix_tokens, *(n - 1 if isinstance(n, int) else n[0] for n in example_lengths)]))
+
+
+def count_packed_tokens(example_lengths: Sequence[ExampleLength], shared_prefix_tokens: int) -> int:
+    """Return the tokens of examples in one packed sequence: those of a prompt, and those that all begin with, once."""
+    saved = max(0, len(example_lengths) - 1) * limit_shared_prefix(example_lengths, shared_prefix_tokens)
+    return sum(map(count_tokens_with_shared_prompt, example_lengths)) - saved
 
 
 def remove_prefix_sharing(example_length: ExampleLength) -> ExampleLength:

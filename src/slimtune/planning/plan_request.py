@@ -30,7 +30,7 @@ from ..objectives.teacher_objective import TeacherObjective
 from .fake_quantization import fake_quantize_model, resolve_quantization_kind
 from .gpu_specs import GpuSpec, require_trainable_gpu
 from .meta_model import build_adapted_meta_model
-from .packed_lengths import count_tokens_with_shared_prompt, remove_prefix_sharing
+from .packed_lengths import count_packed_tokens, count_tokens_with_shared_prompt, remove_prefix_sharing
 from .sampling_memory import count_sampling_bytes
 
 QUANTILES = 64
@@ -45,8 +45,8 @@ MAX_SEQ_LEN = 1 << 22
 class TeacherWorkload:
     """What a teacher reads beside the rows of a micro-batch, and the divergence from it."""
 
-    prefix_tokens: int  # before all rows, as a context
-    row_tokens: int  # more in each row
+    prefix_tokens: int  # that all its rows begin with, as a context
+    row_tokens: int  # that each row has more, that context included
     beta: float  # of the divergence: 0 forward KL, 1 reverse KL
     top_k: int | None = None  # likeliest tokens that are known of a teacher elsewhere; None: it is computed here
 
@@ -67,6 +67,7 @@ class MicroBatchWorkload:
     optimizer: str = "adamw"  # as in `build_optimizer`
     quantization: str | None = None  # one of fake_quantization.KINDS for the base's linear layers
     packing: bool = True  # rows in one sequence; else padded
+    shared_prefix_tokens: int = 0  # that all examples begin with, as a system prompt; packing stores them once
     supervised: float = 1.0  # share of the tokens, apart from prompts in `lengths`, that have a loss
     teacher: TeacherWorkload | None = None  # the rows as a teacher reads them, if there is one
     layer_kinds: tuple[int, ...] = ()  # a number for each layer, the same for layers that are alike; (): all are
@@ -79,7 +80,7 @@ class MicroBatchWorkload:
     @property
     def micro_batch_tokens(self) -> int:
         """Tokens of the micro-batch, shared prefixes once."""
-        return sum(map(count_tokens_with_shared_prompt, self.lengths))
+        return count_packed_tokens(self.lengths, self.shared_prefix_tokens)
 
     @property
     def num_layers(self) -> int:
@@ -147,7 +148,7 @@ class PlanRequest:
     rows_per_example: int = 1  # 2 for preference pairs, if `lengths` are not known
     lengths: tuple[ExampleLength, ...] = ()  # of the longest examples, if known; replaces batch_size and seq_len
     quantiles: tuple[ExampleLength, ...] = ()  # of examples at even shares of the data, if known; decide the speed
-    content: DatasetRowComposition = ALL_SUPERVISED  # of the examples, if known; decides the speed
+    content: DatasetRowComposition = ALL_SUPERVISED  # of the examples, if known
     max_tokens: int | None = None  # in a micro-batch, a longer example goes alone; None: no limit
     processes: int = 1  # that train together, each on a GPU of its own
     fsdp: bool = False  # shard the base over the processes; else each holds all of it
@@ -179,6 +180,7 @@ class PlanRequest:
             optimizer=self.optimizer,
             quantization=self.quantization,
             packing=self.packing,
+            shared_prefix_tokens=self.content.shared_prefix_tokens,
             teacher=self.teacher,
         )
 

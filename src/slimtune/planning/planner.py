@@ -40,7 +40,12 @@ from .fake_quantization import KINDS
 from .gpu_specs import GpuSpec
 from .interval import Interval
 from .memory_trace import StepTrace, apply_sharding_savings, estimate_sharding_savings_and_uncertainty
-from .packed_lengths import count_tokens_with_shared_prompt, remove_prefix_sharing, resize_example_rows
+from .packed_lengths import (
+    count_packed_tokens,
+    count_tokens_with_shared_prompt,
+    remove_prefix_sharing,
+    resize_example_rows,
+)
 from .plan_request import MAX_SEQ_LEN, MicroBatchWorkload, PlanRequest, pick_length_quantiles
 from .plan_result import PARTS, MemorySaving, MemoryVerdict, ResourceEstimate, TrainingWorkload
 from .throughput import UTILIZATION, estimate_training_speed
@@ -124,7 +129,7 @@ def _prepare_job(request: PlanRequest) -> tuple[PlanRequest, MicroBatchWorkload,
         job = replace(job, packing=False)
         packing_notes.append(f"Rows of this base are padded, not packed, in training too: {reason}.")
     if not make_collator(model, 0, packing=job.packing).share_prefix:
-        job = replace(job, lengths=tuple(map(remove_prefix_sharing, job.lengths)))
+        job = replace(job, lengths=tuple(map(remove_prefix_sharing, job.lengths)), shared_prefix_tokens=0)
         content = request.content._replace(shared_prefix_tokens=0)
         request = replace(request, quantiles=tuple(map(remove_prefix_sharing, request.quantiles)), content=content)
     return request, job, model, packing_notes
@@ -267,7 +272,8 @@ def split_batch_to_fit_if_possible(
 
     def fits(examples: int) -> bool:
         some = job.lengths[:examples]
-        if request.max_tokens is not None and sum(map(count_tokens_with_shared_prompt, some)) > request.max_tokens:
+        tokens = count_packed_tokens(some, job.shared_prefix_tokens)
+        if request.max_tokens is not None and tokens > request.max_tokens:
             return False
         if memory_model is None:
             return not request.split_batch
@@ -293,8 +299,7 @@ def put_typical_micro_batches_in_job(request: PlanRequest, job: MicroBatchWorklo
     count = max(1, min(len(request.lengths), int((tokens - prefix) / max(1, mean - prefix))))
     micro_batches = -(-len(request.lengths) // count) * request.gradient_accumulation_steps
     lengths = pick_length_quantiles(request.quantiles[::-1], count)
-    if prefix and count > 1:  # packing stores what all rows begin with once
-        lengths = ((prefix, *(max(1, n - prefix) for length in lengths for n in count_tokens_per_row(length))),)
+    if prefix and count > 1:  # what all rows begin with is not learned
         supervised = min(1.0, request.content.supervised_share * mean / max(1, mean - prefix))
     return replace(job, lengths=lengths, supervised=supervised, micro_batches_per_step=micro_batches)
 

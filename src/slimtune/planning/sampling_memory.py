@@ -44,7 +44,7 @@ def count_sampling_bytes(
     if isinstance(objective, TeacherObjective):
         if not content.samples_answers:
             return 0
-        answers, teacher_tokens = PROMPTS_AT_ONCE, content.teacher_prefix_tokens + content.teacher_row_tokens
+        answers, teacher_tokens = PROMPTS_AT_ONCE, content.teacher_row_tokens
     elif isinstance(objective, PolicyObjective):
         answers, teacher_tokens = prompts_per_step * objective.num_generations, 0
     else:

@@ -26,11 +26,13 @@ def make_teacher_objective_and_collator(
 
 def add_dummy_teacher_rows(examples: Sequence[Example], teacher: TeacherWorkload) -> list[Example]:
     """Return the rows of examples, each an example of its own, with what a teacher reads in their place, or said."""
-    context, found = [0] * teacher.prefix_tokens, []
+    found = []
     for number, (ids, labels) in enumerate(row for e in examples for row in list_tokens_and_labels_by_row(e)):
         start = next(t for t, label in enumerate(labels) if label != IGNORE_INDEX)
-        more = [*context, *[-number - 1] * teacher.row_tokens]
-        example = make_teacher_example(ids[:start], more + ids[:start], ids[start:], number)
+        length = start + teacher.row_tokens
+        shared = min(length, teacher.prefix_tokens)
+        prompt = [0] * shared + [-number - 1] * (length - shared)
+        example = make_teacher_example(ids[:start], prompt, ids[start:], number)
         if teacher.top_k is not None:
             logps = np.zeros((count_supervised_targets(example), teacher.top_k), np.float32)
             example = {k: v for k, v in example.items() if k not in TEACHER_KEYS.values()}

@@ -19,12 +19,12 @@ MIN_SHARED_TOKENS = 8
 
 
 class DatasetRowComposition(NamedTuple):
-    """What the rows of a data set are made of, beside their lengths; it decides how fast they train."""
+    """What the rows of a data set are made of, beside their lengths; packing stores a prefix once."""
 
     shared_prefix_tokens: int = 0  # that all examples of one row begin with, as a system prompt; 0: too few to share
     supervised_share: float = 1.0  # share of all tokens that have a loss
-    teacher_prefix_tokens: int = 0  # that a teacher reads before all rows, and the student does not
-    teacher_row_tokens: int = 0  # that it reads more in each row
+    teacher_prefix_tokens: int = 0  # that all rows begin with as a teacher reads them
+    teacher_row_tokens: int = 0  # that it reads more in a row than the student, at most
     samples_answers: bool = False  # whether answers are sampled
 
 

@@ -67,15 +67,14 @@ class TokenizedDataset(Sequence[Example]):
 
     @property
     def content(self) -> DatasetRowComposition:
-        """What the rows are made of, from up to `SAMPLED_ROWS` of them at even distances."""
+        """What the rows are made of, from `SAMPLED_ROWS` at even distances; the longest share the prefix, too."""
         sample = [self.read(i) for i in range(0, len(self), -(-len(self) // SAMPLED_ROWS) or 1)]
-        tokens = sum(len(example["input_ids"]) for example in sample)
-        supervised = sum(label != IGNORE_INDEX for example in sample for label in example["labels"])
+        supervised = [label != IGNORE_INDEX for example in sample for label in example["labels"]]
         first = sample[0]["input_ids"] if sample and not any("row_lengths" in example for example in sample) else []
+        sample += map(self.read, np.argsort(-self.lengths, kind="stable")[:SAMPLED_ROWS].tolist())
         shared = min((count_common_prefix(first, example["input_ids"]) for example in sample), default=0)
-        return DatasetRowComposition(
-            shared if shared >= MIN_SHARED_TOKENS else 0, supervised / tokens if supervised else 1.0
-        )
+        share = sum(supervised) / len(supervised) if any(supervised) else 1.0
+        return DatasetRowComposition(shared if shared >= MIN_SHARED_TOKENS else 0, share)
 
     @property
     def lines(self) -> list[int]:

@@ -292,7 +292,7 @@ def measure_activation_bytes(model: Any, collator: Collator, token_count: int = 
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # a node whose hook keeps its own output would keep all tensors for ever
 
     vocabulary = model.config.get_text_config().vocab_size
     row = [(7 * i * i + 3) % vocabulary for i in range(token_count)]
