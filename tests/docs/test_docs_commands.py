@@ -25,6 +25,7 @@ from slimtune.core.foundation.strict_yaml import parse_yaml
 
 ROOT = Path(__file__).parents[2]
 FENCED = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
+NAMED_FILE = re.compile(r"^```python\n# (\w+\.py)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 GROUP = typer.main.get_command(app)
 SHELL = {"|", "<", ">", ">>", "&&", ";", "2>", "&"}
 NEEDED = {"model.name": "smollm2-135m", "data.train": "rows.jsonl", "output_dir": "runs/first"}
@@ -89,9 +90,13 @@ def check_command(line: str) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_commands_are_ones_that_exist(page):
-    wrong = {}
-    for line in find_commands((ROOT / page).read_text()):
+def test_commands_are_ones_that_exist(page, tmp_path, monkeypatch):
+    wrong, text = {}, (ROOT / page).read_text()
+    if files := NAMED_FILE.findall(text):  # commands read what the reader has written
+        monkeypatch.chdir(tmp_path)
+    for name, code in files:
+        Path(name).write_text(code)
+    for line in find_commands(text):
         if NO_COMMAND.match(line):
             continue
         try:

@@ -116,7 +116,7 @@ def test_no_server_and_one_that_hangs():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{s.getsockname()[1]}"
-        with pytest.raises(ModelError, match=r"vLLM .*refused") as caught:
+        with pytest.raises(ModelError, match=r"vLLM.*refused") as caught:
             VllmClient(url, "devil")
         assert "serve.sh" in caught.value.hint
         s.listen()

@@ -38,6 +38,14 @@ def command(code):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("arguments", ["prompts, completions", "prompts, completions, wantd, **columns"])
+def test_function_with_other_arguments_is_told_what_it_is_called_with(arguments, tmp_path):
+    (tmp_path / "rewards.py").write_text(f"def reward({arguments}):\n    return [1.0] * len(completions)\n")
+    with pytest.raises(RunError, match="prompts, completions, wanted"):
+        score(f"{tmp_path}/rewards.py:reward")
+
+
+@pytest.mark.slow
 def test_command_gets_rows_and_prints_numbers():
     spec = command("for r in rows: print(len(r['completion']) / r['wanted'])")
     assert score(spec) == [1, 1, 0.75]

@@ -167,7 +167,7 @@ def _require_task_with_field(field: str, flag: str, settings: dict[str, Any], jo
     task = str(settings.get("task.name", "sft"))
     if ("task.name" in settings or find_recipe_file(job) is None) and not has_field(task):
         raise UsageError(
-            f"--{flag} is given, and the task is {task}, which has no {field}",
+            f"--{flag} is given, and the task {task} has no such setting",
             f"--task {' or '.join(filter(has_field, list_objectives()))}",
         )
 

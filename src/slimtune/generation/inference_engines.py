@@ -23,6 +23,8 @@ from .json_client import JsonClient
 
 TOP_K, VLLM_TOP_K = 64, 20
 """How many of the likeliest tokens `score` gives; vLLM gives more than 20 only with a larger --max-logprobs."""
+VLLM_LIKE_SERVER = "server with vLLM's API"
+"""What messages call vLLM and `slimtune serve`, which answer alike."""
 
 
 @dataclass(frozen=True)
@@ -346,7 +348,7 @@ class InProcessLlamaCppEngine(LlamaServerClient):
 
 
 class VllmClient:
-    """A running vLLM server, asked over HTTP for the base or for an adapter by its name.
+    """A running server with vLLM's API, vLLM or `slimtune serve`, asked for the base or for an adapter by its name.
 
     Every sampling setting is sent, because a base's generation_config.json would change the server's defaults.
 
@@ -358,7 +360,7 @@ class VllmClient:
 
     Raises:
         UsageError: the address is invalid, or the server does not know the model.
-        ModelError: no vLLM answers there.
+        ModelError: no such server answers there.
     """
 
     name = "vLLM"
@@ -368,23 +370,23 @@ class VllmClient:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise UsageError(f"{url!r} is not the address of a server", "such as http://127.0.0.1:8000")
         self.url, self.model = url.rstrip("/").removesuffix("/v1"), model
-        hint = "start it (sh serve.sh in the export folder), and wait until it says that startup is complete"
-        self._server = JsonClient("vLLM server", self.url, key, timeout, hint=hint)
-        with _translate_answer_errors("vLLM server"):
+        hint = "start it (vLLM: sh serve.sh in the export folder), and wait until it is ready"
+        self._server = JsonClient(VLLM_LIKE_SERVER, self.url, key, timeout, hint=hint)
+        with _translate_answer_errors(VLLM_LIKE_SERVER):
             names = [str(each["id"]) for each in self._post("/v1/models")["data"]]
         if model not in names:
             raise UsageError(
-                f"the vLLM server at {self.url} serves no model {model!r}{suggest(model, names)}",
+                f"the {VLLM_LIKE_SERVER} at {self.url} serves no model {model!r}{suggest(model, names)}",
                 f"one of {format_names(names)}",
-                f"start it with --enable-lora --lora-modules {model}=FOLDER",
+                f"slimtune serve {model}=FOLDER, or vLLM with --enable-lora --lora-modules {model}=FOLDER",
             )
 
-    @_translate_answer_errors("vLLM server")
+    @_translate_answer_errors(VLLM_LIKE_SERVER)
     def tokenize(self, text: str) -> list[int]:
         answer = self._post("/tokenize", model=self.model, prompt=text, add_special_tokens=False)
         return _require_token_ids(answer["tokens"])
 
-    @_translate_answer_errors("vLLM server")
+    @_translate_answer_errors(VLLM_LIKE_SERVER)
     def tokenize_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Return the ids of a chat that the server renders by its own template, ready for an answer."""
         return _require_token_ids(self._post("/tokenize", model=self.model, messages=list(messages))["tokens"])
@@ -392,13 +394,15 @@ class VllmClient:
     def score(self, ids: Sequence[int]) -> TextTokenScores:
         return self.score_from(ids, 1, VLLM_TOP_K)
 
-    @_translate_answer_errors("vLLM server")
+    @_translate_answer_errors(VLLM_LIKE_SERVER)
     def score_from(self, ids: Sequence[int], start: int, top_k: int) -> TextTokenScores:
         """Return log-probabilities of the tokens of a text from an index on, 1 or more, with `top_k` at each."""
         positions = self._complete(ids, 1, prompt_logprobs=top_k)["prompt_logprobs"]
         if positions is None or len(positions) != len(ids):
             given = "no" if positions is None else len(positions)
-            message = f"the vLLM server at {self.url} gave {given} log-probabilities of a prompt of {len(ids)} tokens"
+            message = (
+                f"the {VLLM_LIKE_SERVER} at {self.url} gave {given} log-probabilities of a prompt of {len(ids)} tokens"
+            )
             raise RunError(message, "prompt_logprobs of each", "let it read longer prompts: it may cut them")
         scores = []
         for token, entries in zip(ids[start:], positions[start:], strict=True):
@@ -411,12 +415,12 @@ class VllmClient:
     def score_tokens(self, ids: Sequence[int], indices: Sequence[int]) -> Tensor:
         return self.score(ids).token_log_probs[torch.tensor(indices) - 1]
 
-    @_translate_answer_errors("vLLM server")
+    @_translate_answer_errors(VLLM_LIKE_SERVER)
     def generate(self, ids: Sequence[int], max_new_tokens: int) -> list[int]:
         tokens, reason = self._answer(ids, max_new_tokens)
         return tokens[:-1] if reason == "stop" else tokens
 
-    @_translate_answer_errors("vLLM server")
+    @_translate_answer_errors(VLLM_LIKE_SERVER)
     def sample(self, ids: Sequence[int], max_new_tokens: int, temperature: float, seed: int) -> list[int]:
         """Return an answer that is sampled from the whole vocabulary, with the token that ends it."""
         return self._answer(ids, max_new_tokens, temperature=temperature, seed=seed, top_k=-1, min_p=0.0)[0]
@@ -424,7 +428,9 @@ class VllmClient:
     def _answer(self, ids: Sequence[int], max_new_tokens: int, **settings: Any) -> tuple[list[int], str]:
         choice = self._complete(ids, max_new_tokens, return_token_ids=True, **settings)
         if choice.get("token_ids") is None:
-            raise RunError(f"the vLLM server at {self.url} returns no token ids", "vLLM 0.11 or newer")
+            raise RunError(
+                f"the {VLLM_LIKE_SERVER} at {self.url} returns no token ids", "slimtune serve, or vLLM 0.11 or newer"
+            )
         return _require_token_ids(choice["token_ids"]), choice["finish_reason"]
 
     def close(self) -> None:

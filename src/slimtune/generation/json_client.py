@@ -27,7 +27,7 @@ class _RefuseRedirects(urllib.request.HTTPRedirectHandler):
 class JsonClient:
     """Sends JSON to a server and reads the JSON of its answers."""
 
-    name: str  # for messages, such as "vLLM server"
+    name: str  # for messages, such as "sampler"
     url: str
     key: str | None = None  # sent as a bearer token
     timeout: float = 300.0  # seconds for one answer, in whole

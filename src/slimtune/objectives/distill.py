@@ -149,7 +149,8 @@ class Distill(TeacherObjective):
         from ..core.training.base_model import load_base_tokenizer
 
         tokenizer = load_base_tokenizer(recipe.model, recipe.data.chat_template)
-        if self._make_folder(recipe, data, tokenizer).list_missing():
+        folder = vars(self)["_folder"] = self._make_folder(recipe, data, tokenizer)
+        if folder.list_missing():
             self._open_server(tokenizer)
 
     def _open_server(self, tokenizer: Any) -> TeacherServer:
@@ -185,7 +186,8 @@ class Distill(TeacherObjective):
 
         require_frozen_head(prepared.model)
         recipe, data, tokenizer = prepared.recipe, prepared.data, prepared.base.tokenizer
-        folder, say = self._make_folder(recipe, data, tokenizer), prepared.logger.say
+        # Processes but the main one have none yet, nor has a run that is prepared again.
+        folder, say = vars(self).pop("_folder", None) or self._make_folder(recipe, data, tokenizer), prepared.logger.say
         distributed.run_on_all_ranks(
             lambda: folder.collect(lambda: self._open_server(tokenizer), recipe.data.train, say)
         )

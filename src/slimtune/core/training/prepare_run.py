@@ -83,7 +83,8 @@ def prepare_run(
         data = load_training_datasets(recipe, allow_faulty_rows)
         has_budget = get_forgetting_budget(recipe) is not None
         text = GENERAL_TEXTS.load("files")(recipe.data.general_text) if has_budget else None
-        distributed.runs_on_main_and_broadcasts(recipe.objective().require_servers)(recipe, data)
+        objective = recipe.objective()
+        distributed.runs_on_main_and_broadcasts(objective.require_servers)(recipe, data)
         lengths = data.lengths()
         plan = distributed.runs_on_main_and_broadcasts(planner)(recipe, lengths, data.train.content)
 
@@ -114,7 +115,7 @@ def prepare_run(
                 data=data,
                 base=base,
                 model=model,
-                objective=recipe.objective(),
+                objective=objective,
                 collator=collator,
                 plan=plan,
                 general_rows=[] if text is None else text.choose_rows(recipe, base.tokenizer, model, logger.say),
@@ -123,7 +124,7 @@ def prepare_run(
                 fingerprint=fingerprint,
             )
             log_run_description(prepared)
-            prepared.objective.prepare_run(prepared)
+            objective.prepare_run(prepared)
             initialize_or_resume_run_in_place(prepared, resume)
             log_row_packing_and_warn_of_few_steps(prepared)
             if recipe.train.compile:

@@ -4,6 +4,7 @@ It reads a line of JSON for each batch of answers (`prompts`, `completions`, `co
 `rewards`, or with the `error` and the number of the `answer` that it is about. What the reward prints goes to stderr.
 """
 
+import inspect
 import json
 import math
 import os
@@ -36,8 +37,14 @@ def main() -> None:
 
 def _score(function: RewardFunction, batch: dict[str, Any]) -> dict[str, Any]:
     """Return the reply to a batch; on an error the answers are scored one by one to find the one at fault."""
+    arguments = {"prompts": batch["prompts"], "completions": batch["completions"], **batch["columns"]}
     try:
-        found = function(prompts=batch["prompts"], completions=batch["completions"], **batch["columns"])
+        inspect.signature(function).bind(**arguments)
+    except TypeError as error:
+        names = f"it is called with {', '.join(arguments)} by their names; **columns takes those that it does not use"
+        return {"error": f"{error}: {names}", "answer": None}
+    try:
+        found = function(**arguments)
     except (RewardColumnError, RewardUnavailableError) as error:  # whatever the answer is
         return {"error": str(error), "answer": None}
     except Exception as error:
