@@ -22,6 +22,11 @@ def write(tmp_path, records, name="rows.jsonl"):
     ("roles", "records", "expected"),
     [
         (("prompt", "chosen", "rejected"), PAIRS, {"prompt": "Question", "chosen": "good", "rejected": "bad"}),
+        (  # one text is the worse answer to all
+            ("prompt", "chosen", "rejected"),
+            [{**pair, "bad": "No idea."} for pair in PAIRS],
+            {"prompt": "Question", "chosen": "good", "rejected": "bad"},
+        ),
         (("instruction", "output"), SHOP, {"instruction": "Customer asks", "output": "We reply"}),
         (
             ("text", "label"),

@@ -108,6 +108,8 @@ def _match_names(roles: Sequence[str], columns: Mapping[str, list[Any]], ratings
     scores: list[tuple[bool, bool, int, int, str, str]] = []
     for role in roles:
         fits: Callable[[list[Any]], bool] = _is_text
+        if role == "rejected":  # one text may be the worse answer to every prompt
+            fits = _has_letters
         if role == "label":
             fits = _are_ratings if ratings else _are_labels
         for name, values in columns.items():
@@ -153,10 +155,13 @@ def _are_lists(values: list[Any]) -> bool:
 
 def _is_text(values: list[Any]) -> bool:
     """Return whether a column has texts: with letters, and not the same one in every row."""
+    return _has_letters(values) and (len(values) == 1 or len(set(values)) > 1)
+
+
+def _has_letters(values: list[Any]) -> bool:
     if not values or not all(isinstance(value, str) for value in values):
         return False
-    has_letters = 2 * sum(any(c.isalpha() for c in value) for value in values) >= len(values)
-    return has_letters and (len(values) == 1 or len(set(values)) > 1)
+    return 2 * sum(any(c.isalpha() for c in value) for value in values) >= len(values)
 
 
 def _mean_length(values: list[Any]) -> float:
