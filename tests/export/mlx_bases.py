@@ -18,10 +18,23 @@ FAMILIES = {
     "llama": {"rope_parameters": {"rope_type": "default", "rope_theta": 50_000.0}},
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {},
-    "gemma3_text": {"sliding_window": 16, "layer_types": LAYERS, "query_pre_attn_scalar": 16},
+    "gemma3_text": {  # √96 = 9.798, which mlx-lm rounds to 9.8125
+        "hidden_size": 96,
+        "sliding_window": 16,
+        "layer_types": LAYERS,
+        "query_pre_attn_scalar": 16,
+    },
     "mistral": {"sliding_window": None},
     "phi3": {"tie_word_embeddings": False, "original_max_position_embeddings": 256},
 }
+MORE_FAMILIES = {
+    "gemma2": {"sliding_window": 16, "query_pre_attn_scalar": 16}, "gemma": {}, "granite": {"logits_scaling": 2.0},
+    "olmo": {"pad_token_id": 0}, "olmo2": {}, "smollm3": {"no_rope_layers": [1, 1, 1, 0]}, "stablelm": {},
+    "starcoder2": {"sliding_window": None}, "cohere": {}, "exaone4": {"layer_types": ["full_attention"] * 4},
+    "glm4": {"tie_word_embeddings": False}, "seed_oss": {"attention_bias": False},
+}  # fmt: skip
+"""Families that the slow tests try, too."""
+ALL_FAMILIES = {**FAMILIES, **MORE_FAMILIES}
 VISION = {
     "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "image_size": 14,
     "patch_size": 7,
@@ -35,7 +48,7 @@ def save_base(family: str, folder: Path, tokenizer: object) -> Path:
         parts = {"text_config": {**SIZES, **FAMILIES["gemma3_text"]}, "vision_config": VISION, "mm_tokens_per_image": 1}
         config = tf.AutoConfig.for_model(family, **parts)
     else:
-        config = tf.AutoConfig.for_model(family, **{**SIZES, **FAMILIES[family]})
+        config = tf.AutoConfig.for_model(family, **{**SIZES, **ALL_FAMILIES[family]})
     model = tf.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -37,6 +37,11 @@ _TRL = {
 
 YAML = {
     "llama-factory": {
+        f"{LF}extras/galore/llama3_full_sft.yaml": _LF | {
+            "stage": "sft", "finetuning_type": "full", "use_galore": True, "galore_layerwise": True,
+            "galore_target": "all", "galore_rank": 128, "galore_scale": 2.0, "pure_bf16": True, "learning_rate": 1e-5},
+        f"{LF}train_lora/qwen2_5vl_lora_sft.yaml": _LF | {
+            "stage": "sft", "image_max_pixels": 262144, "video_max_pixels": 16384, "template": "qwen2_vl"},
         f"{LF}train_lora/llama3_lora_sft.yaml": _LF | {"stage": "sft", "lora_rank": 8, "trust_remote_code": True},
         f"{LF}train_lora/llama3_lora_dpo.yaml": _LF | {
             "stage": "dpo", "lora_rank": 8, "pref_beta": 0.1, "pref_loss": "sigmoid", "learning_rate": 5e-6},
@@ -52,6 +57,15 @@ YAML = {
             "dataloader_num_workers": 4, "save_only_model": False, "report_to": "none"},
     },
     "axolotl": {
+        f"{AX}mistral/lora.yml": _AX | {
+            "base_model": "mistralai/Mistral-7B-v0.1", "hub_model_id": "me/mine", "load_in_8bit": True,
+            "datasets": [{"path": "rows.jsonl", "type": "alpaca"}], "lora_target_linear": True, "sequence_len": 8192,
+            "lora_target_modules": ["q_proj", "v_proj"], "loss_watchdog_threshold": 5.0, "loss_watchdog_patience": 3},
+        f"{AX}qwen3/qlora-fsdp.yaml": _AX | {
+            "base_model": "Qwen/Qwen3-8B", "load_in_4bit": True, "adapter": "qlora", "datasets": _CHAT,
+            "optimizer": "adamw_torch_4bit", "gradient_checkpointing": "offload", "fsdp_version": 2,
+            "fsdp_config": {"offload_params": True}, "save_first_step": True, "activation_offloading": True,
+            "gradient_checkpointing_kwargs": {"use_reentrant": False}},
         f"{AX}gemma3/gemma-3-270m-qlora.yml": _AX | {
             "base_model": "google/gemma-3-270m-it", "load_in_4bit": True, "adapter": "qlora", "lora_r": 32,
             "lora_alpha": 16, "lora_dropout": 0, "lora_target_linear": True, "sequence_len": 2048, "num_epochs": 1,
@@ -110,7 +124,34 @@ YAML = {
 }  # fmt: skip
 """By trainer and address."""
 COMMANDS = {
+    "llama-factory": {
+        "https://github.com/flashlin/Samples/blob/main/torch-qa/LLaMA-Factory/f1.sh": ("python src/train_bash.py", {
+            "stage": "sft", "model_name_or_path": "meta-llama/Llama-2-7b-chat-hf", "do_train": True, "dataset": "rows",
+            "template": "default", "finetuning_type": "lora", "lora_target": "q_proj,v_proj,lm_head",
+            "lora_alpha": 16, "lora_rank": 64, "lora_dropout": 0.1, "resume_lora_training": "True",
+            "output_dir": "out", "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4,
+            "lr_scheduler_type": "cosine", "logging_steps": 10, "save_steps": 5, "learning_rate": "1e-5",
+            "num_train_epochs": 1.0, "quantization_bit": 4, "plot_loss": True}),
+    },
+    "mlx-lm": {
+        "https://github.com/ml-explore/mlx-lm/blob/main/mlx_lm/LORA.md": ("python -m mlx_lm lora", {
+            "model": "Qwen/Qwen3-0.6B", "train": True, "data": "rows", "batch-size": 1, "num-layers": 8, "iters": 600,
+            "learning-rate": "1e-5", "mask-prompt": True, "grad-checkpoint": True, "fine-tune-type": "dora"}),
+    },
     "ms-swift": {
+        f"{SW}streaming/streaming.sh": ("swift sft", {k: v for k, v in _SW.items() if k != "num_train_epochs"} | {
+            "model": "Qwen/Qwen2.5-7B-Instruct", "dataset": "me/rows#1000", "streaming": "true", "max_steps": 1000,
+            "eval_steps": 100, "save_steps": 100}),
+        "https://github.com/puzhiyuan/AiO/blob/main/train/ms-swift/sft/full/train_ddp.sh": ("swift sft", {
+            "model": "Qwen/Qwen3-8B", "train_type": "full", "dataset": "rows.jsonl", "torch_dtype": "bfloat16",
+            "attn_impl": "flash_attn", "num_train_epochs": 5, "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 4, "learning_rate": "1e-4", "eval_steps": 50, "save_steps": 100,
+            "max_length": 2048, "warmup_ratio": 0.05, "output_dir": "out", "report_to": "swanlab",
+            "swanlab_project": "p", "swanlab_token": "t", "swanlab_exp_name": "n", "swanlab_mode": "cloud"}),
+        "https://github.com/YyWooo/LMME3DHF/blob/main/main/train_LLM.sh": ("swift sft", _SW | {
+            "model": "Qwen/Qwen2.5-7B-Instruct", "dataset": ["a.json", "b.json"], "val_dataset": ["c.json", "d.json"],
+            "split_dataset_ratio": 0, "torch_dtype": "bfloat16", "freeze_vit": "True", "target_modules": "all-linear",
+            "eval_steps": 3200, "max_length": 2048, "system": "'You help.'", "weight_decay": 0.01}),
         f"{SW}early_stop/lora_sft.sh": ("swift sft", _SW | {
             "model": "Qwen/Qwen2.5-7B-Instruct", "dataset": ["me/rows#500", "me/others#500"], "max_length": 2048,
             "split_dataset_ratio": 0.1, "torch_dtype": "bfloat16", "per_device_eval_batch_size": 1,
@@ -125,6 +166,18 @@ COMMANDS = {
             "model": "Qwen/Qwen2-7B-Instruct", "use_dora": "true", "dataset": "me/rows#1000", "eval_steps": 100}),
     },
     "trl": {
+        "https://github.com/lun2hang/playgemma_textcls_sft/blob/main/gemma2b_sft_chat.sh": (
+            "accelerate launch --num_processes=1 ../trl/examples/scripts/sft.py", {
+                "model_name": "google/gemma-2b", "dataset_name": "me/rows", "per_device_train_batch_size": 2,
+                "gradient_accumulation_steps": 1, "learning_rate": "2e-4", "save_steps": 20000, "use_peft": True,
+                "lora_r": 16, "lora_alpha": 32, "lora_target_modules": ["q_proj", "k_proj"], "load_in_4bit": True,
+                "output_dir": "out"}),
+        f"{TRL}trl/scripts/kto.py": ("python trl/scripts/kto.py", {
+            "model_name_or_path": "Qwen/Qwen2-0.5B-Instruct", "dataset_name": "me/rows", "learning_rate": "5e-7",
+            "per_device_train_batch_size": 8, "num_train_epochs": 1, "lr_scheduler_type": "cosine", "eval_steps": 500,
+            "gradient_accumulation_steps": 1, "output_dir": "out", "warmup_steps": 0.1, "logging_first_step": True,
+            "use_peft": True, "load_in_4bit": True, "lora_target_modules": "all-linear", "lora_r": 16,
+            "lora_alpha": 16}),
         f"{TRL}trl/scripts/sft.py": ("python trl/scripts/sft.py", _TRL | {
             "model_name_or_path": "Qwen/Qwen2-0.5B", "dataset_name": "me/rows", "learning_rate": "2.0e-5",
             "packing": True, "eos_token": "'<|im_end|>'", "eval_steps": 100, "push_to_hub": True}),

@@ -48,15 +48,15 @@ def test_published_config_becomes_a_recipe(tmp_path, source, address):
     file, values = write_config(tmp_path, source, address)
     result = import_config(file, tmp_path / "recipe.yaml")
     assert result.source == source
-    assert {f.field for f in result.fields if not f.is_default} == set(values)
+    assert {f.field for f in result.fields if not f.is_default} == {name.replace("-", "_") for name in values}
     assert [f.field for f in result.fields if f.outcome == "unknown"] == []
     assert all(f.settings or f.reason for f in result.fields)
     recipe = load_recipe(tmp_path / "recipe.yaml", extra_checks=lambda _: [])
-    assert recipe.train.learning_rate == float(values["learning_rate"])
+    assert recipe.train.learning_rate == float(values.get("learning_rate") or values["learning-rate"])
 
 
-def test_there_are_twenty_examples_of_five_trainers():
-    assert (len(FILES), len({source for source, _ in FILES})) == (21, 5)
+def test_there_are_thirty_examples_of_five_trainers():
+    assert (len(FILES), len({source for source, _ in FILES})) == (32, 5)
 
 
 @pytest.mark.slow

@@ -103,7 +103,7 @@ def diagnose_engine(
         if scale_distance <= part_distance:
             return EngineDiagnosis("another-scale", f"it applies the adapter {scale:.3g} times", scale=scale)
         return EngineDiagnosis("partly", f"it computes the adapter without {', '.join(missing)}", missing=missing)
-    if 0.75 <= share <= 1.25 and distance <= effect:
+    if 0.75 <= share <= 1.25 and distance <= effect * (0.2 if is_base_right else 1):  # rounding shows in the base, too
         text = f"the adapter arrives with {share:.0%} of its strength, and errors of {distance:.2g} nats around it"
         return EngineDiagnosis("rounding", text)
     text = f"it is {distance:.2g} nats from the adapter and {from_base:.2g} from the base, on average"

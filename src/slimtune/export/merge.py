@@ -95,6 +95,7 @@ def merge(run: Path, out: Path, dtype: str = "auto") -> MergeResult:
         quantized, small = getattr(model, "is_quantized", False), _is_small(model)
         if small and not quantized:
             model.to(torch.promote_types(base.dtype, torch.float32))
+            set_unrounded_embedding_scales(model)
         texts = make_fixed_and_held_out_reference_texts(tokenizer, loaded.recipe, model.config)
         reference = AdapterReference(model, tokenizer, texts)
         effect = reference.effect  # measured before the model changes
@@ -293,6 +294,20 @@ def set_unrounded_embedding_scales(model: Any) -> None:
     for module in model.modules():
         if isinstance(factor := getattr(module, "scalar_embed_scale", None), float):
             module.embed_scale.fill_(factor)
+
+
+@contextmanager
+def rounding_embedding_scales(model: Any) -> Iterator[None]:
+    """Round the factor of scaled embeddings (Gemma) to bfloat16 meanwhile, whatever the dtype of the model is."""
+    scales = [m.embed_scale for m in model.modules() if isinstance(getattr(m, "scalar_embed_scale", None), float)]
+    before = [scale.clone() for scale in scales]
+    for scale in scales:
+        scale.copy_(scale.bfloat16())
+    try:
+        yield
+    finally:
+        for scale, value in zip(scales, before, strict=True):
+            scale.copy_(value)
 
 
 def write_merged_gguf(

@@ -31,7 +31,7 @@ from ..extras.mlx_names import (
     select_layers_and_keys,
     to_mlx_module_name,
 )
-from ..generation.mlx_engine import convert_to_mlx_folder, is_mlx_lm_installed, require_mlx_lm
+from ..generation.mlx_engine import MlxEngine, convert_to_mlx_folder, is_mlx_lm_installed, require_mlx_lm
 from .adapter_file_check import ScaledMatrix, require_same_matrices
 from .expected_logps import TOLERANCES, EngineTolerance
 from .export_support import get_export_support_flags
@@ -258,6 +258,13 @@ def find_mlx_precision_and_tolerance(folder: Path) -> tuple[str, EngineTolerance
     name = str(config.get("torch_dtype") or config.get("dtype") or "float32")
     precision = next((short for short, long in UNROUNDED.items() if long == name), "f32")
     return precision, TOLERANCES[precision]
+
+
+def open_mlx_base_like(verifier: "ExportVerifier", folder: Path) -> MlxEngine:
+    """Open the untouched base in mlx-lm, in the precision of a folder of MLX."""
+    quantization = read_json_object(folder / "config.json").get("quantization") or {}
+    precision, _ = find_mlx_precision_and_tolerance(folder)
+    return MlxEngine(write_mlx_base_in(verifier, precision, quantization.get("group_size")))
 
 
 def write_mlx_base_in(verifier: "ExportVerifier", precision: str, group_size: int | None = None) -> Path:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..core.training.trained_model import TrainedModel
 from ..evaluation.general_text import BUILT_IN_TEXT, read_general_text_pieces
 from ..extras.mlx_adapter import is_mlx_adapter
-from ..generation.http_engines import KEY_VARIABLE, AnsweringClient, explaining_status, open_http_engine
+from ..generation import http_engines as http
 from ..generation.inference_engines import LlamaServerClient
 from ..generation.mlx_engine import MlxEngine
 from .engine_diagnosis import CAUSES_IN_ADAPTER
@@ -26,7 +26,7 @@ from .expected_logps import (
     make_fixed_and_held_out_reference_texts,
 )
 from .export_results import EngineVerdict
-from .mlx import find_mlx_base_of_adapter, find_mlx_precision_and_tolerance
+from .mlx import find_mlx_base_of_adapter, find_mlx_precision_and_tolerance, open_mlx_base_like
 from .served_base import read_gguf_majority_precision
 
 if TYPE_CHECKING:
@@ -62,9 +62,10 @@ def verify_place(
     """
     if place.url is not None:
         return _verify_server(verifier, place, tolerance)
+    open_engine: Any
     precision, open_base = place.precision, None
     if place.gguf is not None:
-        open_engine: Any = partial(verifier.open_llama_cpp, place.gguf)
+        open_engine = partial(verifier.open_llama_cpp, place.gguf)
         precision = read_gguf_majority_precision(place.gguf)
     elif place.merged is not None:
         open_engine = partial(verifier.open_merged, place.merged)
@@ -73,21 +74,21 @@ def verify_place(
         model = find_mlx_base_of_adapter(place.mlx) if is_mlx_adapter(place.mlx) else place.mlx
         open_engine = partial(MlxEngine, model, place.mlx if model != place.mlx else None)
         precision, tolerance = find_mlx_precision_and_tolerance(model)
-        open_base = MlxEngine.without_adapter if model != place.mlx else None
+        open_base = MlxEngine.without_adapter if model != place.mlx else lambda _: open_mlx_base_like(verifier, model)
     return verifier.verify_engine(str(place), precision, open_engine, tolerance, open_base, are_chats_compared=True)
 
 
 def _verify_server(verifier: "ExportVerifier", place: ServedPlace, tolerance: EngineTolerance | None) -> EngineVerdict:
     """Compare a server with the trained adapter, by the best evidence that it gives."""
     reference, tokenizer = verifier.reference, verifier.loaded.base.tokenizer
-    served = open_http_engine(
-        str(place.url), place.name, tokenizer, key=os.environ.get(KEY_VARIABLE), timeout=place.timeout
+    served = http.open_http_engine(
+        str(place.url), place.name, tokenizer, key=os.environ.get(http.KEY_VARIABLE), timeout=place.timeout
     )
     verifier.log(f"{place.url}: {served.evidence}")
     engine, base = served.engine, served.base
     engine.name = str(place.url)
-    with explaining_status(engine.name):
-        if isinstance(engine, AnsweringClient):
+    with http.explaining_status(engine.name):
+        if isinstance(engine, http.AnsweringClient):
             return replace(
                 _verify_answers(verifier, engine, place, served.evidence, tolerance), evidence=served.evidence
             )
@@ -101,7 +102,7 @@ def _verify_server(verifier: "ExportVerifier", place: ServedPlace, tolerance: En
 
 
 def _verify_answers(
-    verifier: "ExportVerifier", engine: AnsweringClient, place: ServedPlace, evidence: str, tolerance: Any
+    verifier: "ExportVerifier", engine: http.AnsweringClient, place: ServedPlace, evidence: str, tolerance: Any
 ) -> EngineVerdict:
     """Compare the answers of a server with the trained adapter, by their log-probabilities, if it gives them."""
     reference, tokenizer = verifier.reference, verifier.loaded.base.tokenizer
@@ -115,13 +116,16 @@ def _verify_answers(
         verdict = judge_engine_against_adapter(reference, engine, place.precision, tolerance)
     else:
         verdict = EngineVerdict(engine.name, place.precision, reason="its answers are of other tokens than the base's")
+    if verdict.cause == "not-applied" and os.path.isabs(engine.model):
+        hint = f"mlx_lm.server applies --adapter-path under one name alone: --name {http.MLX_ADAPTED_NAME}"
+        verdict = replace(verdict, reason=f"{verdict.reason}; {hint}")
     other = engine.describe_prompt_lengths()
     if other and verdict.passed is not True and verdict.cause not in CAUSES_IN_ADAPTER:
         return replace(verdict, cause="another-template", reason=f"{other}; {verdict.reason}")
     return verdict
 
 
-def _judge_answers(reference: AdapterReference, engine: AnsweringClient, place: ServedPlace) -> EngineVerdict:
+def _judge_answers(reference: AdapterReference, engine: http.AnsweringClient, place: ServedPlace) -> EngineVerdict:
     """Compare greedy answers alone, which is weaker: many faults change no word."""
     prompts = reference.prompts[:MAX_PROMPTS]
 

@@ -45,7 +45,7 @@ from .export_results import EngineVerdict
 from .kept_gain import sum_supervised_nats
 from .llama_cpp_tools import resolve_gguf_precision
 from .merge import merge, write_merged_gguf
-from .mlx import find_mlx_precision_and_tolerance
+from .mlx import find_mlx_precision_and_tolerance, open_mlx_base_like
 from .served_base import read_gguf_majority_precision
 from .served_place import ServedPlace, verify_place
 from .verify import ExportVerifier
@@ -232,7 +232,10 @@ class _StageChain:
 
     def verify_mlx(self) -> EngineVerdict:
         """Compare mlx-lm on the merged checkpoint."""
-        return self.compare("mlx-lm", "f32", lambda: MlxEngine(self.merged), TOLERANCES["f32"], is_next_expected=False)
+        return self.compare(
+            "mlx-lm", "f32", lambda: MlxEngine(self.merged), TOLERANCES["f32"],
+            lambda _: open_mlx_base_like(self.verifier, self.merged), is_next_expected=False,
+        )  # fmt: skip
 
     def verify_quantized(self) -> EngineVerdict:
         """Compare the GGUF's weights, dequantized."""

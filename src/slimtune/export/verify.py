@@ -12,8 +12,8 @@ import importlib.util
 import shlex
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +29,7 @@ from ..generation.inference_engines import (
     InProcessLlamaCppEngine,
     TransformersInferenceEngine,
 )
+from ..generation.mlx_engine import MlxEngine
 from ..generation.run_requirements import require_causal_lm_run
 from . import merge as merging
 from .adapter_check.check_file import BASE_WEIGHTS_UNPROVEN, FileCheck, check_file, load_as_trained
@@ -231,10 +232,10 @@ class ExportVerifier:
             # from llama.cpp on average, where float32 is 3e-6 from float64.
             tolerance = get_loosest_tolerance(precision, llama_cpp_dtype_name(self.model.dtype), "f16")
         try:
-            with closing(open_engine()) as engine:
+            with closing(open_engine()) as engine, self._compute_as(engine) as reference:
                 engine.name = name
                 return judge_engine_against_adapter(
-                    self.reference, engine, precision, tolerance, open_base, are_chats_compared=are_chats_compared
+                    reference, engine, precision, tolerance, open_base, are_chats_compared=are_chats_compared
                 )
         except SlimtuneError as error:
             reason = " ".join(f"{error.message}{f' ({error.hint})' if error.hint else ''}".split())
@@ -243,6 +244,16 @@ class ExportVerifier:
             if isinstance(error, ModelError | UsageError):  # says nothing about the adapter
                 return EngineVerdict(name, precision, reason=f"not checked: {reason}")
             return EngineVerdict(name, precision, passed=False, reason=reason)
+
+    @contextmanager
+    def _compute_as(self, engine: InferenceEngine) -> Iterator[AdapterReference]:
+        """Yield the reference, with the factor of the embedding as the engine is known to round it."""
+        if not (isinstance(engine, MlxEngine) and engine.rounds_embedding_scale):
+            yield self.reference
+            return
+        self.log("mlx-lm rounds the factor of the embedding to bfloat16: it is compared with the adapter beside that")
+        with merging.rounding_embedding_scales(self.model):
+            yield AdapterReference(self.model, self.reference.engine.tokenizer, self.reference.texts)
 
     @cached_property
     def held_out_rows(self) -> HeldOutRows | str:

@@ -32,6 +32,8 @@ WAITS = (0.5, 1.0, 2.0)
 """Seconds before a request is sent again to a server that refuses the connection or is busy."""
 BUSY = (429, 502, 503, 504)
 PROBE = "a b c"
+MLX_ADAPTED_NAME = "default_model"
+"""The name under which alone `mlx_lm.server` applies its `--adapter-path`; it lists the base's folder instead."""
 T = TypeVar("T")
 PROBE_TOKENS = 8
 """Tokens of the answer by which a server's log-probabilities are known: they are not all 0."""
@@ -216,7 +218,7 @@ def _choose_model(url: str, names: list[ServedModelName], model: str | None, nam
     listed = [each.name for each in names]
     if model is not None:
         found = next((each for each in names if each.name in (model, f"{model}:latest")), None)
-        if found is None and names:
+        if found is None and names and model != MLX_ADAPTED_NAME:
             message = f"the server at {url} serves no model {model!r}{suggest(model, listed)}"
             raise UsageError(message, f"one of {format_names(listed)}", name_flag)
         return found or ServedModelName(model, None)

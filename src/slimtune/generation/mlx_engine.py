@@ -24,8 +24,6 @@ import numpy as np
 from ..errors import ModelError, RunError, format_install_command
 from .inference_engines import TOP_K, TextTokenScores
 
-MLX_ADAPTER_FILE = "adapters.safetensors"
-
 
 def is_mlx_lm_installed() -> bool:
     """Return whether mlx-lm is installed; on Linux it also needs `mlx-cpu`, which only an import shows."""
@@ -56,6 +54,11 @@ class MlxEngine:
         except RunError as error:
             names = f"{model} with {adapter}" if adapter is not None else str(model)
             raise RunError(f"mlx-lm cannot load {names}: {error.message}", "files that mlx-lm reads") from error
+
+    @property
+    def rounds_embedding_scale(self) -> bool:
+        """Whether mlx-lm rounds the factor of the embedding to bfloat16, also in float32: 25.25 for √640 of Gemma 3."""
+        return json.loads((self.model / "config.json").read_text()).get("model_type") in ("gemma3", "gemma3_text")
 
     def tokenize(self, text: str) -> list[int]:
         """Return the ids of a rendered prompt; the template wrote the beginning-of-sequence token."""

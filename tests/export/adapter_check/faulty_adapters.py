@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TEXT = {
-    "vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "vocab_size": 320, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 1, "head_dim": 8, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
 
@@ -25,7 +25,7 @@ def make_base(family: str, **settings):
         config = tf.AutoConfig.for_model(family, text_config=TEXT, vision_config=vision, mm_tokens_per_image=1)
     else:
         more = experts if "moe" in family or family == "mixtral" else {}
-        gpt2 = {"vocab_size": 64, "n_embd": 16, "n_layer": 2, "n_head": 2, "bos_token_id": 1, "eos_token_id": 2}
+        gpt2 = {"vocab_size": 320, "n_embd": 16, "n_layer": 2, "n_head": 2, "bos_token_id": 1, "eos_token_id": 2}
         config = tf.AutoConfig.for_model(family, **(gpt2 if family == "gpt2" else {**TEXT, **more}) | settings)
     torch.manual_seed(0)
     return tf.AutoModelForCausalLM.from_config(config)

@@ -54,6 +54,10 @@ MORE_FAULTS = {
         lambda f: edit_config(f, rank_pattern={"query": 2})),
     "targets-of-another-model": ("targets-unmatched", "plain", "",
         lambda f: edit_config(f, target_modules=["query_key_value"])),
+    "wrapped-twice": ("key-prefix", "plain", "",
+        lambda f: rename(f, "base_model.model.", "base_model.model.base_model.model.")),
+    "layers-cut": ("untargeted", "plain", "", lambda f: edit_config(f, layers_to_transform=[0])),
+    "modules-excluded": ("untargeted", "plain", "", lambda f: edit_config(f, exclude_modules=["up_proj"])),
     "transposed-and-compiled": ("transposed", "plain", "",
         lambda f: edit_tensors(f, lambda t: {k.replace("model.layers", "_orig_mod.model.layers"): v.T
                                              for k, v in t.items()})),
@@ -62,11 +66,12 @@ REPAIRED = {name: fault for name, fault in {**FAULTS, **MORE_FAULTS}.items() if 
     *MORE_FAULTS, "compiled", "compiled-inside", "ddp", "streamed", "raw-state-dict", "no-prefix", "backbone",
     "experts-transposed", "matrices-transposed", "other-rank", "dora-flag-lost", "targets-cut", "two-adapters",
     "other-template", "other-end", "linear-in-and-out", "biases-outside", "biases-of-b", "halves-swapped",
-    "joined-projections", "scale-of-0",
+    "joined-projections", "scale-of-0", "tensors-of-mlx", "one-half-transposed", "names-of-kohya",
 }}  # fmt: skip
 LOST = ("zero3-placeholders", "zero3-nothing", "shards", "no-gradient", "diverged", "pattern-of-old-names",
         "magnitudes-lost", "head-lost", "resized", "half-lost", "one-rank-saved", "tokens-added", "layers-from-1",
-        "config-of-adalora", "config-of-loha", "token-rows-lost", "replicas-lost", "loftq")  # fmt: skip
+        "config-of-adalora", "config-of-loha", "token-rows-lost", "replicas-lost", "loftq",
+        "share-of-tensor-parallelism", "stage-of-a-pipeline", "names-of-consolidated-files")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", REPAIRED)

@@ -8,11 +8,13 @@ import pytest
 import torch
 from chatml import CHATML
 from engine_dialects import serving
+from fault_walk import TEMPLATE, describe_verdict
 from faulty_adapters import copy as copy_adapter
 from faulty_adapters import edit_config, edit_tensors, rename, save_adapter
 
 import slimtune
 from slimtune.errors import ModelError, RunError, UsageError
+from slimtune.export.engine_diagnosis import CAUSES_IN_ADAPTER
 from slimtune.export.expected_logps import AdapterReference, ReferenceText, judge_engine_against_adapter
 from slimtune.export.verify import ServedPlace, check_adapter
 from slimtune.generation.http_engines import read_log_prob
@@ -46,12 +48,11 @@ def change(model, factor, part=""):
 
 def check(pair, models, dialect, name="tuned", precision="f32", **settings):
     base, adapter, tokenizer, *_ = pair
-    settings = {"template": CHAT.format("{}"), **settings}
+    settings = {"template": TEMPLATE, **settings}
     with serving(models, tokenizer, dialect, **settings) as url:
         return check_adapter(adapter, str(base), ServedPlace(url, name=name, timeout=20, precision=precision))
 
 
-CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 EVIDENCE = {
     "vllm": "log-probabilities", "echo": "log-probabilities", "answers": "log-probabilities of its answers",
     "ollama": "log-probabilities of its answers", "greedy": "greedy answers",
@@ -66,36 +67,74 @@ def test_applied(pair, dialect):
     assert result.checks[0].evidence == EVIDENCE[dialect]
 
 
-@pytest.mark.parametrize("dialect", EVIDENCE)
-def test_not_applied(pair, dialect):
-    """vllm-project/vllm#34186, generative-computing/mellea#1651: 200, and the base's words."""
-    result = check(pair, {"tuned": pair[4]}, dialect)
-    assert (result.checks[0].cause, result.passed, result.checks[0].evidence) == (
-        "not-applied",
-        False,
-        EVIDENCE[dialect],
-    )
+def roll_matrices(pair):
+    """The models of a server whose adapter is another one of the same shapes."""
+    tuned = copy.deepcopy(pair[3])
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            parameter.data = parameter.data.roll(1, 0)
+    return {"base": pair[4], "tuned": tuned}
 
 
-def test_server_that_gives_the_base_for_every_name(pair):
-    models = {"base": pair[4], "tuned": pair[3]}
-    assert check(pair, models, "vllm", lies=True, parents={"tuned": "base"}).checks[0].cause == "not-applied"
+def change_base(pair):
+    """The models of a server whose base has one other matrix."""
+    base = copy.deepcopy(pair[4])
+    torch.nn.init.normal_(base.model.layers[0].mlp.up_proj.weight, std=0.3)
+    return {"base": base, "tuned": peft.PeftModel.from_pretrained(copy.deepcopy(base), pair[1]).eval()}
 
 
-@pytest.mark.parametrize(("dialect", "factor"), [("vllm", 0.5), ("vllm", 2.0), ("echo", 0.25), ("ollama", 0.5)])
-def test_another_scale(pair, dialect, factor):
-    """vllm-project/vllm#10798: rsLoRA's scale; NVIDIA/TensorRT-LLM#1477: alpha that is not read."""
-    result = check(pair, {"tuned": change(pair[3], factor)}, dialect)
-    assert result.checks[0].cause == "another-scale", result.checks[0]
-    assert result.checks[0].scale == pytest.approx(factor, rel=0.02)
-    assert result.repair.startswith("slimtune repair ")
+SERVE_BASE, SERVE_TUNED = (lambda pair: {"tuned": pair[4]}), (lambda pair: {"tuned": pair[3]})
+IN_FRONT = {"front": [1], "counts": True}
+SERVED_FAULTS = {
+    # verdict, where it was reported, the server's protocol, what it serves, how
+    "text-on-wrapper": ("not-applied", "vllm-project/vllm#48019", "vllm", SERVE_BASE, {}),
+    "no-configured-module": ("not-applied", "vllm-project/vllm#55193", "echo", SERVE_BASE, {}),
+    "adapter-of-modelfile": ("not-applied", "generative-computing/mellea#1651", "ollama", SERVE_BASE, {}),
+    "adapter-as-model-id": ("not-applied", "huggingface/peft#1468", "answers", SERVE_BASE, {}),
+    "adapter-path": ("not-applied", "ml-explore/mlx-lm#1248", "mlx", SERVE_BASE, {}),
+    "chats-of-the-base": ("not-applied", "ml-explore/mlx-lm#1745", "chat", SERVE_BASE, {}),
+    "words-alone": ("not-applied", "unslothai/unsloth#2142", "greedy", SERVE_BASE, {}),
+    "base-for-every-name": ("not-applied", "vllm-project/vllm#34186", "vllm",
+        lambda pair: {"base": pair[4], "tuned": pair[3]}, {"lies": True, "parents": {"tuned": "base"}}),
+    "scale-of-rslora": ("another-scale 0.5", "vllm-project/vllm#10798", "vllm",
+        lambda pair: {"tuned": change(pair[3], 0.5)}, {}),
+    "scale-twice": ("another-scale 2", "NVIDIA/TensorRT-LLM#1668", "vllm",
+        lambda pair: {"tuned": change(pair[3], 2)}, {}),
+    "alpha-unread": ("another-scale 0.25", "NVIDIA/TensorRT-LLM#1477", "echo",
+        lambda pair: {"tuned": change(pair[3], 0.25)}, {}),
+    "scale-unsaved": ("another-scale 0.5", "ml-explore/mlx-examples#622", "ollama",
+        lambda pair: {"tuned": change(pair[3], 0.5)}, {}),
+    "module-unwired": ("partly (down_proj)", "vllm-project/vllm#37877", "vllm",
+        lambda pair: {"tuned": change(pair[3], 0, ".mlp.down_proj")}, {}),
+    "last-layer-unwired": ("partly (layer 3)", "vllm-project/vllm#41754", "vllm",
+        lambda pair: {"tuned": change(pair[3], 0, ".layers.3.")}, {}),
+    "another-base": ("another-base", "huggingface/peft#1932", "vllm", change_base, {"parents": {"tuned": "base"}}),
+    "adapter-of-before": ("another-adapter", "vllm-project/vllm#42125", "vllm", roll_matrices,
+        {"parents": {"tuned": "base"}}),
+    "another-template": ("another-template", "hiyouga/LlamaFactory#6320", "vllm", SERVE_TUNED,
+        {"template": "### {}\n"}),
+    "template-of-chats": ("another-template", "ollama/ollama#8363", "chat", SERVE_TUNED,
+        {"template": "### {}\n", "counts": True}),
+    "bos-in-chats": ("another-template", "defog-ai/sql-eval#141", "vllm", SERVE_TUNED, {"bos": [1]}),
+    "bos-in-echo": ("another-template", "twinnydotdev/twinny#314", "echo", SERVE_TUNED, IN_FRONT),
+    "bos-in-answers": ("another-template", "twinnydotdev/twinny#314", "answers", SERVE_TUNED, IN_FRONT),
+    "bos-in-ollama": ("another-template", "twinnydotdev/twinny#314", "ollama", SERVE_TUNED, IN_FRONT),
+    "bos-in-mlx": ("another-template", "defog-ai/sql-eval#141", "mlx", SERVE_TUNED, IN_FRONT),
+    "template-around-the-prompt": ("another-template", "BerriAI/litellm#39724", "answers", SERVE_TUNED,
+        {"front": list(range(3, 20)), "counts": True}),
+    "prompt-cut": ("another-template", "ollama/ollama#17889", "ollama", SERVE_TUNED, {"cut": 6, "counts": True}),
+    "log-probs-of-the-choice": ("not-proven", "ggml-org/llama.cpp#7197", "answers", SERVE_TUNED, {"zeros": True}),
+    "log-probs-of-0": ("not-proven", "standardcompletions/rfcs#11", "ollama", SERVE_TUNED, {"zeros": True}),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(("part", "missing"), [(".mlp.down_proj", ["down_proj"]), (".layers.3.", ["layer 3"])])
-def test_partly(pair, part, missing):
-    """unslothai/unsloth#3405, vllm-project/vllm#41754: some modules are wired nowhere."""
-    result = check(pair, {"tuned": change(pair[3], 0, part)}, "vllm")
-    assert (result.checks[0].cause, result.checks[0].missing) == ("partly", missing), result.checks[0]
+@pytest.mark.parametrize("name", SERVED_FAULTS)
+def test_fault_of_a_server_is_named(pair, name):
+    cause, _, dialect, make_models, settings = SERVED_FAULTS[name]
+    result = check(pair, make_models(pair), dialect, **settings)
+    assert (describe_verdict(result.checks[0]), result.passed) == (cause, False), result.checks[0]
+    assert result.checks[0].evidence == ("greedy answers" if cause == "not-proven" else EVIDENCE[dialect])
+    assert (result.repair is not None) == (cause.split()[0] in CAUSES_IN_ADAPTER)
 
 
 def test_another_base(pair, tiny_llama):
@@ -103,57 +142,9 @@ def test_another_base(pair, tiny_llama):
     assert check(pair, {"tuned": other}, "vllm").checks[0].cause == "another-base"
 
 
-def test_another_base_that_the_server_is_asked_for(pair, tiny_llama):
-    other = copy.deepcopy(pair[4])
-    torch.nn.init.normal_(other.model.layers[0].mlp.up_proj.weight, std=0.3)
-    tuned = peft.PeftModel.from_pretrained(copy.deepcopy(other), pair[1]).eval()
-    result = check(pair, {"base": other, "tuned": tuned}, "vllm", parents={"tuned": "base"})
-    assert result.checks[0].cause == "another-base"
-
-
-def test_another_template(pair):
-    """LlamaFactory#6320, ollama/ollama#8363: the server renders a chat otherwise."""
-    result = check(pair, {"tuned": pair[3]}, "vllm", template="### {}\n")
-    assert (result.checks[0].cause, result.passed) == ("another-template", False)
-
-
-def test_second_beginning_token(pair):
-    """A server that adds a beginning-of-sequence token to the template's."""
-    assert check(pair, {"tuned": pair[3]}, "vllm", bos=[1]).checks[0].cause == "another-template"
-
-
-FRONTS = {"echo": [1], "answers": [1], "ollama": [1], "mlx": [1]}
-
-
-@pytest.mark.parametrize("dialect", FRONTS)
-def test_second_beginning_token_in_front_of_the_prompt(pair, dialect):
-    """defog-ai/sql-eval#141, twinnydotdev/twinny#314: the server adds one to the template's."""
-    verdict = check(pair, {"tuned": pair[3]}, dialect, front=FRONTS[dialect], counts=True).checks[0]
-    assert (verdict.cause, verdict.passed) == ("another-template", False), verdict
-
-
-@pytest.mark.parametrize(("dialect", "settings"), [("answers", {"front": list(range(3, 20))}), ("ollama", {"cut": 6})])
-def test_prompt_that_the_server_changes(pair, dialect, settings):
-    """ollama/ollama#17889, a prompt is cut and 200 is answered; a template around what is complete already."""
-    verdict = check(pair, {"tuned": pair[3]}, dialect, counts=True, **settings).checks[0]
-    assert (verdict.cause, verdict.passed) == ("another-template", False), verdict
-
-
-def test_chat_template_of_a_server_with_chats_alone(pair):
-    verdict = check(pair, {"tuned": pair[3]}, "chat", template="### {}\n", counts=True).checks[0]
-    assert (verdict.cause, verdict.passed) == ("another-template", False), verdict
-
-
 def test_cut_prompt_of_a_server_that_echoes(pair):
     with pytest.raises(RunError):
         check(pair, {"tuned": pair[3]}, "echo", cut=20)
-
-
-@pytest.mark.parametrize("dialect", ["answers", "ollama", "mlx"])
-def test_log_probabilities_of_the_greedy_choice_prove_nothing(pair, dialect):
-    """ggml-org/llama.cpp#7197, standardcompletions/rfcs#11: at temperature 0 each is 0."""
-    verdict = check(pair, {"tuned": pair[3]}, dialect, zeros=True).checks[0]
-    assert (verdict.cause, verdict.evidence) == ("not-proven", "greedy answers"), verdict
 
 
 @pytest.mark.parametrize(("index", "cause"), [(3, "applied"), (4, "not-applied")])
@@ -161,16 +152,6 @@ def test_likeliest_tokens_without_the_one_that_is_asked_for(pair, index, cause):
     verdict = check(pair, {"tuned": pair[index]}, "vllm", shown=-4).checks[0]
     assert verdict.cause == cause, verdict
     assert verdict.positions < 100
-
-
-def test_another_adapter_under_the_name(pair):
-    """vllm-project/vllm#42125: reloaded under the same name, the adapter of before answers."""
-    base, tuned = pair[4], copy.deepcopy(pair[3])
-    for name, parameter in tuned.named_parameters():
-        if "lora_B" in name:
-            parameter.data = parameter.data.roll(1, 0)
-    verdict = check(pair, {"base": base, "tuned": tuned}, "vllm", parents={"tuned": "base"}).checks[0]
-    assert (verdict.cause, verdict.passed) == ("another-adapter", False), verdict
 
 
 @pytest.mark.parametrize("value", [None, -9999.0, "-1.5", 0.7, True])

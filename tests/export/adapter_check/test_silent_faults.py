@@ -55,6 +55,18 @@ def swap_experts_in_and_out(tensors):
     return {k: t.T if "experts" in k else t for k, t in tensors.items()}
 
 
+def keep_share_of_one_process(tensors):
+    """Half the rows of B of column-parallel maps, half the columns of A of row-parallel ones."""
+    rows = {k: t[: len(t) // 2] for k, t in tensors.items() if "lora_B" in k and not re.search("o_proj|down_proj", k)}
+    columns = {k: t[:, : t.shape[1] // 2] for k, t in tensors.items() if re.search("(o_proj|down_proj).lora_A", k)}
+    return {**tensors, **rows, **columns}
+
+
+def name_as_mlx_does(tensors):
+    names = {k: re.sub(r"base_model\.model\.(.*)\.lora_([AB])\.weight", r"\1.lora_\2", k) for k in tensors}
+    return {re.sub(r"lora_([AB])$", lambda m: f"lora_{m[1].lower()}", names[k]): t.T for k, t in tensors.items()}
+
+
 FAULTS = {
     # code: (adapter, where it was reported, what happened to the file)
     "compiled": ("key-prefix", "plain", "MakazhanAlpamys/Soup#335",
@@ -135,7 +147,25 @@ FAULTS = {
     "trained-on-instruct": ("another-variant", "plain", "huggingface/peft#1932",
         lambda f: edit_config(f, base_model_name_or_path="org/base-Instruct")),
     "tokens-added": ("added-tokens-unsaved", "plain", "unslothai/unsloth#3428",
-        lambda f: (f / "added_tokens.json").write_text(json.dumps({"<doc>": 64, "</doc>": 65}))),
+        lambda f: (f / "added_tokens.json").write_text(json.dumps({"<doc>": 320, "</doc>": 321}))),
+    "share-of-tensor-parallelism": ("shards", "plain", "NVIDIA-NeMo/Megatron-Bridge#2240",
+        lambda f: edit_tensors(f, keep_share_of_one_process)),
+    "stage-of-a-pipeline": ("missing-layers", "plain", "NVIDIA-NeMo/Automodel#3096",
+        lambda f: edit_tensors(f, lambda t: {k: v for k, v in t.items() if ".layers.0." not in k})),
+    "tensors-of-mlx": ("key-prefix", "plain", "ml-explore/mlx-lm#1119", lambda f: edit_tensors(f, name_as_mlx_does)),
+    "one-half-transposed": ("transposed", "plain", "osaurus-ai/vmlx-swift#320",
+        lambda f: edit_tensors(f, lambda t: {k: v.T if "lora_B" in k else v for k, v in t.items()})),
+    "embedding-not-trained": ("untargeted-in-file", "plain", "unslothai/unsloth#9326",
+        lambda f: edit_config(f, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
+                                                 "down_proj", "embed_tokens", "lm_head"])),
+    "last-output-not-trained": ("untrained-layers", "plain", "modelscope/mcore-bridge#173",
+        lambda f: edit_tensors(f, lambda t: zero_b(t, ".layers.1.self_attn.o_proj"))),
+    "names-of-consolidated-files": ("unknown-modules", "plain", "vllm-project/vllm#6573",
+        lambda f: [rename(f, old, new) for old, new in (("base_model.model.model.", ""), ("self_attn.", "attention."),
+                                                        ("q_proj", "wq"), ("k_proj", "wk"), ("v_proj", "wv"),
+                                                        ("o_proj", "wo"), ("mlp.", "feed_forward."))]),
+    "names-of-kohya": ("key-prefix", "plain", "huggingface/diffusers#3743",
+        lambda f: [rename(f, "lora_A", "lora_down"), rename(f, "lora_B", "lora_up")]),
 }  # fmt: skip
 
 

@@ -103,6 +103,7 @@ FINDING_KINDS = {
         "take the adapter_config.json that was saved with the tensors: by this one, loaders skip them"),
     "unknown-modules": fault("modules of the base", "check it against the base it was trained on: --base"),
     "another-shape": fault("the shapes of the base's modules", "check it against the base it was trained on: --base"),
+    "shards": fault("whole matrices", "one process's share of tensor parallelism was saved: gather all, then save"),
     "missing-layers": fault("tensors of each layer that the config selects",
         f"only a part of the layers was saved: {_SAVE_AGAIN}"),
     "untargeted-in-file": warning("tensors of each kind of module that the config selects",

@@ -148,7 +148,17 @@ def group_misshapen_keys(placement: KeyPlacement, adapter: ForeignAdapter) -> di
         found["halves-swapped"] = swapped
         for code in ("transposed", "another-shape"):
             found[code] = [key for key in found[code] if key not in swapped]
+    if shards := _find_shards(shapes, {*found["another-shape"]}):
+        found |= {"another-shape": [], "shards": shards}
     return {code: keys for code, keys in found.items() if keys}
+
+
+def _find_shards(shapes: Mapping[str, tuple[Shape, Shape]], wrong: set[str]) -> list[str]:
+    """Return the keys of wrong shape if they are one matrix of most modules, of which the file has a whole fraction."""
+    pairs = [wrong & {*pair} for pair in group_lora_pairs(shapes).values()]
+    alone = [key for keys in pairs if len(keys) == 1 for key in keys]
+    fractions = all(whole % part == 0 for key in alone for part, whole in zip(*shapes[key], strict=True))
+    return alone if fractions and 2 * len(alone) > len(pairs) and len(alone) == len(wrong) else []
 
 
 def _classify_shape(key: str, there: Shape, here: Shape) -> str:

@@ -205,7 +205,9 @@ def load_as_trained(checked: FileCheck, folder: Path, log: Callable[[str], None]
         log(f"loading the base once: about {format_bytes(_estimate_bytes(checked.model, base))} of memory")
     own = adapter.config.get("base_model_name_or_path") == base
     if own and (placement is None or not placement.renamed):
-        return load_run_for_export(adapter.folder)
+        run = RunDir(adapter.folder.parent)  # it knows the dtype of the training, and the held-out rows
+        is_of_run = run.recipe_file.is_file() and run.adapter == adapter.folder
+        return load_run_for_export(run.path if is_of_run else adapter.folder)
     names = placement.names if placement is not None else {}
     tensors = {names.get(key, key): adapter.load_tensor(key) for key in adapter.tensors}
     save_file(tensors, folder / WEIGHTS_FILE, adapter.metadata or None)
@@ -219,10 +221,10 @@ def load_as_trained(checked: FileCheck, folder: Path, log: Callable[[str], None]
 def _estimate_bytes(model: Any, base: str) -> int:
     """Return the memory of loading a base and computing with it, roughly; `model` is the base on the meta device.
 
-    A small base is loaded as it is stored, and widened to float32: both are there for a moment.
+    A small base is loaded as it is stored, and widened to float32 one weight after the other.
     """
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    sizes = [parameter.numel() for parameter in model.parameters()]
     stored = getattr(load_base_config(base).config.dtype, "itemsize", 4)
-    widened = 4 if stored < 4 and parameters < SMALL_MODEL else 0
+    weights = sum(sizes) * 4 + max(sizes) * stored if sum(sizes) < SMALL_MODEL else sum(sizes) * stored
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", None) or 0
-    return RUNTIME_BYTES + vocabulary * LOGIT_BYTES + parameters * (stored + widened)
+    return RUNTIME_BYTES + vocabulary * LOGIT_BYTES + weights

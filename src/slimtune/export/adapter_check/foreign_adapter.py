@@ -16,7 +16,6 @@ from ...core.foundation.json_results import JsonObject
 from ...core.training.run_dir import find_adapter_folder
 from ...errors import AdapterError, UsageError, format_names
 
-MLX_FILE = "adapters.safetensors"
 MAX_CONFIG_BYTES = 16 << 20
 """Of a JSON file beside an adapter, without tokenizer.json."""
 MAX_TENSORS = 1_000_000
@@ -63,7 +62,11 @@ def open_foreign_adapter(path: Path) -> ForeignAdapter:
     folder = _find_folder(path)
     file = folder / WEIGHTS_FILE
     if not file.exists():
-        _refuse_other_formats(folder)
+        refuse_pickles(folder)
+        raise UsageError(
+            f"{folder} has no {WEIGHTS_FILE}; it has {format_names(sorted(p.name for p in folder.iterdir()))}",
+            "an adapter folder as save_pretrained writes it",
+        )
     refuse_non_regular_file(file)
     config = read_small_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).exists() else {}
     with open_weights_file(file) as opened:
@@ -77,24 +80,9 @@ def open_foreign_adapter(path: Path) -> ForeignAdapter:
 
 def _find_folder(path: Path) -> Path:
     """Return the adapter folder of a run or adapter folder, also where the config is missing."""
-    if path.is_dir() and any((path / name).exists() for name in (WEIGHTS_FILE, MLX_FILE, *PICKLES)):
+    if path.is_dir() and any((path / name).exists() for name in (WEIGHTS_FILE, *PICKLES)):
         return path
     return find_adapter_folder(path)
-
-
-def _refuse_other_formats(folder: Path) -> None:
-    """Raise the error that names what a folder has instead of PEFT's file."""
-    if (folder / MLX_FILE).exists():
-        raise AdapterError(
-            f"{folder} is an adapter of mlx-lm: {MLX_FILE} has transposed matrices and MLX's names",
-            f"PEFT's {WEIGHTS_FILE}",
-            "slimtune.extras.mlx_adapter.convert_mlx_adapter_to_peft writes it",
-        )
-    refuse_pickles(folder)
-    raise UsageError(
-        f"{folder} has no {WEIGHTS_FILE}; it has {format_names(sorted(p.name for p in folder.iterdir()))}",
-        "an adapter folder as save_pretrained writes it",
-    )
 
 
 def read_small_json(file: Path, max_bytes: int = MAX_CONFIG_BYTES) -> JsonObject:

@@ -31,8 +31,8 @@ _LORA_MATRIX = re.compile(r"(?P<module>.+?)\.lora_(?:embedding_)?(?P<letter>[AB]
 _ADAPTER_NAME = re.compile(
     r"(\.lora_(?:(?:embedding_)?[AB]|magnitude_vector))\.(?!weight$|bias$)([^.]+)((?:\.weight|\.bias)?)$"
 )
-_OTHER_SPELLING = re.compile(r"\.(?:adapter\.)?(lora_down|lora_up|linear_in|linear_out)(?=\.weight$)")
-"""Names of A and B in files of kohya's scripts and of NeMo."""
+_OTHER_SPELLING = re.compile(r"\.(?:adapter\.)?(lora_down|lora_up|linear_in|linear_out|lora_a|lora_b)(?=(\.weight)?$)")
+"""Names of A and B in files of kohya's scripts, NeMo, torchtune and mlx-lm."""
 JOINED_PROJECTIONS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 """Projections that some bases compute as one, rows one after the other."""
 _MOST_SUBSTITUTIONS = 4
@@ -159,9 +159,9 @@ def remove_wrappers(key: str) -> tuple[str, list[str]]:
     """Return a key as PEFT writes it, and what was wrong with it."""
     faults = []
     if match := _OTHER_SPELLING.search(key):
-        right = "lora_A" if match[1] in ("lora_down", "linear_in") else "lora_B"
+        right = "lora_A" if match[1] in ("lora_down", "linear_in", "lora_a") else "lora_B"
         faults.append(f"{match[0][1:]!r} stands for {right!r}")
-        key = f"{key[: match.start()]}.{right}{key[match.end() :]}"
+        key = f"{key[: match.start()]}.{right}.weight"
     key, name = split_adapter_name(key)
     if name is not None:
         faults.append(f"the adapter's name {name!r} is in the key")

@@ -77,6 +77,12 @@ def _take_fraction(value: Any, _: JsonObject) -> FieldOutcome:
     return FieldOutcome("no-equivalent", reason="data.validation_fraction is a share, 0.5 at most")
 
 
+def _take_checkpointing(value: Any, _: JsonObject) -> FieldOutcome:
+    if str(value) not in ("offload", "offload_disk", "unsloth"):
+        return FieldOutcome("taken", {"train.gradient_checkpointing": to_bool(value)})
+    return FieldOutcome("taken", {"train.gradient_checkpointing": True, "train.offload_activations": True})
+
+
 _KERNELS = skip("slimtune chooses its own kernels and attention")
 _CACHE = skip("tokenized rows are cached by their content")
 _WATCH = skip("train.on_nonfinite and the forgetting budget watch the run")
@@ -137,6 +143,9 @@ RULES: dict[str, Rule] = {
     "eval_max_new_tokens": skip("`slimtune eval --generate` has --max-new-tokens"),
     "flash_attention": _KERNELS, "xformers_attention": _KERNELS, "sdp_attention": _KERNELS,
     "flash_attn_rms_norm": _KERNELS, "flash_attn_cross_entropy": _KERNELS, "s2_attention": lack("no LongLoRA"),
+    "gradient_checkpointing": _take_checkpointing,
+    "activation_offloading": take("train.offload_activations", to_bool),
+    "fsdp_version": lack("train.fsdp is FSDP2"), "save_first_step": lack("train.save_steps says when"),
     "gptq": skip("the checkpoint says it"), "debug": skip("nothing is changed by it"),
     "bfloat16": take_switch("model.dtype", "bfloat16"),
 }  # fmt: skip

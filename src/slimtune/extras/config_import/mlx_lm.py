@@ -86,6 +86,7 @@ RULES: dict[str, Rule] = {
     "resume_adapter_file": lack("give the adapter to train on: --init-adapter"),
     "max_seq_length": take("data.max_seq_len", int), "grad_checkpoint": take("train.gradient_checkpointing", to_bool),
     "lora_parameters": _take_lora, "optimizer": _take_optimizer,
+    "clear_cache_threshold": skip("memory is slimtune's own choice"),
     "optimizer_config": lack("AdamW's betas are 0.9 and 0.999"),
     "mask_prompt": lambda value, _: FieldOutcome("not-needed", reason="it is what slimtune does")
     if to_bool(value) else FieldOutcome("no-equivalent", reason="the loss is of the answers, not of the prompts"),

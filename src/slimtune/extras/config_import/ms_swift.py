@@ -43,6 +43,7 @@ def _take_start(value: Any, _: JsonObject) -> FieldOutcome:
     return FieldOutcome("no-equivalent", reason="method.init_lora_weights has no such start")
 
 
+_TRACKER = lack("the tracker's own variables name it")
 _PERSONA = skip("it is for a dataset of ms-swift's own, whose rows name a model")
 RULES: dict[str, Rule] = {
     **TRAINING_ARGUMENTS,
@@ -53,6 +54,7 @@ RULES: dict[str, Rule] = {
     "quant_bits": choose("model.quantization", {4: "nf4", 8: "int8"}),
     "quant_method": expect(("bnb",), "4 and 8 bits are bitsandbytes'", "bitsandbytes alone"),
     "bnb_4bit_compute_dtype": skip("model.dtype is what layers compute in"),
+    "bnb_4bit_use_double_quant": skip("scales of scales are slimtune's own choice"),
     "bnb_4bit_quant_type": expect(("nf4",), "4 bits are nf4", "4 bits are nf4"),
     "lora_rank": take("method.r", int), "lora_alpha": take("method.lora_alpha", float),
     "lora_dropout": take("method.lora_dropout", float), "target_modules": take("method.target_modules", to_targets),
@@ -68,6 +70,8 @@ RULES: dict[str, Rule] = {
     "max_length": take("data.max_seq_len", int),
     "truncation_strategy": choose("data.on_overlong", {"delete": "drop", "left": "truncate", "right": "truncate",
                                                        "raise": "error"}),
+    "agent_template": skip("the chat template says it"),
+    "swanlab_project": _TRACKER, "swanlab_token": _TRACKER, "swanlab_exp_name": _TRACKER, "swanlab_mode": _TRACKER,
     "template": skip("the base's own chat template is used; data.chat_template names another"),
     "system": lack("write a system message into the rows"), "loss_scale": lack("the loss is of the answers"),
     "packing": take("train.packing", to_bool), "padding_free": skip("rows are packed"),

@@ -17,7 +17,7 @@ MAX_BYTES = 4 << 20
 _PROGRAMS = {
     r"\bswift\s+(sft|pt|rlhf)\b": "ms-swift", r"\btrl\s+(sft|dpo|kto|orpo|reward|grpo)\b": "trl",
     r"\b(sft|dpo|kto|orpo|reward_modeling)\w*\.py\b": "trl", r"\bllamafactory-cli\s+train\b": "llama-factory",
-    r"mlx_lm[.]lora\b": "mlx-lm",
+    r"\bsrc/train(?:_bash)?\.py\b": "llama-factory", r"mlx_lm[. ]lora\b": "mlx-lm",
 }  # fmt: skip
 
 

@@ -42,7 +42,8 @@ _SPLITS = skip("data.train and data.validation name files, or datasets with thei
 _OTHERS = lack("the loss is of the answers")
 RULES: dict[str, Rule] = {
     **TRAINING_ARGUMENTS,
-    "model_name_or_path": take("model.name", str), "model_revision": take("model.revision", str),
+    "model_name_or_path": take("model.name", str), "model_name": take("model.name", str),
+    "model_revision": take("model.revision", str),
     "dtype": choose("model.dtype", DTYPES), "torch_dtype": choose("model.dtype", DTYPES),
     "load_in_4bit": take_switch("model.quantization", "nf4"), "load_in_8bit": take_switch("model.quantization", "int8"),
     "bnb_4bit_quant_type": skip("4 bits are nf4"), "use_bnb_nested_quant": skip("scales of scales are ours to choose"),
