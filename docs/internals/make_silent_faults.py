@@ -22,10 +22,10 @@ is made again by a test, and is named by [`slimtune check`](applied.md). This pa
 
 ## In the adapter's file
 
-{files} faults. `check` names {named} by this code without an engine. {silent} are silent in PEFT {peft}, which loads
-the file and computes something else than was trained, as its log-probabilities over HTTP say. **`slimtune repair` mends
-{repaired}**, and PEFT computes the trained adapter of the new file. The others are refused by name: what was not saved
-stays lost.
+{files} faults. `check` names {named} by this code without an engine. {silent} are silent in PEFT {peft}: it loads the
+file without an error, and its log-probabilities over HTTP are not those of the training, or a part that was trained is
+not in the file. **`slimtune repair` mends {repaired}**, and PEFT computes the trained adapter of the new file. The
+others are refused by name: what was not saved stays lost.
 
 | fault | reported in | `check` says | PEFT computes of it | after `repair` |
 | --- | --- | --- | --- | --- |
@@ -91,7 +91,7 @@ def make_page() -> str:
     pair_rows = [
         f"| {writer} | {len(families)} | {', '.join(dict.fromkeys(families))} |" for writer, families in written.items()
     ]
-    silent = [w for w in walks.values() if not w["peft"].startswith(("PEFT raises", "applied", "nothing"))]
+    silent = [w for w in walks.values() if not w["peft"].startswith(("PEFT raises", "applied"))]
     return TEXT.format(
         files=len(faults),
         named=len([n for n in faults if faults[n][0] in walks[n]["file"]]),

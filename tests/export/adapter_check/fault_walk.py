@@ -64,6 +64,6 @@ def ask_server(base: Path, adapter: Path, models: dict[str, Any]) -> EngineVerdi
 def describe_verdict(verdict: EngineVerdict) -> str:
     """Return an engine's verdict in a few words."""
     if verdict.cause is None:
-        return "nothing to compare with"
+        return "loads it; not comparable as it is"
     more = f" {verdict.scale:.2g}" if verdict.scale is not None else ""
     return f"{verdict.cause}{more}" + (f" ({', '.join(verdict.missing)})" if verdict.missing else "")
