@@ -28,9 +28,9 @@ FAMILIES = {
     "phi3": {"tie_word_embeddings": False, "original_max_position_embeddings": 256},
 }
 MORE_FAMILIES = {
-    "gemma2": {"sliding_window": 16, "query_pre_attn_scalar": 16}, "gemma": {}, "granite": {"logits_scaling": 2.0},
-    "olmo": {"pad_token_id": 0}, "olmo2": {}, "smollm3": {"no_rope_layers": [1, 1, 1, 0]}, "stablelm": {},
-    "starcoder2": {"sliding_window": None}, "cohere": {}, "exaone4": {"layer_types": ["full_attention"] * 4},
+    "gemma2": {"sliding_window": 4096, "query_pre_attn_scalar": 16}, "gemma": {}, "granite": {"logits_scaling": 2.0},
+    "olmo2": {}, "smollm3": {"no_rope_layers": [1, 1, 1, 0]}, "stablelm": {},
+    "starcoder2": {"sliding_window": None}, "cohere": {},
     "glm4": {"tie_word_embeddings": False}, "seed_oss": {"attention_bias": False},
 }  # fmt: skip
 """Families that the slow tests try, too."""

@@ -17,13 +17,14 @@ from waiting import wait_until
 
 from slimtune.export.mlx import make_config_readable_for_mlx_lm
 from slimtune.export.verify import ServedPlace, check_adapter
-from slimtune.generation.mlx_engine import convert_to_mlx_folder, is_mlx_lm_installed
+from slimtune.generation.mlx_engine import is_mlx_lm_installed
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not is_mlx_lm_installed(), reason="mlx-lm is not installed"),
 ]
-LORA = {"num_layers": -1, "learning_rate": 4e-3, "lora_parameters": {"rank": 4, "dropout": 0.0, "scale": 3.0}}
+LORA = {"num_layers": -1, "learning_rate": 4e-3, "lora_parameters": {"rank": 4, "dropout": 0.0, "scale": 0.5}}
+DORA = {"fine_tune_type": "dora", "learning_rate": 2e-2, "lora_parameters": {"rank": 4, "dropout": 0.0, "scale": 3.0}}
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +51,7 @@ class Files:
 
     def __init__(self, folder, tokenizer):
         self.folder = folder
-        self.base = train(folder, "llama", tokenizer, plain={}, other={"seed": 5}, dora={"fine_tune_type": "dora"})
+        self.base = train(folder, "llama", tokenizer, plain={}, other={"seed": 5}, dora=DORA)
         self.plain, self.other, self.dora = (folder / name for name in ("plain", "other", "dora"))
 
     def edit(self, adapter, name, tensors=lambda tensors: tensors, **config):
@@ -71,14 +72,6 @@ class Files:
         file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "rope_theta"}))
         return out
 
-    def fuse(self, adapter, bits):
-        """Fuse an adapter into the base in few bits, by `mlx_lm.fuse`."""
-        quantized, out = self.folder / f"base-{bits}", self.folder / f"{adapter.name}-fused"
-        convert_to_mlx_folder(self.base, quantized, "float32", bits, 32)
-        command = ["fuse", "--model", str(quantized), "--adapter-path", str(adapter), "--save-path", str(out)]
-        subprocess.run([sys.executable, "-m", "mlx_lm", *command], check=True, capture_output=True)
-        return out
-
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory, tiny_tokenizer):
@@ -91,7 +84,7 @@ def of_last_layers(tensors):
 
 MLX_FAULTS = {
     # verdict, where it was reported, the adapter that is checked, what mlx-lm loads
-    "scale-unsaved": ("another-scale 6.7", "ml-explore/mlx-examples#622", lambda f: (f.plain, f.scale("scaled", 20.0))),
+    "scale-unsaved": ("another-scale 2", "ml-explore/mlx-examples#622", lambda f: (f.plain, f.scale("scaled", 1.0))),
     "some-layers-saved": ("partly (layer 0, layer 1)", "huggingface/peft#453",
         lambda f: (f.plain, f.edit(f.plain, "half", of_last_layers))),
     "rope-of-transformers-5": ("another-base", "ml-explore/mlx-lm#953",
@@ -100,8 +93,6 @@ MLX_FAULTS = {
     "magnitudes-lost": ("another-adapter", "ml-explore/mlx-lm#1119",
         lambda f: (f.dora, f.edit(f.dora, "undirected", lambda t: {k: v for k, v in t.items() if k[-2:] != ".m"},
                                   fine_tune_type="lora"))),
-    "fused-in-few-bits": ("not-proven", "ml-explore/mlx-lm#1564",
-        lambda f: ((small := f.scale("small", 0.05)), f.fuse(small, 4))),
 }  # fmt: skip
 
 
@@ -165,8 +156,8 @@ def test_adapter_of_the_server_is_applied_under_its_name(files, tmp_path):
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_right_adapters_raise_no_alarm(tmp_path, tiny_tokenizer, family):
-    train(tmp_path, family, tiny_tokenizer(), lora={}, dora={"fine_tune_type": "dora"})
+    train(tmp_path, family, tiny_tokenizer(), lora={}, dora=DORA)
     for kind in ("lora", "dora"):
         result = check_adapter(tmp_path / kind, place=ServedPlace(mlx=tmp_path / kind))
         assert (result.file.findings, result.passed) == ([], True), (kind, result.checks)
-        assert result.checks[0].max_difference < 1e-4
+        assert result.checks[0].max_difference < 1e-3  # mlx-lm has another GELU for Gemma and StarCoder 2

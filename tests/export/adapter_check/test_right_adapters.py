@@ -76,6 +76,8 @@ WRITERS = {
 SIZED = [*PEFT_PAIRS][: [*PEFT_PAIRS].index("gemma3n_text")]
 """Families that `make_base` makes; the others have sizes of their own."""
 PAIRS = [(writer, family) for writer, (pairs, _) in WRITERS.items() for family in pairs]
+FILE_ALONE = {"deepseek_v3", "qwen3_5", "granitemoehybrid"}
+"""Families whose tiny base the test's server does not compute."""
 KNOWN = {"tied-head", "start-in-base"}
 """What is so, and is said: a head that shares its weight, and a start that is a part of the base."""
 
@@ -108,7 +110,7 @@ def test_right_file_raises_no_alarm(tmp_path, writer, family):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("writer", "family"), PAIRS)
+@pytest.mark.parametrize(("writer", "family"), [pair for pair in PAIRS if pair[1] not in FILE_ALONE])
 def test_right_adapter_is_applied_where_peft_serves_it(tmp_path, tiny_tokenizer, writer, family):
     base, adapter = make_pair(tmp_path, writer, family)
     tiny_tokenizer(chat_template=CHATML).save_pretrained(base)
