@@ -351,3 +351,27 @@ def test_reward_model_is_offered_what_it_can_do(tmp_path):
     words = ("predict", "merge", "push", "chat", "generate", "export", "verify", "vllm serve")
     assert [word for word in words if f"slimtune {word} " in text or f"\n{word} " in text] == list(words[:3])
     assert "reward, center_rewards_coefficient" not in text  # it is not set
+
+
+def test_run_with_rewards_shows_its_evaluation(tmp_path):
+    run = make_full_run(tmp_path / "mine")
+    for file in run.path.glob("eval-*.json"):
+        file.unlink()
+    recipe = {k: v for k, v in run.load_recipe().to_dict().items() if k != "task"}
+    task = {"name": "grpo", "rewards": [f"{tmp_path}/rewards.py:short"]}
+    (tmp_path / "rewards.py").write_text("def short(completions, **_): ...")
+    run.recipe_file.write_text(Recipe.from_dict({**recipe, "task": task}).to_yaml())
+    assert "--generate" not in read_page(run).section("samples"), "eval samples by itself"
+    estimates = {"base_reward": 0.25, "tuned_reward": 0.75, "reward_gain": 0.5}
+    estimates |= {"base_best_reward": 0.5, "tuned_best_reward": 1.0, "best_reward_gain": 0.5}
+    values = estimates | {f"{name}_ci95": [value - 0.1, value + 0.1] for name, value in estimates.items()}
+    values |= {"answers": 4, "rewards": ["short"], "base_length": 18.0, "tuned_length": 7.0, "probes": []}
+    kept = ("run", "split", "data", "training_rows", "rows", "improved", "verdict", "dropped", "truncated", "seconds")
+    former = make_evaluation(run.path, "")
+    values |= {name: former[name] for name in (*kept, "dtype", "quantization", "forgetting", "different_rows")}
+    write_json(run.evaluation_file("test"), {"task": "grpo", **values})
+    page = read_page(run)
+    assert "reward 0.25 → 0.75 mean of 4 answers" in page.text
+    assert "not proven" not in page.text
+    assert "18 tokens on average from the base, 7 from the tuned model" in page.section("evaluation")
+    assert str(tmp_path) not in page.text

@@ -23,6 +23,7 @@ from ..core.foundation.version import __version__
 from ..core.training.forgetting_budget import get_forgetting_budget
 from ..core.training.held_out_rows import MIN_EVAL_ROWS, find_test_or_validation_split
 from ..core.training.run_dir import RunDir
+from ..objectives.policy_objective import PolicyObjective
 from .charts import (
     ChartEstimate,
     ChartLine,
@@ -98,9 +99,14 @@ def render_run_report_html(run: RunDir, damage_messages: list[str] | None = None
         eval_options=eval_options,
         model=_display_path(recipe.model.name),
         method_settings=", ".join(f"{k} {v}" for k, v in settings if v not in (None, {}, [], False)),
-        task=", ".join([recipe.task.name, *(f"{k} {v}" for k, v in recipe.task.settings.items() if v is not None)]),
+        task=re.sub(
+            r"(?<![\w:/.])/[^\s'\",\]]+",  # absolute paths, and not those in addresses
+            lambda found: _display_path(found[0]),
+            ", ".join([recipe.task.name, *(f"{k} {v}" for k, v in recipe.task.settings.items() if v is not None)]),
+        ),
         recipe=recipe,
         writes_text=recipe.objective().task_type == "CAUSAL_LM",
+        samples_answers=isinstance(recipe.objective(), PolicyObjective),
         recipe_text=recipe_text,
         results=r,
         errors=errors,

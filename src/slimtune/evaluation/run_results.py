@@ -49,13 +49,15 @@ class RunResults:
         """The first complete evaluation on rows that were not trained on."""
         answers = ("base_loss", "tuned_loss", "loss_reduction"), "loss_reduction_ci95"
         classes = ("accuracy", "baseline_accuracy", "accuracy_gain"), "accuracy_gain_ci95"
+        rewards = ("base_reward", "tuned_reward", "reward_gain"), "reward_gain_ci95"
         data = self.recipe.data if self.recipe is not None else None
         for e in self.evaluations:
             # Rows split off the training file carry its name, although they were not trained on.
             split = e.values.get("split")
             split_off = split in ("validation", "test") and getattr(data, split) is None
             seen = data is not None and e.values.get("data") == str(data.train) and not split_off
-            needed, interval = classes if "baseline_accuracy" in e.values else answers
+            by_kind = {"baseline_accuracy": classes, "base_reward": rewards}
+            needed, interval = next((by_kind[name] for name in by_kind if name in e.values), answers)
             complete = all(isinstance(e.values.get(name), int | float) for name in (*needed, "rows"))
             if complete and isinstance(e.values.get(interval), list) and not seen:
                 return e
@@ -85,7 +87,7 @@ def load_run_results(run: RunDir, raise_if_damaged: bool = True) -> RunResults:
     evaluations = [
         StoredEvaluationJson(file.stem.removeprefix("eval-"), values)
         for file in sorted(run.path.glob("eval-*.json"), key=position)
-        if not {"base_loss", "baseline"}.isdisjoint(values := load_json(file))
+        if not {"base_loss", "baseline", "base_reward"}.isdisjoint(values := load_json(file))
     ]
     if os.path.lexists(run.metrics_file) and not run.metrics_file.is_file():
         errors.append(f"{run.metrics_file} is damaged: it is no file")
