@@ -7,7 +7,13 @@ from hand_results import make_sft_result
 
 from slimtune.core.config import Recipe
 from slimtune.evaluation.estimate import Estimate
-from slimtune.evaluation.eval_result import EvalVerdict, ForgettingMeasures
+from slimtune.evaluation.eval_result import (
+    EvalVerdict,
+    ForgettingMeasures,
+    PolicyEvalResult,
+    PolicyMeasures,
+    RewardProbe,
+)
 from slimtune.evaluation.next_steps import list_next_steps
 
 RECIPE = Recipe.from_dict({
@@ -42,6 +48,28 @@ def test_a_result_that_passes_needs_no_step():
 )
 def test_numbers_follow_from_the_run(measures, fields, flags):
     assert flags_of(measures, **fields) == flags
+
+
+@pytest.mark.parametrize(
+    ("gain", "probe_gain", "flags"), [(0.1, -0.2, "--max-steps 20"), (-0.1, -0.2, "--lr 0.0002"), (0.1, 0.3, "")]
+)
+def test_rewards_that_pay_for_nothing_are_not_trained_longer(gain, probe_gain, flags):
+    def make(value):
+        return Estimate(value, (value - 0.15, value + 0.15))
+
+    measures = PolicyMeasures(
+        rows=20, different_rows=20, answers=4, rewards=["short"], base_reward=make(0), tuned_reward=make(gain),
+        reward_gain=make(gain), base_best_reward=make(0), tuned_best_reward=make(0), best_reward_gain=make(0),
+        base_length=9.0, tuned_length=9.0,
+        probes=[RewardProbe(name="empty", answers="no answer", reward=0.0, gain=make(probe_gain))],
+    )  # fmt: skip
+    result = PolicyEvalResult(
+        run="runs/mine", task="grpo", split="test", data="rows.jsonl", training_rows=0, measures=measures,
+        improved=False, verdict=EvalVerdict(passed=False), dropped=0, truncated=0, dtype="float32", quantization=None,
+    )  # fmt: skip
+    recipe = replace(RECIPE, train=replace(RECIPE.train, max_steps=10))
+    (step,) = list_next_steps(result, recipe)
+    assert step.command == f"slimtune train runs/mine/recipe.yaml --out runs/mine-2 {flags}".rstrip()
 
 
 def test_a_budget_that_was_kept_in_training_shrinks_by_what_was_forgotten():

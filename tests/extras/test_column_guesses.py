@@ -92,3 +92,9 @@ def test_errors_of_a_cell_speak_of_the_files_own_column(tmp_path):
     path = write(tmp_path, [{**SHOP[0], "We reply": ""}, {"Customer asks": "x"}, SHOP[2]])
     rows = list(open_rows(path, columns={"instruction": "Customer asks", "output": "We reply"}))
     assert [("'We reply'" in row.cause, "'output'" in row.cause) for row in rows[:2]] == [(True, False)] * 2
+
+
+def test_prompts_alone_are_told_the_format_that_must_be_named(tmp_path):
+    with pytest.raises(DataError) as caught:
+        open_rows(write(tmp_path, [{"prompt": f"Is sky {i} blue?", "colour": "blue"} for i in range(4)]))
+    assert caught.value.hint.endswith("or --format prompt, whose columns they have")

@@ -26,6 +26,9 @@ def list_next_steps(result: EvalResult, recipe: Recipe | None) -> list[NextStep]
     if recipe is None:
         return steps
     again = f"slimtune train {shlex.quote(f'{result.run}/recipe.yaml')} --out {shlex.quote(f'{result.run}-2')}"
+    if isinstance(result, PolicyEvalResult) and any(probe.gain.low > 0 for probe in result.measures.probes):
+        # More training of such rewards would learn those answers.
+        return [*steps, NextStep("change the rewards, which pay for answers without any worth; then", again)]
     return [*steps, *(NextStep(why, f"{again} {flag}") for why, flag in _list_changes(result, recipe))]
 
 
@@ -46,7 +49,10 @@ def _list_changes(result: EvalResult, recipe: Recipe) -> Iterator[tuple[str, str
     has_pairs = isinstance(result, TextOrPairEvalResult) and result.measures.preference is not None
     if rate is not None and (has_pairs or isinstance(result, KTOEvalResult)):
         yield "learn faster", f"--lr {5 * rate:.1g}"
-    elif rate is not None and isinstance(result, TextEvalResult) and result.measures.loss_reduction.high < 0:
+    elif rate is not None and (
+        (isinstance(result, TextEvalResult) and result.measures.loss_reduction.high < 0)
+        or (isinstance(result, PolicyEvalResult) and result.measures.reward_gain.value < 0)
+    ):
         yield "learn more slowly", f"--lr {rate / 4:.1g}"
         return
     if train.max_steps is None:

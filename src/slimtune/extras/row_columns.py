@@ -186,8 +186,11 @@ def detect_row_format_name(
         expected = f"rows of the task ({columns_of_formats})"
     hints = "".join(f"; did you mean {role!r} for {column!r}?" for role, column in misspelled)
     problem = f"{path} has no known format: its rows have {format_names(found_columns) or 'no columns'}{hints}"
-    hint = _make_format_hint(hinted_format, file_records, column_mapping)
-    raise DataError(problem, expected, f"try {', or '.join(flags)}" if flags else hint)
+    hint = f"try {', or '.join(flags)}" if flags else _make_format_hint(hinted_format, file_records, column_mapping)
+    if hinted_format is None and not flags:
+        by_name = (name for name, f in known.items() if f.by_name_only and f.fits(present))
+        hint += "".join(f"; or --format {name}, whose columns they have" for name in by_name)
+    raise DataError(problem, expected, hint)
 
 
 def _make_format_hint(format: str | None, records: list[Record], mapping: ColumnMapping) -> str:

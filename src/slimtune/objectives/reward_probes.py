@@ -85,7 +85,8 @@ def describe_fired_probes(probes: Mapping[str, Tensor], rewards: Tensor) -> list
     """Return a sentence about each probe that gets more than sampled answers do, whose rewards are [P, K]."""
     return [
         f"the rewards give {DESCRIPTIONS[name]} {float(values.mean()):.3f} on average, and the model's own "
-        f"{float(rewards.mean()):.3f}: training may teach it to please them without being of use"
+        f"{float(rewards.mean()):.3f}: training may teach it to please them without being of use; "
+        "change them so that such answers get less"
         for name, values in probes.items()
         if is_probe_above(values, rewards)
     ]
