@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import models_zoo as zoo
 import pytest
@@ -351,3 +352,12 @@ def test_four_processes_shard_the_base():
     whole = estimate_resources(make_request(4, fsdp=False), advise=False)
     assert whole.parts == one.parts
     assert "4 processes" in whole.reason
+
+
+@pytest.mark.parametrize(("quantization", "notes"), [(None, 0), ("nf4", 1)])
+def test_the_plan_of_a_quantized_mixture_says_how_its_experts_are_held(quantization, notes):
+    model = torch.nn.Module()
+    model.experts = torch.nn.Parameter(torch.zeros(2, 3, 4), requires_grad=False)
+    base = SimpleNamespace(config=SimpleNamespace(model_type="mixtral"))
+    request = SimpleNamespace(quantization=quantization, model=base)
+    assert len(planner.describe_how_experts_are_held(model, request)) == notes
