@@ -14,7 +14,7 @@ from slimtune.core.foundation.json_results import to_json_dict
 from slimtune.core.models.loader import load_tokenizer
 from slimtune.core.training.datasets import tokenize_recipe_datasets
 from slimtune.core.training.default_learning_rate import fill_in_learning_rate
-from slimtune.errors import UsageError
+from slimtune.errors import ModelError, UsageError
 from slimtune.planning import gpu_specs as gpus
 from slimtune.planning.gpu_specs import make_gpu_with_memory, require_gpu_by_name
 from slimtune.planning.interval import Interval
@@ -26,6 +26,8 @@ from slimtune.planning.this_machine import detect_gpu_or_cpu_spec
 TALK = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "%s"}]}\n'
 CARD = require_gpu_by_name("rtx-3090")
 BASE = ("plan", "llama-3.1-8b", "--gpu", "rtx 3090")
+NOT_SERVED = {"model_type": "minimax", "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 64,
+              "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 256}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -215,6 +217,18 @@ def test_nothing_to_plan(slimtune, args, message):
     assert done.stderr.count(message) == 1
 
 
+def test_a_base_that_only_serves_names_the_command_that_answers(replace_planner, slimtune, tmp_path):
+    def refuse(request):
+        raise ModelError("the training step depends on tensor values")
+
+    replace_planner(refuse)
+    assert "`slimtune plan llama-3.1-8b --serve`" in slimtune(*BASE).stderr
+    (tmp_path / "config.json").write_text(json.dumps(NOT_SERVED))
+    other = slimtune("plan", tmp_path, "--gpu", "rtx-3090")
+    assert other.exit_code == 1
+    assert "--serve" not in other.stderr
+
+
 # --- what is shown
 
 
@@ -348,9 +362,7 @@ def test_serving(slimtune, slimtune_json):
 
 
 def test_one_part_that_cannot_be_planned_does_not_take_the_other(slimtune, tmp_path):
-    config = {"model_type": "minimax", "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 64,
-              "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 256}  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps(NOT_SERVED))
     done = slimtune("plan", tmp_path, "--gpu", "rtx-3090", "--serve", "--json")
     unserved = json.loads(done.stdout)
     assert (done.exit_code, unserved["verdict"], unserved["serve"]) == (1, "fits", None)

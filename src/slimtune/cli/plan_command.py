@@ -117,9 +117,12 @@ def plan_run(
         _require_writable(write, jobs)
     served, serve_error = _estimate_serving(jobs, spec, serving) if also_serve else (None, None)
     # With --serve two answers are asked for: that one of them is not known does not take the other.
-    estimates, errors = estimate_runs_collecting_errors(
-        jobs, spec, processes=processes, raise_if_none=served is None or write is not None or plot is not None
-    )
+    try:
+        estimates, errors = estimate_runs_collecting_errors(
+            jobs, spec, processes=processes, raise_if_none=served is None or write is not None or plot is not None
+        )
+    except ModelError as refusal:
+        raise _name_plan_of_serving(refusal, jobs, spec) from refusal
     runs = [
         PlannedRun(e, _estimate_cost(e, jobs.tokens or MILLION, spec, price), *jobs.find_learning_rates(e.method))
         for e in estimates
@@ -181,6 +184,14 @@ def _estimate_serving(
         return estimate_serving_memory(jobs.base_config.config, gpu=gpu, **serving), None
     except ModelError as error:
         return None, " ".join(error.message.split())
+
+
+def _name_plan_of_serving(error: ModelError, jobs: RunsToPlan, gpu: GpuSpec) -> ModelError:
+    """Return why no run can be planned, with the command that plans serving the base, if that can be."""
+    if error.hint or _estimate_serving(jobs, gpu, {})[0] is None:
+        return error
+    hint = f"`slimtune plan {shlex.quote(jobs.base_config.name)} --serve` plans serving it"
+    return ModelError(error.message, error.expected, hint, field=error.field, code=error.code)
 
 
 def _estimate_cost(

@@ -114,7 +114,6 @@ def trace_training_step(job: MicroBatchWorkload, model: Any = None, *, stop_afte
         raise ModelError(
             f"transformers' {looping} goes through a row token by token: a plan would take minutes, and a step hours",
             "a step that processes all tokens of a row at once",
-            "`slimtune plan --serve` plans serving it",
         )
     vocab_size = model.config.get_text_config().vocab_size
     with fake_tensor_mode() as operators, simulating_device_for_kernel_choice(job.device):
