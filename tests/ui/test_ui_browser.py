@@ -254,9 +254,7 @@ def test_a_classifier_is_trained_evaluated_asked_and_merged(tiny_home, tmp_path)
         assert page.get_by_role("cell", name="%").count() == 2
         check_page(page, "predicted")
         visit.go("/export?run=runs/classes")
-        assert page.get_by_label("For").locator("option").all_inner_texts() == [
-            "one plain checkpoint, for transformers and vLLM"
-        ]
+        assert page.get_by_label("For").locator("option").count() == 1
         page.get_by_label("New folder").fill("exports/classes")
         visit.run_command("Export")
         assert page.get_by_text("merged and adapted model differ by").is_visible()
@@ -290,7 +288,7 @@ def test_pairs_in_columns_of_any_names_are_learned_evaluated_compared_and_export
         page.get_by_label("New folder").fill("exports/a")
         visit.run_command("Export")
         page.get_by_text("written").first.wait_for()
-        assert page.get_by_label("New folder").input_value() == "exports/a-2"
+        page.locator("#out[value='exports/a-2']").wait_for()
         visit.run_command("Check it again")
         page.get_by_text("exports/a is the trained model").wait_for()
     rates = [
