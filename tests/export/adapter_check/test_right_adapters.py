@@ -42,7 +42,7 @@ PEFT_PAIRS = {
     "ministral": {"alora_invocation_tokens": [5, 6], "target_modules": ["q_proj"]},
     "gemma3n_text": {"use_rslora": True, "target_modules": ["q_proj", "per_layer_projection", "down_proj"]},
     "gemma4_text": {"target_modules": ["q_proj", "down_proj"]},
-    "qwen3_5": {"target_modules": r".*language_model.*\.(q_proj|in_proj_qkv|down_proj)"},
+    "qwen3_5": {"target_modules": ["q_proj", "in_proj_qkv", "down_proj"]},
     "qwen3_next": {"target_modules": ["in_proj_qkvz", "o_proj"]},
     "lfm2": {"rank_pattern": {"in_proj": 2}},
     "granitemoehybrid": {"target_modules": ["in_proj", "q_proj"]},
