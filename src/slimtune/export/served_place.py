@@ -89,9 +89,8 @@ def _verify_server(verifier: "ExportVerifier", place: ServedPlace, tolerance: En
     engine.name = str(place.url)
     with http.explaining_status(engine.name):
         if isinstance(engine, http.AnsweringClient):
-            return replace(
-                _verify_answers(verifier, engine, place, served.evidence, tolerance), evidence=served.evidence
-            )
+            verdict = _verify_answers(verifier, engine, place, served.evidence, tolerance)
+            return replace(verdict, evidence=served.evidence)
         open_base: Any = None if base is None else lambda _: base
         verdict = judge_engine_against_adapter(
             reference, engine, place.precision, tolerance, open_base, are_chats_compared=True

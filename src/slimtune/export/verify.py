@@ -211,9 +211,8 @@ class ExportVerifier:
         """Return the verdict of an adapter; it is not proven if the base that is served is not quantized as trained."""
         if self.loaded.base.quantization is None or not verdict.passed:
             return verdict
-        return replace(
-            verdict, passed=None, reason=describe_16_bit_serving_effect(self.loaded, self.run, self.reference)
-        )
+        effect = describe_16_bit_serving_effect(self.loaded, self.run, self.reference)
+        return replace(verdict, passed=None, reason=effect)
 
     def verify_engine(
         self,
@@ -296,11 +295,10 @@ class ExportVerifier:
         if has_split_experts(folder):  # as vLLM reads them; transformers has them stacked
             folder = write_with_stacked_experts(folder, self.model, self.temp_folder / "stacked")
         how: dict[str, Any] = {"dtype": dtype_name(base.dtype), "device": "cpu", "quantization": base.quantization}
-        loaded = load_run(folder, **how, dequantize=True)
+        loaded: Any = load_run(folder, **how, dequantize=True)
         if not is_converted:
             require_trained_adapter_in_model(loaded.model, self.model, self.loaded.adapter_name)
-        model: Any = loaded.model
-        return self._open_unrounded("adapter folder", model.to(self.model.dtype), loaded.base.tokenizer)
+        return self._open_unrounded("adapter folder", loaded.model.to(self.model.dtype), loaded.base.tokenizer)
 
     def open_in_peft(self, folder: Path) -> InferenceEngine:
         """Open an adapter as PEFT loads it, on the run's base; without PEFT as slimtune loads it."""

@@ -69,18 +69,16 @@ def check_file(path: Path, base: str | None = None, log: Callable[[str], None] =
     config = _read_config(adapter, findings, not_proven)
     spec = base or _find_base_name(path, adapter)
     model = placement = base_config = None
-    if spec is None:
-        not_proven.append("keys, shapes and tokens: the adapter does not name its base, and no --base was given")
+    reason = "the adapter does not name its base, and no --base was given"
+    try:
+        base_config = load_base_config(spec).config if spec is not None else None
+    except SlimtuneError as error:
+        if base is not None:
+            raise
+        reason, spec = f"its base {spec} is not at hand ({error.message}); --base names it", None
+    if spec is None or base_config is None:
+        not_proven.append(f"keys, shapes and tokens: {reason}")
     else:
-        try:
-            base_config = load_base_config(spec).config
-        except SlimtuneError as error:
-            if base is not None:
-                raise
-            reason = f"its base {spec} is not at hand ({error.message}); --base names it"
-            not_proven.append(f"keys, shapes and tokens: {reason}")
-            spec = None
-    if spec is not None and base_config is not None:
         findings += base_findings.find_recorded_base_faults(adapter, base_config, spec)
         findings += base_findings.find_token_faults(adapter, base_config)
         if config is not None:
