@@ -155,4 +155,5 @@ def _find_missing_parts(engine: Tensor, variants: AdapterVariants) -> tuple[tupl
     removed = list(dict.fromkeys(module for name in missing for module in groups[name]))
     if len(removed) in (0, len(variants.modules)):
         return (), math.inf
+    missing.sort(key=list(groups).index)  # modules in their order: which weighs more may be noise
     return tuple(missing), (engine - variants.compute(0, removed)).abs().mean().item()

@@ -133,7 +133,7 @@ def serving(base, adapter, home):
 SERVER_FAULTS = {
     # verdict, where it was reported, the adapter of the server, the name that it is asked by
     "base-under-the-listed-name": ("not-applied", "ml-explore/mlx-lm#1745", "plain", None),
-    "first-adapter-stays": ("another-base", "ml-explore/mlx-lm#229", "other", "default_model"),
+    "first-adapter-stays": ("another-base", "ml-explore/mlx-lm#229", "dora", "default_model"),
 }
 
 
@@ -160,4 +160,5 @@ def test_right_adapters_raise_no_alarm(tmp_path, tiny_tokenizer, family):
     for kind in ("lora", "dora"):
         result = check_adapter(tmp_path / kind, place=ServedPlace(mlx=tmp_path / kind))
         assert (result.file.findings, result.passed) == ([], True), (kind, result.checks)
-        assert result.checks[0].max_difference < 1e-3  # mlx-lm has another GELU for Gemma and StarCoder 2
+        # mlx-lm has another GELU for Gemma and StarCoder 2.
+        assert result.checks[0].max_difference < (5e-3 if family in ("gemma", "starcoder2") else 1e-3)
