@@ -81,9 +81,8 @@ def verify_place(
 def _verify_server(verifier: "ExportVerifier", place: ServedPlace, tolerance: EngineTolerance | None) -> EngineVerdict:
     """Compare a server with the trained adapter, by the best evidence that it gives."""
     reference, tokenizer = verifier.reference, verifier.loaded.base.tokenizer
-    served = http.open_http_engine(
-        str(place.url), place.name, tokenizer, key=os.environ.get(http.KEY_VARIABLE), timeout=place.timeout
-    )
+    key = os.environ.get(http.KEY_VARIABLE)
+    served = http.open_http_engine(str(place.url), place.name, tokenizer, key=key, timeout=place.timeout)
     verifier.log(f"{place.url}: {served.evidence}")
     engine, base = served.engine, served.base
     engine.name = str(place.url)
