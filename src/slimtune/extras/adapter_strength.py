@@ -60,10 +60,10 @@ def pair_tensors_with_no_op_values(
         for name, module in model.adapter_modules(adapter_name).items():
             if modules is not None and name not in modules:
                 continue
-            values = module.get_no_op_values(read_adapter_site(name, kinds[name], model))
-            if values is None:
+            if not module.has_strength:
                 message = f"the method {module.method} has no strength that can be reduced"
                 raise UsageError(message, "a method whose change has a size, such as lora")
+            values = module.get_no_op_values(read_adapter_site(name, kinds[name], model))
             tensors = dict([*module.named_parameters(), *module.named_buffers()])
             found |= {id(tensors[n]): (tensors[n], value) for n, value in values.items()}
         for name, adapted in model.adapted_layers(adapter_name).items():

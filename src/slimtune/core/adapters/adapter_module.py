@@ -247,12 +247,17 @@ class AdapterModule(nn.Module):
         """
         return None
 
-    def get_no_op_values(self, site: AdapterSite) -> Mapping[str, Tensor | float] | None:
-        """Return tensors by name, and their values at which the module changes nothing; None if it has none such.
+    def get_no_op_values(self, site: AdapterSite) -> Mapping[str, Tensor | float]:
+        """Return tensors by name, and their values at which the module changes nothing.
 
         Moved toward them in a straight line, together, they make the change smaller: see `extras/adapter_strength.py`.
         """
-        return self.no_op_values
+        return self.no_op_values or {}
+
+    @property
+    def has_strength(self) -> bool:
+        """Whether it has such values, so that its change can be made smaller."""
+        return self.no_op_values is not None or type(self).get_no_op_values is not AdapterModule.get_no_op_values
 
     def make_base_config(self, module: nn.Module) -> Any:
         """Return the config that the base module reads while it has this adapter; None: its own."""

@@ -249,11 +249,6 @@ class PeftConfig(DeclaredSettings, metaclass=_ConfigMeta):
         raise UsageError(message, "a LoRA with init_lora_weights 'pissa', 'olora', 'corda' or 'lora_ga'")
 
     @property
-    def has_strength(self) -> bool:
-        """Whether its change has a size, so that it can be made weaker after training (extras/adapter_strength.py)."""
-        return True
-
-    @property
     def compensates_quantization(self) -> bool:
         """Whether the adapter starts from the error of the base's quantization: then it fits that base alone."""
         return False

@@ -38,7 +38,7 @@ def load_best_adapter_within_forgetting_budget(loop: TrainingLoop) -> _KeptAdapt
     if not before <= budget:  # NaN is outside
         way = "an earlier one inside is kept, if there is one (it has no strength to reduce; a lower --lr forgets less)"
         weaker_loss = None
-        if loop.model.active_peft_config.has_strength:
+        if loop.has_strength:
             search = STRENGTH_SEARCHES.load("interpolation")
             strength, tried = search(loop.model, lambda: loop.measure_forgetting(alone=True), before, budget)
             forgetting = max((change for s, change in tried if s == strength), default=0.0)

@@ -82,6 +82,7 @@ class TrainingLoop:
         self.model, self.objective, self.collator = prepared.model, prepared.objective, prepared.collator
         self.train, self.validation = prepared.data.train, prepared.data.validation
         self.general_rows = prepared.general_rows
+        self.has_strength = all(m.has_strength for m in prepared.model.adapter_modules("default").values())
         self.state, self.optimizer, self.scheduler = prepared.state, prepared.optimizer, prepared.scheduler
         self.sharder, self.recovery, self.device = prepared.sharder, prepared.recovery, prepared.device
         self.recovery.save_before_exit = self.save_before_exit
@@ -322,8 +323,7 @@ class TrainingLoop:
         """Compute and log the loss over the validation rows, the objective's other measures, and the forgetting."""
         scores, measures = self.measure(self.validation, self.objective)
         loss = measures.pop("loss")
-        weaken_alone = self.settings.forgetting_budget == "auto" and self.model.active_peft_config.has_strength
-        if self.general_rows and not weaken_alone:
+        if self.general_rows and (self.settings.forgetting_budget != "auto" or not self.has_strength):
             measures["forgetting"] = self.measure_forgetting()
             if math.isfinite(measures["forgetting"]):
                 self.state.forgetting.append((self.state.step, measures["forgetting"]))

@@ -38,10 +38,6 @@ class PromptLearningConfig(PeftConfig):
         None, "modules trained in full beside the adapter (a new head) and saved with it"
     )
 
-    @property
-    def has_strength(self) -> bool:
-        return False
-
     def find_missing(self) -> Iterator[FieldError]:
         if self.num_virtual_tokens is None:
             yield self.error("num_virtual_tokens", "an integer, at least 1")

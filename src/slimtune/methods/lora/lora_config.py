@@ -327,10 +327,6 @@ class LoraConfig(RankPatternConfig):
         return {} if tokens is None else map_trainable_row_specs_by_module(model, tokens, self.modules_to_save or ())
 
     @property
-    def has_strength(self) -> bool:
-        return self.qat is None  # without an update the weight is rounded, too
-
-    @property
     def compensates_quantization(self) -> bool:
         return self.init_lora_weights == "loftq"
 

@@ -107,8 +107,10 @@ class RoundedLinearLora(LinearLora):
     def low_rank_factors(self) -> None:
         """Return None: the change of the weight has no low rank."""
 
-    def get_no_op_values(self, site: AdapterSite) -> None:  # type: ignore[override]
-        """Return None: without an update the weight is rounded, too."""
+    @property
+    def has_strength(self) -> bool:
+        """Return False: without an update the weight is rounded, too."""
+        return False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_rounded": None}
