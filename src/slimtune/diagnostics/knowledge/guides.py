@@ -1,5 +1,6 @@
 """Answers to questions that are no errors: a command, or a section of Quick answers, of the glossary or of a lesson."""
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -49,7 +50,6 @@ _DEFINITION = re.compile(
 _KIND = re.compile(r" (?:adapter|cache|file|format|method|model|number|quantization|token|training)$")
 """What a word of the glossary may be called beside its name: "a LoRA adapter"."""
 _TRAILING_LINKS = re.compile(r"(?: (?:See |· )?\[[^\]]*\]\([^)]*\)\.?)+$")
-_ASKED = re.compile(r"<!-- asked:\s(.*?)\s-->\n?", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,12 @@ def load_docs_sections_by_heading() -> dict[str, DocsSection]:
     for file in sorted((folder / "learn").glob("*.md")):
         found += _split_page(file, "##")
     return {section.guide.answer: section for section in (*found, *load_terms().values())}
+
+
+@cache
+def load_wordings() -> dict[str, list[str]]:
+    """Return questions in people's own words by the heading of the section that answers them."""
+    return json.loads((Path(__file__).parent / "wordings.json").read_text(encoding="utf-8"))
 
 
 @cache
@@ -152,12 +158,8 @@ def _split_page(file: Path, level: str) -> Iterator[DocsSection]:
         elif heading and (is_lesson or heading != title):
             sections.setdefault(heading, []).append(line)
     for heading, lines in sections.items():
-        body = "\n".join(lines)
-        asked = _ASKED.search(body)
-        wordings = asked[1].replace("\n", " ").split(" | ") if asked else []
-        yield DocsSection(
-            QuestionGuide(heading, _format_section(_ASKED.sub("", body))), (heading, heading.split(": ")[-1], *wordings)
-        )
+        guide = QuestionGuide(heading, _format_section("\n".join(lines)))
+        yield DocsSection(guide, (heading, heading.split(": ")[-1], *load_wordings().get(heading, ())))
 
 
 def _format_section(body: str) -> str:
