@@ -6,8 +6,8 @@ it decodes or reads a prompt, the tokens in the context (decoding) or in the pro
 Points with `"seen": false`, whose source was not found, and those with `excluded`, a reason, are shown and not counted.
 The fits of planning/serving_speed.py are to them and to those of data/serving_points_second.json,
 data/serving_points_third.json and data/serving_points_fourth.json, which judged earlier fits, and of runs of MLX to
-those of data/serving_points_other.json. Those of data/serving_points_fifth.json judge the fits, which have not seen
-them.
+those of data/serving_points_other.json. Those of data/serving_points_fifth.json judged the fits of all of these; of
+them, prompts alone are fitted to since (fit_prompt_speeds.py).
 
 What counts in the fourth was decided before any of it was predicted: one GPU or Mac that holds all weights, one
 request, no speculative decoding, a precision that is named, llama.cpp, Ollama, LM Studio or MLX themselves, a date.

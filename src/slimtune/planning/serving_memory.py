@@ -321,6 +321,7 @@ def describe_layer_structure(model: Any, precision: str) -> LayerStructure:
         expert_macs=sum(shares[id(p)] * p.numel() for p, _ in experts),
         expert_share=max((shares[id(p)] for p, _ in experts), default=1.0),
         all_expert_bytes=sum(size for _, size in experts),
+        hidden_size=text.hidden_size,
         per_layer_embeddings=bool(getattr(text, "hidden_size_per_layer_input", None)),
     )
 

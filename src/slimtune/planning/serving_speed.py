@@ -5,14 +5,20 @@ A decoded token reads every active weight and the cached keys, values and states
     seconds = bytes / (share of bandwidth · bandwidth) + layers · seconds of a layer
 
 A layer with experts counts more than one layer, as it has a router and a gather, and so does a recurrent layer; a
-short convolution counts less. A token of a prompt takes `2 · weights` operations at a share of a rate; experts see few
-tokens of a batch each, which costs rate, and all of them are read once for a batch. Shares are fitted to published runs
-(benchmarks/data, `python benchmarks/published_serving.py`) by engine and kind of hardware. A range is as wide, on both
-sides of the formula and by a factor, as held for nine in ten runs of sources left out of the fit, by the kind of
-hardware and of base, whichever is wider; of fewer than six sources it is wider than they need. It imports no torch, so
-that machines are compared at once.
+short convolution counts less. A token of a prompt takes
+
+    seconds = 2 · (weights + 9,000 · layers · hidden size + experts' weights · E / tokens of an expert) / (share · rate)
+              + bytes of all experts / (tokens of a batch · bandwidth) + recurrent layers · seconds of a scan
+
+because a layer computes beside its matrices, an expert sees few tokens of a batch, which reads all of them once, and a
+recurrent layer goes from token to token. Shares are fitted to published runs (benchmarks/data,
+`python benchmarks/published_serving.py`, of prompts `python benchmarks/fit_prompt_speeds.py`) by engine and kind of
+hardware. A range is as wide, on both sides of the formula and by a factor, as held for nine in ten runs of sources left
+out of the fit, by the kind of hardware and of base, whichever is wider; of fewer than six sources it is wider than they
+need. It imports no torch, so that machines are compared at once.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -30,10 +36,14 @@ OLLAMA_SLOWDOWN, OLLAMA_EXPERT_SLOWDOWN = 1.10, 1.22
 """Time of a token in Ollama as a multiple of that in llama.cpp, and of a mixture's."""
 OLLAMA_DELTA_LAYER_S = 0.38e-3
 """Seconds that a layer of Qwen3.5's gated delta rule takes longer in slow versions of Ollama's own engine."""
-EXPERT_TOKENS = 45
-"""Tokens of a batch at which an expert's matrices reach half of the rate."""
-RECURRENT_RATE = 0.82
-"""Rate at which a base with recurrent layers reads a prompt, as a share of that of others."""
+EXPERT_TOKENS = {"nvidia": 63, "amd": 38, "apple": 24}
+"""Tokens of a batch at which an expert's matrices reach half of the rate, by vendor: half of a kernel's tile."""
+MLX_EXPERT_TOKENS = 54
+"""The same in MLX."""
+LAYER_MACS = 9000
+"""What a layer computes for a token of a prompt beside its matrices, in products for each number of the hidden size."""
+RECURRENT_TOKEN_S = 1.6e-6
+"""Seconds that a recurrent layer's scan takes longer for a token of a prompt; it is no faster on a larger GPU."""
 BATCH_TOKENS = 512
 """Tokens of a prompt that llama.cpp computes at once (`--ubatch-size`)."""
 MLX_BATCH_TOKENS = 2048
@@ -54,6 +64,7 @@ class LayerStructure(NamedTuple):
     expert_macs: float = 0.0  # numbers that a token is multiplied with in the experts that its router picks
     expert_share: float = 1.0  # of the experts, which a router picks
     all_expert_bytes: float = 0.0
+    hidden_size: int = 0
     per_layer_embeddings: bool = False
 
     @property
@@ -128,23 +139,25 @@ DECODING = {
     ("vllm", "amd"): DecodingSpeedFit(0.60, 60e-6, 1.4, 0),
 }
 PREFILL = {
-    ("llama.cpp", "nvidia"): PrefillSpeedFit(1.57, "float32", 1.70, 21),
-    ("llama.cpp", "nvidia blackwell"): PrefillSpeedFit(1.57, "float32", 1.70, 6),
-    ("llama.cpp", "nvidia pascal"): PrefillSpeedFit(1.03, "float32", 1.8, 1),
-    ("llama.cpp", "nvidia p100"): PrefillSpeedFit(1.03, "float32", 1.8, 0),
-    ("llama.cpp", "nvidia hbm"): PrefillSpeedFit(0.24, "float16", 1.9, 4),
-    ("llama.cpp", "nvidia hbm3"): PrefillSpeedFit(0.17, "float16", 1.9, 1),
-    ("llama.cpp", "nvidia unified"): PrefillSpeedFit(1.06, "float32", 1.55, 4),
-    ("llama.cpp", "amd"): PrefillSpeedFit(0.82, "float32", 1.70, 7),
-    ("llama.cpp", "amd hbm"): PrefillSpeedFit(0.75, "float32", 1.9, 1),
-    ("llama.cpp", "amd unified"): PrefillSpeedFit(0.50, "float32", 1.45, 7),
-    ("llama.cpp", "apple m1, m2"): PrefillSpeedFit(0.66, "float32", 1.42, 10),
+    ("llama.cpp", "nvidia"): PrefillSpeedFit(1.99, "float32", 1.70, 17),
+    ("llama.cpp", "nvidia blackwell"): PrefillSpeedFit(1.97, "float32", 1.75, 10),
+    ("llama.cpp", "nvidia pascal"): PrefillSpeedFit(1.05, "float32", 1.8, 1),
+    ("llama.cpp", "nvidia p100"): PrefillSpeedFit(1.05, "float32", 1.8, 0),
+    ("llama.cpp", "nvidia hbm"): PrefillSpeedFit(0.25, "float16", 2.1, 4),
+    ("llama.cpp", "nvidia hbm3"): PrefillSpeedFit(0.20, "float16", 1.9, 1),
+    ("llama.cpp", "nvidia unified"): PrefillSpeedFit(1.33, "float32", 1.55, 5),
+    ("llama.cpp", "amd"): PrefillSpeedFit(0.85, "float32", 1.65, 6),
+    # Its units for matrices are twice as fast as those of RDNA 3.
+    ("llama.cpp", "amd rdna4"): PrefillSpeedFit(1.10, "float32", 1.8, 3),
+    ("llama.cpp", "amd hbm"): PrefillSpeedFit(0.82, "float32", 1.9, 1),
+    ("llama.cpp", "amd unified"): PrefillSpeedFit(0.56, "float32", 1.50, 13),
+    ("llama.cpp", "apple m1, m2"): PrefillSpeedFit(0.72, "float32", 1.50, 12),
     # The M5 has units for matrices, whose rate Apple does not say.
-    ("llama.cpp", "apple m5"): PrefillSpeedFit(2.37, "float32", 1.60, 3),
-    ("llama.cpp", "apple"): PrefillSpeedFit(0.74, "float32", 1.30, 6),
-    ("mlx", "apple m1, m2"): PrefillSpeedFit(0.45, "float32", 1.60, 3),
-    ("mlx", "apple m5"): PrefillSpeedFit(2.06, "float32", 1.65, 3),
-    ("mlx", "apple"): PrefillSpeedFit(0.73, "float32", 1.55, 4),
+    ("llama.cpp", "apple m5"): PrefillSpeedFit(2.35, "float32", 1.90, 5),
+    ("llama.cpp", "apple"): PrefillSpeedFit(0.86, "float32", 1.40, 6),
+    ("mlx", "apple m1, m2"): PrefillSpeedFit(0.54, "float32", 1.60, 3),
+    ("mlx", "apple m5"): PrefillSpeedFit(2.27, "float32", 1.75, 4),
+    ("mlx", "apple"): PrefillSpeedFit(0.86, "float32", 1.50, 4),
     ("vllm", "nvidia"): PrefillSpeedFit(0.46, "float16", 1.5, 0),
     ("vllm", "nvidia hbm"): PrefillSpeedFit(0.46, "float16", 1.5, 0),
     ("vllm", "nvidia hbm3"): PrefillSpeedFit(0.46, "float16", 1.5, 0),
@@ -152,7 +165,7 @@ PREFILL = {
 }
 KIND_DECODING: dict[BaseKind, float] = {"dense": 1.0, "per-layer embeddings": 1.48, "mixtures": 1.35, "hybrids": 1.43}
 """Factor between measured speed and the formula by the kind of base, nine in ten runs of sources left out."""
-KIND_PREFILL: dict[BaseKind, float] = {"dense": 1.0, "per-layer embeddings": 1.95, "mixtures": 1.9, "hybrids": 1.53}
+KIND_PREFILL: dict[BaseKind, float] = {"dense": 1.0, "per-layer embeddings": 2.3, "mixtures": 1.8, "hybrids": 1.75}
 
 
 def get_serving_fit_hardware_key(gpu: GpuSpec) -> str:
@@ -173,15 +186,15 @@ FITTED_AS = {"m6": "m5"}
 """Architectures of which no run is published, and the one that they are taken for: an M6 has its units for matrices."""
 
 
-def get_serving_fit_key(gpu: GpuSpec, engine: str) -> tuple[str, str]:
-    """Return the key of `DECODING` and `PREFILL` for an engine on a GPU, which may be in neither."""
+def get_serving_fit_key(gpu: GpuSpec, engine: str, fits: Collection[tuple[str, str]] = DECODING) -> tuple[str, str]:
+    """Return the key in a table of fits, `DECODING` or `PREFILL`, of an engine on a GPU, which may not be in it."""
     fitted = ENGINES[engine].fitted_speeds_engine
     architecture = FITTED_AS.get(gpu.architecture, gpu.architecture)
     hardware = (get_serving_fit_hardware_key(gpu), f"{gpu.vendor} {architecture}")
-    if hardware[0] in ("apple", "nvidia"):  # a generation that has a fit of its own, as the M5 and the RTX 50 have
+    if hardware[0] in ("amd", "apple", "nvidia"):  # a generation with a fit of its own, as the M5 and the RTX 50 have
         hardware = hardware[::-1]
     # vLLM on unified memory and on old GPUs is not known apart.
-    return fitted, next((name for name in hardware if (fitted, name) in DECODING), gpu.vendor)
+    return fitted, next((name for name in hardware if (fitted, name) in fits), gpu.vendor)
 
 
 def estimate_decode_and_prefill_speed(
@@ -219,15 +232,16 @@ def estimate_decode_and_prefill_speed(
     key = get_serving_fit_key(gpu, engine)
     if key not in DECODING or not gpu.rates or not gpu.bandwidth:
         return None
-    decoding, prefill = DECODING[key], PREFILL[key]
+    decoding, prefill = DECODING[key], PREFILL[get_serving_fit_key(gpu, engine, PREFILL)]
     kind = structure.kind
     is_mlx, is_ollama = engine == "mlx", engine == "ollama"
-    # An expert sees few tokens of a batch, too few for the rate; the batch reads every expert once.
     batch_tokens = batch_tokens or (MLX_BATCH_TOKENS if is_mlx else BATCH_TOKENS)
     tokens = batch_tokens * structure.expert_share
-    macs = matmul_weight_count + structure.expert_macs * EXPERT_TOKENS / tokens
-    rate = prefill.rate_share * gpu.rates[prefill.rate_dtype] * (RECURRENT_RATE if kind == "hybrids" else 1)
-    prompt_seconds = 2 * macs / rate
+    expert_tokens = MLX_EXPERT_TOKENS if is_mlx else EXPERT_TOKENS[gpu.vendor]
+    macs = matmul_weight_count + structure.expert_macs * expert_tokens / tokens
+    macs += LAYER_MACS * layers * structure.hidden_size
+    rate = prefill.rate_share * gpu.rates[prefill.rate_dtype]
+    prompt_seconds = 2 * macs / rate + RECURRENT_TOKEN_S * structure.recurrent_layers
     prompt_seconds += structure.all_expert_bytes / batch_tokens / (EXPERT_BANDWIDTH_SHARE * gpu.bandwidth)
     # Decoded together, requests share the reading of the weights, until their arithmetic takes longer.
     read_seconds = (weight_bytes_per_token + cached) / (decoding.bandwidth_share * gpu.bandwidth)
