@@ -120,12 +120,16 @@ def fit_confidence() -> None:
         for fold in range(10):
             logits = features[folds == fold] @ fit(signs, folds != fold)
             estimates[-1][folds == fold] = 1 / (1 + np.exp(-logits))
+    foreign = np.array([row["right"] == ["none"] for row, _ in ranked])
     for least_first, least_three in itertools.product((0.85, 0.9, 0.95), (0.7, 0.75, 0.8, 0.85, 0.9)):
         alone = estimates[0] >= least_first
         several = ~alone & (estimates[1] >= least_three)
         right, beside = (alone | several) & rights[0], several & ~rights[0] & rights[1]
         wrong = (alone | several) & ~right & ~beside
-        print(least_first, least_three, f"right {right.sum()}, beside {beside.sum()}, wrong {wrong.sum()}")
+        print(
+            f"{least_first} {least_three} of {(~foreign).sum()}: right {right.sum()}, beside {beside.sum()}, wrong "
+            f"{(wrong & ~foreign).sum()}; of {foreign.sum()} about other subjects: wrong {(wrong & foreign).sum()}"
+        )
 
 
 def main() -> None:

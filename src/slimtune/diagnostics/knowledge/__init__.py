@@ -21,10 +21,10 @@ MOST_TEXT = 50_000
 _MOST_QUESTION = 300
 """Characters of a question; a longer text is a log, which only patterns find."""
 _GAP = 300
-_LEAST_CONFIDENCE, _SURE, _LEAST_NEAR, _LEAST_RELATED = 0.95, 0.9, 0.9, 1.2
+_LEAST_CONFIDENCE, _SURE, _LEAST_NEAR, _LEAST_RELATED = 0.95, 0.9, 0.85, 1.2
 """The confidence from which on an answer is given; the likeness to a wording from which on it is given in any case; the
-scores from which on another is named: where nothing is surely meant, and beside an answer."""
-_PROBABLE = 0.82
+scores from which on another is named: where nothing is surely meant, and beside an answer or an exception."""
+_PROBABLE = 0.8
 """The confidence that one of the first three is right, from which on the first is given and the others are named."""
 _EXCEPTION = re.compile(r"\b[A-Za-z_.]*(?:Error|Exception|Warning)\b\s*:")
 _WARNINGS_PAGE = "harmless-warning"
@@ -116,7 +116,7 @@ def find_answers(text: str, max_near: int = 3) -> AnswerAndNearPages:
             first = next(iter(scores))
         elif ranked.confidence_of_first >= _PROBABLE:
             first, *rivals = list(scores)[:max_near]
-    least = _LEAST_RELATED if first else _LEAST_NEAR
+    least = _LEAST_RELATED if first or _EXCEPTION.search(text) else _LEAST_NEAR
     others = [*by_pattern, *(name for name, score in scores.items() if score >= least)]
     near = list(dict.fromkeys(name for name in others if name not in (first, *rivals)))[:max_near]
     return AnswerAndNearPages(_get_answers([first])[0] if first else None, _get_answers(rivals), _get_answers(near))
