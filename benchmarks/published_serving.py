@@ -7,7 +7,8 @@ Points with `"seen": false`, whose source was not found, and those with `exclude
 The fits of planning/serving_speed.py are to them and to those of data/serving_points_second.json,
 data/serving_points_third.json and data/serving_points_fourth.json, which judged earlier fits, and of runs of MLX to
 those of data/serving_points_other.json. Those of data/serving_points_fifth.json judged the fits of all of these; of
-them, prompts alone are fitted to since (fit_prompt_speeds.py).
+them, prompts alone are fitted to since (fit_prompt_speeds.py). Those of data/serving_points_sixth.json judge the fits,
+which have not seen them.
 
 What counts in the fourth was decided before any of it was predicted: one GPU or Mac that holds all weights, one
 request, no speculative decoding, a precision that is named, llama.cpp, Ollama, LM Studio or MLX themselves, a date.
@@ -51,9 +52,11 @@ from slimtune.planning.serving_memory import (
 )
 from slimtune.planning.serving_speed import (
     BATCH_TOKENS,
+    DECODING,
     MLX_BATCH_TOKENS,
     estimate_decode_and_prefill_speed,
     get_serving_fit_hardware_key,
+    get_serving_fit_key,
 )
 from slimtune.planning.weight_formats import ENGINES
 
@@ -66,6 +69,8 @@ FOURTH_POINTS = json.loads((Path(__file__).parent / "data" / "serving_points_fou
 """The same, collected after the fits were changed by what the third showed."""
 FIFTH_POINTS = json.loads((Path(__file__).parent / "data" / "serving_points_fifth.json").read_text(encoding="utf-8"))
 """The same, collected after the fits were changed by what the fourth showed."""
+SIXTH_POINTS = json.loads((Path(__file__).parent / "data" / "serving_points_sixth.json").read_text(encoding="utf-8"))
+"""The same, collected while prompts were fitted to the fifth, too."""
 EARLIER_POINTS = 249
 """The first points of the file, to which the first fits were made."""
 GROUPS = ("dense", "mixtures", "hybrids", "prompts")
@@ -170,6 +175,12 @@ def predict(point: dict[str, Any]) -> Interval:
     return speed.decode if decodes else speed.prefill
 
 
+def has_fit(point: dict[str, Any]) -> bool:
+    """Return whether a plan gives a speed for the GPU and engine of a run."""
+    engine = point["engine"] if point["engine"] in ENGINES else "llama.cpp"
+    return get_serving_fit_key(require_gpu_by_name(point["card"]), engine) in DECODING
+
+
 def compare_points(points: Sequence[dict[str, Any]] = (*POINTS, *SECOND_POINTS)) -> list[dict[str, Any]]:
     """Return the points that count, each with its predicted range, the error of the middle, and the hardware kind."""
     rows = []
@@ -239,7 +250,8 @@ def main() -> None:
     counted = [r for r in rows if r["kind"][0] == "llama.cpp"]
     third, fourth = compare_points(THIRD_POINTS), compare_points(FOURTH_POINTS)
     fifth = [r for r in compare_points(FIFTH_POINTS) if r["kind"][0] != "vllm"]
-    tables = [*map(make_group_table, (counted, third, fourth, fifth)), make_hardware_table(counted)]
+    sixth = compare_points([p for p in SIXTH_POINTS if p["engine"] != "vllm" and has_fit(p)])
+    tables = [*map(make_group_table, (counted, third, fourth, fifth, sixth)), make_hardware_table(counted)]
     print("", *tables, sep="\n\n", end="\n\n")
     for point in POINTS:
         if not point["seen"] or "excluded" in point:

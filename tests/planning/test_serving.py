@@ -446,6 +446,13 @@ def test_published_runs_that_judged_earlier_fits(points):
     assert all(published.is_good(rows, group) for group in published.GROUPS)
 
 
+@pytest.mark.slow
+def test_published_runs_that_no_fit_has_seen():
+    rows = published.compare_points([p for p in published.SIXTH_POINTS if published.has_fit(p)])
+    rows = [row for row in rows if row["kind"][0] != "vllm"]
+    assert all(published.is_good(rows, group) for group in published.GROUPS)
+
+
 @pytest.fixture(scope="module")
 def published_rows():
     return [row for row in published.compare_points() if row["kind"][0] == "llama.cpp"]
@@ -464,6 +471,7 @@ def test_every_published_run_has_its_source():
         (published.THIRD_POINTS, []),
         (published.FOURTH_POINTS, published.THIRD_POINTS),
         (published.FIFTH_POINTS, [*published.THIRD_POINTS, *published.FOURTH_POINTS]),
+        (published.SIXTH_POINTS, [*published.THIRD_POINTS, *published.FOURTH_POINTS, *published.FIFTH_POINTS]),
     ],
 )
 def test_a_later_set_has_no_source_of_an_earlier_one(points, earlier):
