@@ -21,7 +21,7 @@ MOST_TEXT = 50_000
 _MOST_QUESTION = 300
 """Characters of a question; a longer text is a log, which only patterns find."""
 _GAP = 300
-_LEAST_CONFIDENCE, _SURE, _LEAST_NEAR, _LEAST_RELATED = 0.95, 0.9, 0.85, 1.2
+_LEAST_CONFIDENCE, _SURE, _LEAST_NEAR, _LEAST_RELATED = 0.95, 0.88, 0.85, 1.2
 """The confidence from which on an answer is given; the likeness to a wording from which on it is given in any case; the
 scores from which on another is named: where nothing is surely meant, and beside an answer or an exception."""
 _PROBABLE = 0.8

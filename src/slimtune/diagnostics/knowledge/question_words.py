@@ -155,8 +155,8 @@ _DEFINITION = 0.85
 """The share of its score that a definition keeps."""
 _SATURATION, _LENGTH = 1.2, 0.75
 """BM25's k1 and b."""
-_CONFIDENCE = (-4.27, 2.17, 4.14, -3.54, 2.37, 1.85)
-_CONFIDENCE_OF_FIRST = (-4.14, 3.41, 1.1, -5.13, 2.57, 2.02)
+_CONFIDENCE = (-4.06, 2.06, 4.06, -3.38, 2.44, 1.82)
+_CONFIDENCE_OF_FIRST = (-4.31, 3.47, 1.15, -4.22, 2.71, 2.01)
 """Weights of what the confidence depends on, in the first answer and in the first three: a constant, its score, its
 lead, the share of unknown words, the logarithm of its BM25, and whether the question has a word of the field.
 benchmarks/asked.py fits them."""
