@@ -178,7 +178,7 @@ class MultiAdapterRunner:
         """Run a row's prompt, and tokens that were generated after it but are in no cache any more.
 
         Returns:
-            The logits `(1, vocabulary)` of the next token, fp32, and a batch of this row.
+            The logits `(1, vocabulary)` of the next token, fp32 or wider, and a batch of this row.
         """
         ids = [*prompt, *generated]
         cache = None
@@ -203,7 +203,7 @@ class MultiAdapterRunner:
         return self._run([row], offsets, cache, inputs, None, positions)
 
     def decode(self, batch: CachedBatch) -> Tensor:
-        """Run the next token of every row; return the logits `(rows, vocabulary)` of those after it, fp32."""
+        """Run the next token of every row; return the logits `(rows, vocabulary)` of those after it, fp32 or wider."""
         device, rows = self.model.device, batch.rows
         if batch.cache is None:
             rows[0].ids.append(rows[0].next_token)
@@ -242,7 +242,8 @@ class MultiAdapterRunner:
                 inputs["adapter_names"] = names
             else:
                 self.model.set_adapter(names[0], inference_mode=True)
-        return self.model(**inputs).logits[:, -1].float()
+        logits = self.model(**inputs).logits[:, -1]
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def measure_cache(self) -> int:
         """Return how many bytes the cache has for each token of a row of the base."""

@@ -381,5 +381,6 @@ def _disable_dropout_of_base(prepared: PreparedRun) -> None:
     for module in prepared.model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+        for name, value in vars(module).items():  # some layers keep a rate alone: OPT `dropout`, MPT `attn_dropout_p`
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)

@@ -4,6 +4,7 @@
 """
 
 import errno
+import itertools
 import json
 import os
 import random
@@ -17,6 +18,7 @@ from pathlib import Path
 import forked
 import pytest
 import yaml
+from row_files import write_jsonl
 from tiny_run import distance, metrics
 
 from slimtune.core.foundation import files
@@ -27,6 +29,7 @@ pytestmark = pytest.mark.faults
 # 24 rows, 3 a step, 5 epochs: 40 steps, a checkpoint each 3.
 STEPS = 40
 KILLS = 102
+SUMS = [*itertools.product(range(1, 7), repeat=2)]
 METHODS = {
     "lora": {"name": "lora", "r": 4, "lora_dropout": 0.1},
     "adalora": {"name": "adalora"},
@@ -37,11 +40,9 @@ METHODS = {
 class Desk:
     """Runs of one recipe: `finish` and `start` take what a user would add to the command."""
 
-    def __init__(self, folder: Path, settings: dict, method: str) -> None:
-        train = {**settings["train"], "epochs": 5, "batch_size": 3, "save_steps": 3, "eval_steps": 10}
-        self.recipe, self.folder = folder / f"{method}.yaml", folder
-        self.recipe.write_text(yaml.safe_dump({**settings, "train": train, "method": METHODS[method]}))
-        self.whole = folder / f"{method}-whole"
+    def __init__(self, folder: Path, settings: dict) -> None:
+        self.recipe, self.folder, self.whole = folder / "recipe.yaml", folder, folder / "whole"
+        self.recipe.write_text(yaml.safe_dump(settings))
         code, log = self.finish(self.whole)
         assert code == 0, log
 
@@ -63,17 +64,44 @@ class Desk:
 
     def assert_whole(self, out: Path) -> None:
         assert distance(out, self.whole) == 0
-        for name in ("step", "train_loss", "validation_loss"):
+        for name in ("step", "train_loss", "validation_loss", "reward"):
             assert metrics(out, name) == metrics(self.whole, name)
         assert {p.name for p in out.iterdir()} == {p.name for p in self.whole.iterdir()}
         assert {p.name for p in (out / "checkpoints").iterdir()} == {
             p.name for p in (self.whole / "checkpoints").iterdir()
         }
 
+    def kill_at_random(self, draw: random.Random, kills: int, steps: int, seconds: float) -> str:
+        """Kill runs at their start and in their first `steps` steps, resume each to its end; return what happened."""
+        runs, done, moments = 0, 0, set()
+        while done < kills:
+            out, runs = self.folder / f"run-{runs}", runs + 1
+            code = -signal.SIGKILL
+            while code:
+                at = (
+                    (0, draw.uniform(0, 1.5))
+                    if draw.random() < 0.15
+                    else (draw.randint(1, steps), draw.uniform(0, seconds))
+                )
+                resume = ["--resume"] if (out / "recipe.yaml").is_file() else []
+                if not resume and out.exists():
+                    shutil.rmtree(out)  # killed before there was anything to resume
+                code, log = self.finish(out, *resume, kill=at)
+                assert code in (0, -signal.SIGKILL), log
+                done += code != 0
+                moments |= {*metrics(out, "step")[-1:]} if code and (out / "metrics.jsonl").is_file() else set()
+            self.assert_whole(out)
+        return f"{done} kills in {runs} runs, bit for bit; last logged steps {sorted(moments)}"
+
+
+def with_method(settings: dict, method: str) -> dict:
+    train = {**settings["train"], "epochs": 5, "batch_size": 3, "save_steps": 3, "eval_steps": 10}
+    return {**settings, "train": train, "method": METHODS[method]}
+
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory, shared_settings):
-    return Desk(tmp_path_factory.mktemp("faults"), shared_settings, "lora")
+    return Desk(tmp_path_factory.mktemp("faults"), with_method(shared_settings, "lora"))
 
 
 def wait_for_step(out: Path, step: int, process) -> None:
@@ -93,24 +121,20 @@ def wait_for_step(out: Path, step: int, process) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_random_kills(tmp_path, shared_settings, method):
     """At least 102 kills over the three methods: at their start, in steps and in checkpoints, several in each run."""
-    desk, draw, started = Desk(tmp_path, shared_settings, method), random.Random(method), time.monotonic()
-    kills, runs, moments = 0, 0, []
-    while kills < KILLS // len(METHODS):
-        out, runs = tmp_path / f"run-{runs}", runs + 1
-        code = -signal.SIGKILL
-        while code:
-            at = (0, draw.uniform(0, 1.5)) if draw.random() < 0.15 else (draw.randint(1, 7), draw.uniform(0, 0.08))
-            resume = ["--resume"] if (out / "recipe.yaml").is_file() else []
-            if not resume and out.exists():
-                shutil.rmtree(out)  # killed before there was anything to resume
-            code, log = desk.finish(out, *resume, kill=at)
-            assert code in (0, -signal.SIGKILL), log
-            kills += code != 0
-            moments += [metrics(out, "step")[-1:]] if code and (out / "metrics.jsonl").is_file() else []
-        desk.assert_whole(out)
-    steps = sorted({m[0] for m in moments if m})
-    seconds = time.monotonic() - started
-    print(f"{method}: {kills} kills in {runs} runs, bit for bit, {seconds:.0f} s; last logged steps {steps}")
+    desk = Desk(tmp_path, with_method(shared_settings, method))
+    print(method, desk.kill_at_random(random.Random(method), KILLS // len(METHODS), steps=7, seconds=0.08))
+
+
+def test_random_kills_of_a_run_on_rewards(tmp_path, smollm2_folder):
+    """A real base samples sums, is rewarded for right ones, and learns from them."""
+    sums = [{"prompt": f"What is {a} + {b}? Answer with the number alone.", "answer": a + b} for a, b in SUMS]
+    settings = {
+        "model": {"name": str(smollm2_folder), "dtype": "float32"},
+        "data": {"train": str(write_jsonl(tmp_path / "sums.jsonl", sums))},
+        "task": {"name": "grpo", "rewards": ["numeric-match"], "max_completion_length": 12, "num_generations": 4},
+        "train": {"max_steps": 6, "batch_size": 2, "save_steps": 2, "forgetting_budget": None},
+    }
+    print(Desk(tmp_path, settings).kill_at_random(random.Random(0), kills=5, steps=3, seconds=6))
 
 
 @pytest.mark.parametrize(("name", "n"), [("fsync", 2), ("fsync", 12), ("fsync", 22), ("replace", 4), ("replace", 8)])
