@@ -27,7 +27,7 @@ from slimtune.diagnostics.knowledge.guides import QuestionGuide
 ASKED = Path(__file__).parent / "data" / "asked_questions.jsonl"
 FORMER = Path(__file__).parents[1] / "tests" / "cli"
 OPEN_PARTS = ("development", "validation", "second development", "third development")
-TEST_PARTS = ("test", "second test", "third test", "fourth test")
+TEST_PARTS = ("test", "second test", "third test", "fourth test", "fifth test")
 """Asked once before their texts were looked at; after that, wordings were added for them as well."""
 
 
