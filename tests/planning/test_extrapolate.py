@@ -189,9 +189,9 @@ LATENT = {
     ("family", "sizes", "traced_layers"),
     [
         ("glm4_moe_lite", LATENT, [3, 4]),  # the first layer has no experts
-        pytest.param("qwen3_5_text", HYBRID, [4, 5, 5], marks=pytest.mark.slow),
-        pytest.param("gemma4_text", OWN_HEADS, [4, 5, 5], marks=pytest.mark.slow),  # full attention has larger heads
-        pytest.param("gemma4_text", SHARED_KEYS, [6, 7, 7, 7, 7], marks=pytest.mark.slow),  # and the last have no keys
+        pytest.param("qwen3_5_text", HYBRID, [3, 4, 4], marks=pytest.mark.slow),
+        pytest.param("gemma4_text", OWN_HEADS, [3, 4, 4], marks=pytest.mark.slow),  # full attention has larger heads
+        pytest.param("gemma4_text", SHARED_KEYS, [5, 6, 6, 6, 6], marks=pytest.mark.slow),  # and the last have no keys
     ],
 )
 def test_layers_of_several_kinds(monkeypatch, family, sizes, traced_layers):

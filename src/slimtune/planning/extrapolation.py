@@ -165,12 +165,13 @@ def _list_layer_samples(job: MicroBatchWorkload) -> list[tuple[int, MicroBatchWo
 def _choose_layers(kinds: Sequence[int]) -> list[tuple[int, list[int]]]:
     """Return places of layers, and the factors of `_list_layer_samples`; [] if the whole base is not more to trace.
 
-    The first sample has the first layer, the last one, and the last of each kind between them, because a step takes
-    most memory at the first or the last layer, or at the most expensive kind between them. Each other sample has one
-    more layer of a kind: its first, which stands before that most expensive one as nearly all others do.
+    The first sample has the first layer, the last one, and the last of each other kind, because a step takes most
+    memory at the first or the last layer, or at the most expensive kind between them. Each other sample has one more
+    layer of a kind: its first, which stands before that most expensive one as nearly all others do.
     """
-    last = len(kinds) - 1
-    common = {0, last, *(max(i for i in range(last) if kinds[i] == kind) for kind in kinds[:last])}
+    common = {0, *(max(i for i, other in enumerate(kinds) if other == kind) for kind in kinds)}
+    if len(common) == 2:  # the phase between those of the first and the last layer needs a layer
+        common.add(max(i for i in range(len(kinds) - 1) if kinds[i] == kinds[-1]))
     samples = [(1, sorted(common))]
     for kind in dict.fromkeys(kinds):
         others = [i for i, other in enumerate(kinds) if other == kind and i not in common]
