@@ -48,6 +48,13 @@ def test_second_plan_traces_nothing(job, traced, tmp_path):
     assert len(list((tmp_path / "traces").iterdir())) == 2
 
 
+def test_a_base_whose_config_has_inf_is_kept(job, traced):
+    """As Falcon-H1's and Granite 4's: time_step_limit."""
+    job.base_config.time_step_limit = (0.0, float("inf"))
+    assert extrapolate_step_trace(job) == extrapolate_step_trace(job)
+    assert len(traced) == 1
+
+
 @pytest.mark.parametrize(
     "changes",
     [

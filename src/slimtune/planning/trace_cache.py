@@ -83,7 +83,7 @@ def _describe(job: MicroBatchWorkload, options: dict[str, Any]) -> str | None:
         raise TypeError(type(value))
 
     try:
-        return json.dumps(key, sort_keys=True, default=to_plain, allow_nan=False)
+        return json.dumps(key, sort_keys=True, default=to_plain)  # a Mamba config has Inf: time_step_limit
     except (TypeError, ValueError):
         return None
 
