@@ -83,7 +83,8 @@ def _describe(job: MicroBatchWorkload, options: dict[str, Any]) -> str | None:
         raise TypeError(type(value))
 
     try:
-        return json.dumps(key, sort_keys=True, default=to_plain)  # a Mamba config has Inf: time_step_limit
+        # Configs of Mamba layers have Inf (time_step_limit); only a hash of this text is kept.
+        return json.dumps(key, sort_keys=True, default=to_plain, allow_nan=True)
     except (TypeError, ValueError):
         return None
 
