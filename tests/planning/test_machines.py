@@ -3,6 +3,7 @@
 import pytest
 from hand_plan import hand_plan
 
+from slimtune.core.models.base_config import load_base_config
 from slimtune.hardware.machine_choice import (
     count_runs_to_break_even,
     make_machine_offer,
@@ -10,6 +11,7 @@ from slimtune.hardware.machine_choice import (
 )
 from slimtune.planning.gpu_specs import require_gpu_by_name
 from slimtune.planning.interval import Interval
+from slimtune.planning.serving_memory import estimate_serving_memory
 
 
 def machine(name, speed=1000.0, **fields):
@@ -39,3 +41,13 @@ def test_break_even():
 def test_serving_only_where_an_8b_fits():
     assert make_machine_offer(require_gpu_by_name("m1-8gb")).serving is None
     assert 80 < machine("rtx-3090").serving.decode.low < machine("rtx-3090").serving.decode.high < 170
+
+
+def test_speed_of_an_8b_is_that_of_a_plan():
+    card, config = require_gpu_by_name("rtx-3090"), load_base_config("llama-3.1-8b").config
+    shown, planned = (
+        make_machine_offer(card).serving,
+        estimate_serving_memory(config, engine="llama.cpp", gpu=card, context=4096),
+    )
+    assert (*shown.decode,) == pytest.approx((*planned.decode_tokens_per_second,), rel=0.03)
+    assert (*shown.prefill,) == pytest.approx((*planned.prefill_tokens_per_second,), rel=0.03)

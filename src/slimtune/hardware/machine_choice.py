@@ -14,7 +14,7 @@ from ..core.models.gpu_support import NO_XPU
 from ..planning.gpu_specs import GpuSpec, format_date_with_age_note, is_date_outdated, list_gpu_specs
 from ..planning.interval import Interval, format_interval_compact, format_three_digits
 from ..planning.plan_result import MemoryVerdict, ResourceEstimate
-from ..planning.serving_speed import ServingSpeed, estimate_decode_and_prefill_speed
+from ..planning.serving_speed import LayerStructure, ServingSpeed, estimate_decode_and_prefill_speed
 from .run_cost import (
     RunCost,
     estimate_run_cost,
@@ -26,7 +26,7 @@ from .run_cost import (
 
 REFERENCE: dict[str, Any] = {
     "weight_bytes_per_token": 4.61e9, "kv_bytes_per_request": 0.54e9, "matmul_weight_count": 6.98e9,
-    "layers": 32, "vocab_size": 128256,
+    "layers": 32, "vocab_size": 128256, "structure": LayerStructure(hidden_size=4096),
 }  # fmt: skip
 """An 8B model (Llama 3.1) in Q4_K_M behind 4096 tokens, as `plan --serve` computes it."""
 REFERENCE_BYTES = 6.0e9
