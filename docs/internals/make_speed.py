@@ -1,4 +1,4 @@
-"""Write the tables of docs/speed.md and docs/grpo.md from benchmarks/data/speed.json.
+"""Write the tables of docs/speed.md, docs/grpo.md and README.md from benchmarks/data/speed.json.
 
     python docs/internals/make_speed.py [--record FOLDER]
 
@@ -16,7 +16,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "benchmarks/data/speed.json"
-PAGES = {"docs/speed.md": ("step", "step-float32", "dpo"), "docs/grpo.md": ("grpo",)}
+PAGES = {"docs/speed.md": ("step", "step-float32", "dpo"), "docs/grpo.md": ("grpo",), "README.md": ("summary",)}
+SUMMARY = {"step": "LoRA", "dpo": "DPO", "grpo": "GRPO"}
 BEGIN, END = "<!-- table: docs/internals/make_speed.py {name} -->\n", "<!-- end of the table -->\n"
 STEP_WAYS = {
     "peft-tour": "PEFT's quick tour: fp32, padded, dropout 0.1",
@@ -119,13 +120,26 @@ def format_table(lines: Sequence[dict[str, Any]]) -> str:
     return "\n".join(found) + "\n"
 
 
+def format_summary(data: dict[str, list[dict[str, Any]]]) -> str:
+    """Return the README's table: of each benchmark and kind of rows the way that is the fastest beside slimtune."""
+    found = ["| a step of | rows | beside | time : slimtune's | its memory |", "| --- | --- | --- | ---: | ---: |"]
+    for name, title in SUMMARY.items():
+        for rows in dict.fromkeys(line["rows"] for line in data[name]):
+            best = min((line for line in data[name] if line["rows"] == rows), key=lambda line: line["seconds"])
+            took, own, memory = best["seconds"], best["own_seconds"], best["own_peak"] / best["peak"]
+            times = f"{took:.2f} s : {own:.2f} s = **{took / own:.2f}×**"
+            found.append(f"| {title} | {rows[0].lower()}{rows[1:]} | {best['way']} | {times} | {memory:.2f} |")
+    return "\n".join(found) + "\n"
+
+
 def make_page(page: str) -> str:
     """Return the page with its tables."""
     text, data = (ROOT / page).read_text(encoding="utf-8"), json.loads(DATA.read_text())
     for name in PAGES[page]:
         begin = BEGIN.format(name=name)
         before, _, rest = text.partition(begin)
-        text = f"{before}{begin}\n{format_table(data[name])}\n{END}{rest.partition(END)[2]}"
+        table = format_summary(data) if name == "summary" else format_table(data[name])
+        text = f"{before}{begin}\n{table}\n{END}{rest.partition(END)[2]}"
     return text
 
 
