@@ -105,6 +105,7 @@ def test_every_format_is_proven_and_a_damaged_one_is_not(kind, run, tmp_path):
     assert not verify(out, threads=1).passed
 
 
+@pytest.mark.slow
 def test_adapter_gguf(run, tmp_path):
     found = export(run, "gguf", tmp_path / "out", threads=1)
     assert set(found.files) == {"adapter.gguf", EXPORT_MANIFEST}

@@ -155,8 +155,9 @@ def test_llama_cpp_agrees_with_merged_experts(kind, tmp_path, tiny_tokenizer):
     assert verdict.passed, verdict.reason
 
 
+@pytest.mark.slow
 @needs_llama_cpp
-@pytest.mark.parametrize("kind", ["llama", pytest.param("gpt_neox", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox"])
 def test_missing_permutation_is_noticed(kind, tmp_path, tiny_tokenizer, monkeypatch):
     tokenizer, model = tiny_tokenizer(), adapted(kind)
     base = write(tmp_path / "base.gguf", model_of(kind, VOCABULARY), tokenizer)

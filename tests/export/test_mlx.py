@@ -40,6 +40,7 @@ def few_tokens(monkeypatch):
         monkeypatch.setattr(reference, name, value)
 
 
+@pytest.mark.slow
 @needs_mlx
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("more", [{}, {"use_dora": True}], ids=["lora", "dora"])
@@ -229,6 +230,7 @@ def test_factor_that_mlx_lm_rounds_is_no_difference(make_base, tmp_path, monkeyp
     assert (found["cause"], found["max_difference"] > 1e-3) == ("applied", True)
 
 
+@pytest.mark.slow
 @needs_mlx
 def test_check_asks_mlx_lm_about_a_folder(make_base, tmp_path, slimtune, slimtune_json):
     run = save_adapter_of(make_base("qwen3"), tmp_path / "run", LoraConfig(**LORA))

@@ -69,6 +69,7 @@ def test_adapter_of_mlx_lm_computes_the_same_here(name, trained):
     assert (found - expected).abs().max() < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama-lora", "gemma3_text-dora", "phi3-lora"])
 def test_check_finds_no_fault(name, trained):
     result = check_adapter(trained / name).file

@@ -166,6 +166,7 @@ def test_one_beginning_of_sequence_token(export, tmp_path, kind, add):
     assert expected.count("<|begin_of_text|>") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("add", [True, False])
 @pytest.mark.skipif(not is_xllamacpp_installed(), reason="xllamacpp is not installed")
 def test_llama_cpp_makes_the_training_tokens(export, tmp_path, monkeypatch, tiny_llama, tiny_tokenizer, add):
