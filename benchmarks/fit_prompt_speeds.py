@@ -26,18 +26,19 @@ from published_serving import (
     POINTS,
     SECOND_POINTS,
     THIRD_POINTS,
+    count_batch_tokens,
     count_work_of,
+    find_engine_and_precision,
     load_config_of,
     name_source,
+    scale_file,
 )
 from scipy.optimize import minimize
 
 from slimtune.planning.gpu_specs import require_gpu_by_name
 from slimtune.planning.serving_speed import (
-    BATCH_TOKENS,
     EXPERT_BANDWIDTH_SHARE,
     KIND_PREFILL,
-    MLX_BATCH_TOKENS,
     PREFILL,
     get_serving_fit_key,
 )
@@ -62,13 +63,11 @@ def list_prompts() -> list[dict[str, Any]]:
 
 def describe_prompt(point: dict[str, Any]) -> dict[str, Any]:
     """Return what the formula needs of a published run."""
-    engine = point["engine"] if point["engine"] in ("ollama", "mlx") else "llama.cpp"
-    precision = {"BF16": "F16", "mxfp4": "mxfp4-q8"}.get(point["precision"], point["precision"])
+    engine, precision = find_engine_and_precision(point)
     _, weights, structure, _, file_bytes = count_work_of(point["model"], precision)
     gpu = require_gpu_by_name(point["card"])
     key = get_serving_fit_key(gpu, engine, PREFILL)
-    batch = min(point["tokens"], point.get("ubatch", MLX_BATCH_TOKENS if engine == "mlx" else BATCH_TOKENS))
-    scale = point["file_gib"] * 2**30 / file_bytes if "file_gib" in point else 1.0
+    batch, scale = count_batch_tokens(point, engine), scale_file(point, file_bytes)
     return {
         "key": key, "name": name_source(point["source"]), "kind": structure.kind, "tokens": point["tokens"],
         "year": int(point["date"][:4]) + (int(point["date"][5:7]) - 1) / 12, "speed": point["tokens_per_second"],

@@ -145,30 +145,41 @@ def count_work_of(name: str, precision: str) -> tuple[float, float, Any, int, in
     return read_bytes, weights, structure, state, count_weight_and_embedding_bytes(model, precision)[0]
 
 
+def find_engine_and_precision(point: dict[str, Any]) -> tuple[str, str]:
+    """Return the engine and the precision by which a plan knows those of a published run."""
+    engine = point["engine"] if point["engine"] in ENGINES else "llama.cpp"
+    names = {} if engine == "vllm" else {"BF16": "F16", "mxfp4": "mxfp4-q8"}
+    return engine, names.get(point["precision"], point["precision"])
+
+
+def count_batch_tokens(point: dict[str, Any], engine: str) -> int:
+    """Return how many tokens of a published prompt an engine computes at once."""
+    return min(point["tokens"], point.get("ubatch", MLX_BATCH_TOKENS if engine == "mlx" else BATCH_TOKENS))
+
+
+def scale_file(point: dict[str, Any], file_bytes: float) -> float:
+    """Return the size of a published file as a multiple of the one that is planned; a mixture of types has no name."""
+    return point["file_gib"] * 2**30 / file_bytes if "file_gib" in point else 1.0
+
+
 def predict(point: dict[str, Any]) -> Interval:
     """Return the tokens a second that a plan gives for a published run."""
     model, decodes = model_of(point["model"]), point["test"] == "decode"
-    engine = point["engine"] if point["engine"] in ENGINES else "llama.cpp"
-    precision = point["precision"]
-    if engine != "vllm":
-        precision = {"BF16": "F16", "mxfp4": "mxfp4-q8"}.get(precision, precision)
+    engine, precision = find_engine_and_precision(point)
     read_bytes, weights, structure, state, file_bytes = count_work_of(point["model"], precision)
-    if "file_gib" in point:  # a mixture of types that has no name of its own
-        scale = point["file_gib"] * 2**30 / file_bytes
-        read_bytes *= scale
-        structure = structure._replace(all_expert_bytes=scale * structure.all_expert_bytes)
+    scale = scale_file(point, file_bytes)
+    structure = structure._replace(all_expert_bytes=scale * structure.all_expert_bytes)
     # The cache is allocated in blocks, and read as far as it is full.
     length = 256 * max(1, -(-point["tokens"] // 256))
     cached = count_request_kv_cache_bytes(model.config, length, engine, "f16") * point["tokens"] / length + state
     gpu = require_gpu_by_name(point["card"])
-    batch = point.get("ubatch", MLX_BATCH_TOKENS if engine == "mlx" else BATCH_TOKENS)
     if "core_share" in point:  # a version with fewer cores than that of the table
         gpu = replace(gpu, rates={d: point["core_share"] * rate for d, rate in (gpu.rates or {}).items()})
     text = model.config.get_text_config()
     speed = estimate_decode_and_prefill_speed(
-        gpu, engine, weight_bytes_per_token=read_bytes, kv_bytes_per_request=cached if decodes else 0,
+        gpu, engine, weight_bytes_per_token=scale * read_bytes, kv_bytes_per_request=cached if decodes else 0,
         matmul_weight_count=weights, layers=text.num_hidden_layers, vocab_size=text.vocab_size,
-        structure=structure, batch_tokens=min(point["tokens"], batch),
+        structure=structure, batch_tokens=count_batch_tokens(point, engine),
     )  # fmt: skip
     if speed is None:
         raise ValueError(f"no fit for {point['card']} and {point['engine']}")
@@ -177,7 +188,7 @@ def predict(point: dict[str, Any]) -> Interval:
 
 def has_fit(point: dict[str, Any]) -> bool:
     """Return whether a plan gives a speed for the GPU and engine of a run."""
-    engine = point["engine"] if point["engine"] in ENGINES else "llama.cpp"
+    engine, _ = find_engine_and_precision(point)
     return get_serving_fit_key(require_gpu_by_name(point["card"]), engine) in DECODING
 
 

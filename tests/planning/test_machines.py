@@ -45,9 +45,7 @@ def test_serving_only_where_an_8b_fits():
 
 def test_speed_of_an_8b_is_that_of_a_plan():
     card, config = require_gpu_by_name("rtx-3090"), load_base_config("llama-3.1-8b").config
-    shown, planned = (
-        make_machine_offer(card).serving,
-        estimate_serving_memory(config, engine="llama.cpp", gpu=card, context=4096),
-    )
+    shown = make_machine_offer(card).serving
+    planned = estimate_serving_memory(config, engine="llama.cpp", gpu=card, context=4096)
     assert (*shown.decode,) == pytest.approx((*planned.decode_tokens_per_second,), rel=0.03)
     assert (*shown.prefill,) == pytest.approx((*planned.prefill_tokens_per_second,), rel=0.03)

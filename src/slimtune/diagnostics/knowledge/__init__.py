@@ -106,17 +106,17 @@ def find_answers(text: str, max_near: int = 3) -> AnswerAndNearPages:
         key=lambda code: (code != _WARNINGS_PAGE and fits[code][0] > 0, fits[code]),
         reverse=True,
     )
-    first, rivals = "", list[str]()
+    first, rivals, has_exception = "", list[str](), _EXCEPTION.search(text) is not None
     if ranked and ranked.nearest >= _SURE:
         first = next(iter(scores))
     elif by_pattern and fits[by_pattern[0]][0]:
         first = by_pattern[0]
-    elif ranked and (next(iter(scores)) in pages or not _EXCEPTION.search(text)):
+    elif ranked and (next(iter(scores)) in pages or not has_exception):
         if ranked.confidence >= _LEAST_CONFIDENCE:
             first = next(iter(scores))
         elif ranked.confidence_of_first >= _PROBABLE:
             first, *rivals = list(scores)[:max_near]
-    least = _LEAST_RELATED if first or _EXCEPTION.search(text) else _LEAST_NEAR
+    least = _LEAST_RELATED if first or has_exception else _LEAST_NEAR
     others = [*by_pattern, *(name for name, score in scores.items() if score >= least)]
     near = list(dict.fromkeys(name for name in others if name not in (first, *rivals)))[:max_near]
     return AnswerAndNearPages(_get_answers([first])[0] if first else None, _get_answers(rivals), _get_answers(near))
