@@ -8,7 +8,9 @@ The fits of planning/serving_speed.py are to them and to those of data/serving_p
 data/serving_points_third.json and data/serving_points_fourth.json, which judged earlier fits, and of runs of MLX to
 those of data/serving_points_other.json. Those of data/serving_points_fifth.json judged the fits of all of these; of
 them, prompts alone are fitted to since (fit_prompt_speeds.py). Those of data/serving_points_sixth.json judge the fits,
-which have not seen them.
+which have not seen them, but for those on Intel's Arc: to these and to data/serving_points_intel.json the fits of Intel
+are (fit_intel_speeds.py), except to the sources in it that a hash of their names held out, a third of all, before any
+of its runs was predicted. SYCL and Vulkan count there as two.
 
 What counts in the fourth was decided before any of it was predicted: one GPU or Mac that holds all weights, one
 request, no speculative decoding, a precision that is named, llama.cpp, Ollama, LM Studio or MLX themselves, a date.
@@ -52,11 +54,9 @@ from slimtune.planning.serving_memory import (
 )
 from slimtune.planning.serving_speed import (
     BATCH_TOKENS,
-    DECODING,
     MLX_BATCH_TOKENS,
     estimate_decode_and_prefill_speed,
     get_serving_fit_hardware_key,
-    get_serving_fit_key,
 )
 from slimtune.planning.weight_formats import ENGINES
 
@@ -71,6 +71,8 @@ FIFTH_POINTS = json.loads((Path(__file__).parent / "data" / "serving_points_fift
 """The same, collected after the fits were changed by what the fourth showed."""
 SIXTH_POINTS = json.loads((Path(__file__).parent / "data" / "serving_points_sixth.json").read_text(encoding="utf-8"))
 """The same, collected while prompts were fitted to the fifth, too."""
+INTEL_POINTS = json.loads((Path(__file__).parent / "data" / "serving_points_intel.json").read_text(encoding="utf-8"))
+"""Runs on Intel's Arc, to which the fits of llama.cpp on Intel are, except those with `"held_out": true`."""
 EARLIER_POINTS = 249
 """The first points of the file, to which the first fits were made."""
 GROUPS = ("dense", "mixtures", "hybrids", "prompts")
@@ -81,25 +83,28 @@ HYBRIDS = ("qwen3_5", "qwen3_next", "nemotron_h", "granitemoehybrid", "falcon_h1
 """Types of config whose layers are not all attention."""
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 """Fields of a config that tell a mixture."""
-GAESSLER = {"4766", "15131", "15525", "15631", "17505", "24127", "25441"}
-"""Pull requests to llama.cpp whose runs are by one author, on the same machines."""
+AUTHORS = {
+    "JohannesGaessler": {"4766", "15131", "15525", "15631", "17505", "24127", "25441"},
+    "arthw": {"12035", "22291", "22413", "23725"},
+}
+"""Threads of llama.cpp whose runs are by one author, on the same machines."""
 
 
 def name_source(text: str) -> str:
     """Return the author, site or repository that a point's source is of.
 
-    Of GitHub and Hugging Face it is the owner, and of llama.cpp's own repository the author or the thread.
+    Of GitHub and Hugging Face it is the owner, and of the repositories of llama.cpp and Intel the author or the thread.
     """
-    github = re.match(r"(?:github\.com|gist\.github\.com|huggingface\.co/datasets)/([\w.-]+)", text)
+    github = re.match(r"(?:github\.com|gist\.github\.com|huggingface\.co/datasets)/([\w.-]+)(/[\w.-]+)?", text)
     if github is None:
         first = text.split(" ")[0]
         return first.split("/")[0] if "." in first else text
-    if github[1] != "ggml-org":
+    if github[1] not in ("ggml-org", "intel"):
         return github[1]
     thread = re.search(r"(?:pull request|discussion|issue) (\d+)", text)
     if thread is None:
-        return "ggml-org/llama.cpp benches"
-    return "JohannesGaessler" if thread[1] in GAESSLER else f"ggml-org/llama.cpp {thread[1]}"
+        return f"{github[1]}{github[2]} benches"
+    return next((name for name, some in AUTHORS.items() if thread[1] in some), f"{github[1]}{github[2]} {thread[1]}")
 
 
 EARLIER_SOURCES = {name_source(point["source"]) for point in POINTS[:EARLIER_POINTS]}
@@ -186,10 +191,9 @@ def predict(point: dict[str, Any]) -> Interval:
     return speed.decode if decodes else speed.prefill
 
 
-def has_fit(point: dict[str, Any]) -> bool:
-    """Return whether a plan gives a speed for the GPU and engine of a run."""
-    engine, _ = find_engine_and_precision(point)
-    return get_serving_fit_key(require_gpu_by_name(point["card"]), engine) in DECODING
+def is_on_intel(point: dict[str, Any]) -> bool:
+    """Return whether a run is on a GPU by Intel, whose fits are to the sixth set, too; so it does not judge them."""
+    return require_gpu_by_name(point["card"]).vendor == "intel"
 
 
 def compare_points(points: Sequence[dict[str, Any]] = (*POINTS, *SECOND_POINTS)) -> list[dict[str, Any]]:
@@ -261,7 +265,7 @@ def main() -> None:
     counted = [r for r in rows if r["kind"][0] == "llama.cpp"]
     third, fourth = compare_points(THIRD_POINTS), compare_points(FOURTH_POINTS)
     fifth = [r for r in compare_points(FIFTH_POINTS) if r["kind"][0] != "vllm"]
-    sixth = compare_points([p for p in SIXTH_POINTS if p["engine"] != "vllm" and has_fit(p)])
+    sixth = compare_points([p for p in SIXTH_POINTS if p["engine"] != "vllm" and not is_on_intel(p)])
     tables = [*map(make_group_table, (counted, third, fourth, fifth, sixth)), make_hardware_table(counted)]
     print("", *tables, sep="\n\n", end="\n\n")
     for point in POINTS:

@@ -286,8 +286,10 @@ class ServingEstimate:
         elif decode is None or prefill is None:
             yield "speed", "not known"
         else:
-            written = f"{decode.format(format_three_digits)} tokens/s written behind {self.context} tokens"
-            yield "speed", f"{written}, {prefill.format(format_three_digits)} tokens/s of a prompt read"
+            kinds = (self.evidence.get(f"{name}_tokens_per_second") for name in ("decode", "prefill"))
+            guessed = [" (guessed)" if kind == "guessed" else "" for kind in kinds]
+            written = f"{decode.format(format_three_digits)} tokens/s written behind {self.context} tokens{guessed[0]}"
+            yield "speed", f"{written}, {prefill.format(format_three_digits)} tokens/s of a prompt read{guessed[1]}"
         yield from (("note", note) for note in self.notes)
 
     def list_memory_figures(self) -> Iterator[LabelledFigure]:

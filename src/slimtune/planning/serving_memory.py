@@ -25,7 +25,12 @@ from .meta_model import build_adapted_meta_model
 from .plan_result import CpuExpertsEstimate, ServingEstimate
 from .planner import find_largest_fitting, judge_memory_fit
 from .serving_cache import UBATCH, count_recurrent_state_bytes, count_request_kv_cache_bytes, round_up
-from .serving_speed import LayerStructure, ServingSpeed, estimate_decode_and_prefill_speed
+from .serving_speed import (
+    LayerStructure,
+    ServingSpeed,
+    describe_guessed_speeds,
+    estimate_decode_and_prefill_speed,
+)
 from .weight_formats import (
     ENGINES,
     EXPERT_BITS,
@@ -129,6 +134,13 @@ def _estimate_serving_memory(
             "a GPU by Apple, e.g. m4-max-64gb",
             "choose another --engine",
         )
+    if gpu is not None and gpu.architecture in facts.unsupported_architectures:
+        architectures = format_names(facts.unsupported_architectures)
+        raise UsageError(
+            f"{engine} does not run on {gpu.name}",
+            f"a GPU of another architecture than {architectures}",
+            "choose another --engine, such as llama.cpp",
+        )
     precision = precision or find_published_precision(config, engine) or facts.default_precision
     precision = _find_name("precision", precision, facts.supported_precisions)
     cache = _find_name("cache", cache or next(iter(facts.bytes_by_cache_precision)), facts.bytes_by_cache_precision)
@@ -187,6 +199,9 @@ def _estimate_serving_memory(
         speed = estimate_speed(gpu, engine)
     elif gpu is not None and usable is not None and is_gguf and separate_memory:
         cpu_experts = _estimate_cpu_experts(model, precision, need, usable, placed.host_bytes, gpu, estimate_speed)
+    guesses = []
+    if gpu is not None and speed is not None and "guessed" in (speed.evidence, speed.prefill_evidence):
+        guesses = list(describe_guessed_speeds(gpu, engine))
     return ServingEstimate(
         engine=engine,
         precision=precision,
@@ -208,7 +223,7 @@ def _estimate_serving_memory(
         verdict=verdict,
         reason=reason,
         cpu_experts=cpu_experts,
-        notes=_list_serving_notes(config, engine),
+        notes=[*_list_serving_notes(config, engine), *guesses],
         evidence={
             **dict.fromkeys(("file_bytes", "bits", "weights", "adapter", "cache", "state", "host_bytes"), "computed"),
             **dict.fromkeys(("compute_bytes", "runtime_bytes", "need_bytes", "max_context"), "guessed"),

@@ -15,12 +15,14 @@ recurrent layer goes from token to token. Shares are fitted to published runs (b
 `python benchmarks/published_serving.py`, of prompts `python benchmarks/fit_prompt_speeds.py`) by engine and kind of
 hardware. A range is as wide, on both sides of the formula and by a factor, as held for nine in ten runs of sources left
 out of the fit, by the kind of hardware and of base, whichever is wider; of fewer than six sources it is wider than they
-need. It imports no torch, so that machines are compared at once.
+need. No range of decoding ends above what the bandwidth allows. Where an engine has no fit for a vendor, the range is
+from the slowest to the fastest of all fits of this engine and of this vendor, and guessed. It imports no torch, so that
+machines are compared at once.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 from ..core.foundation.json_results import make_json_key_metadata
 from .gpu_specs import GpuSpec
@@ -36,8 +38,9 @@ OLLAMA_SLOWDOWN, OLLAMA_EXPERT_SLOWDOWN = 1.10, 1.22
 """Time of a token in Ollama as a multiple of that in llama.cpp, and of a mixture's."""
 OLLAMA_DELTA_LAYER_S = 0.38e-3
 """Seconds that a layer of Qwen3.5's gated delta rule takes longer in slow versions of Ollama's own engine."""
-EXPERT_TOKENS = {"nvidia": 63, "amd": 38, "apple": 24}
-"""Tokens of a batch at which an expert's matrices reach half of the rate, by vendor: half of a kernel's tile."""
+EXPERT_TOKENS = {"nvidia": 63, "amd": 38, "apple": 24, "intel": 38, "": 38}
+"""Tokens of a batch at which an expert's matrices reach half of the rate, by vendor: half of a kernel's tile. Of Intel
+and of unknown vendors AMD's are taken."""
 MLX_EXPERT_TOKENS = 54
 """The same in MLX."""
 LAYER_MACS = 9000
@@ -100,6 +103,11 @@ class PrefillSpeedFit(NamedTuple):
     fitted_source_count: int
 
 
+SpeedFits = Mapping[tuple[str, str], DecodingSpeedFit] | Mapping[tuple[str, str], PrefillSpeedFit]
+"""Fits by engine and kind of hardware."""
+Fit = TypeVar("Fit", DecodingSpeedFit, PrefillSpeedFit)
+
+
 @dataclass(frozen=True)
 class ServingSpeed:
     """Tokens a second of one request."""
@@ -126,6 +134,9 @@ DECODING = {
     ("llama.cpp", "amd"): DecodingSpeedFit(0.79, 68e-6, 1.30, 14),
     ("llama.cpp", "amd hbm"): DecodingSpeedFit(0.50, 200e-6, 1.70, 1),
     ("llama.cpp", "amd unified"): DecodingSpeedFit(0.82, 72e-6, 1.27, 12),
+    # Runs by SYCL and by Vulkan differ by up to a factor of 2 (`python fit_intel_speeds.py`).
+    ("llama.cpp", "intel"): DecodingSpeedFit(0.73, 155e-6, 2.4, 12),
+    ("llama.cpp", "intel unified"): DecodingSpeedFit(0.73, 155e-6, 2.4, 1),
     ("llama.cpp", "apple m1, m2"): DecodingSpeedFit(0.71, 160e-6, 1.41, 13),
     ("llama.cpp", "apple m5"): DecodingSpeedFit(0.82, 54e-6, 1.35, 5),
     ("llama.cpp", "apple"): DecodingSpeedFit(0.86, 116e-6, 1.25, 16),
@@ -151,6 +162,8 @@ PREFILL = {
     ("llama.cpp", "amd rdna4"): PrefillSpeedFit(1.10, "float32", 1.8, 3),
     ("llama.cpp", "amd hbm"): PrefillSpeedFit(0.82, "float32", 1.9, 1),
     ("llama.cpp", "amd unified"): PrefillSpeedFit(0.56, "float32", 1.50, 13),
+    ("llama.cpp", "intel"): PrefillSpeedFit(1.20, "float32", 3.0, 12),
+    ("llama.cpp", "intel unified"): PrefillSpeedFit(1.20, "float32", 3.0, 1),
     ("llama.cpp", "apple m1, m2"): PrefillSpeedFit(0.72, "float32", 1.50, 12),
     # The M5 has units for matrices, whose rate Apple does not say.
     ("llama.cpp", "apple m5"): PrefillSpeedFit(2.35, "float32", 1.90, 5),
@@ -172,7 +185,7 @@ def get_serving_fit_hardware_key(gpu: GpuSpec) -> str:
     """Return the kind of hardware that a fit is for: a vendor, and the kind of memory or the generation."""
     if gpu.vendor == "apple":
         return "apple m1, m2" if gpu.architecture in ("m1", "m2") else "apple"
-    if gpu.vendor in ("nvidia", "amd") and gpu.unified:
+    if gpu.vendor in ("nvidia", "amd", "intel") and gpu.unified:
         return f"{gpu.vendor} unified"
     if gpu.architecture == "pascal":
         return "nvidia p100" if gpu.name == "p100" else "nvidia pascal"
@@ -197,12 +210,37 @@ def get_serving_fit_key(gpu: GpuSpec, engine: str, fits: Collection[tuple[str, s
     return fitted, next((name for name in hardware if (fitted, name) in fits), gpu.vendor)
 
 
+def describe_guessed_speeds(gpu: GpuSpec, engine: str) -> Iterator[str]:
+    """Yield why the speeds of an engine on a GPU are guessed, in whole sentences; nothing if they are fitted."""
+    writing, reading = (_find_reason_of_guess(gpu, engine, fits) for fits in (DECODING, PREFILL))
+    if writing and writing == reading:
+        yield f"The speeds are guessed: {writing}."
+        return
+    for work, reason in (("writing", writing), ("reading a prompt", reading)):
+        if reason:
+            yield f"The speed of {work} is guessed: {reason}."
+
+
+def _find_reason_of_guess(gpu: GpuSpec, engine: str, fits: SpeedFits) -> str:
+    name = ENGINES[engine].fitted_speeds_engine
+    fit = fits.get(get_serving_fit_key(gpu, engine, fits))
+    if fit is None:
+        ends = f"the range is from the slowest to the fastest of all fits of {name} and of this vendor"
+        return f"no published run of {name} on {gpu.name} or the like is in a fit; {ends}"
+    if gpu.architecture in FITTED_AS:
+        return f"no published run on {gpu.name} is in the fit, which is that of the generation before"
+    if fit.fitted_source_count > 1:
+        return ""
+    runs = "only one source of runs is" if fit.fitted_source_count else f"no published run of {name} is"
+    return f"{runs} in the fit of {gpu.name} and the like"
+
+
 def estimate_decode_and_prefill_speed(
     gpu: GpuSpec, engine: str, *, weight_bytes_per_token: float, kv_bytes_per_request: float,
     matmul_weight_count: float, layers: int, vocab_size: int, concurrent_requests: int = 1, precision: str = "Q4_K_M",
     structure: LayerStructure = DENSE_LAYERS, batch_tokens: int | None = None,
 ) -> ServingSpeed | None:  # fmt: skip
-    """Return the speed of one request; None if the GPU's rates are unknown, or no runs of its kind are.
+    """Return the speed of one request; None if the GPU's rates or its bandwidth are unknown.
 
     Args:
         gpu: where it runs; the weights are on it.
@@ -229,10 +267,10 @@ def estimate_decode_and_prefill_speed(
             evidence,
             evidence,
         )
-    key = get_serving_fit_key(gpu, engine)
-    if key not in DECODING or not gpu.rates or not gpu.bandwidth:
+    if not gpu.rates or not gpu.bandwidth:
         return None
-    decoding, prefill = DECODING[key], PREFILL[get_serving_fit_key(gpu, engine, PREFILL)]
+    key, prompt_key = get_serving_fit_key(gpu, engine), get_serving_fit_key(gpu, engine, PREFILL)
+    decodings, prefills = _list_fits(DECODING, key), _list_fits(PREFILL, prompt_key)
     kind = structure.kind
     is_mlx, is_ollama = engine == "mlx", engine == "ollama"
     batch_tokens = batch_tokens or (MLX_BATCH_TOKENS if is_mlx else BATCH_TOKENS)
@@ -240,28 +278,44 @@ def estimate_decode_and_prefill_speed(
     expert_tokens = MLX_EXPERT_TOKENS if is_mlx else EXPERT_TOKENS[gpu.vendor]
     macs = matmul_weight_count + structure.expert_macs * expert_tokens / tokens
     macs += LAYER_MACS * layers * structure.hidden_size
-    rate = prefill.rate_share * gpu.rates[prefill.rate_dtype]
-    prompt_seconds = 2 * macs / rate + RECURRENT_TOKEN_S * structure.recurrent_layers
-    prompt_seconds += structure.all_expert_bytes / batch_tokens / (EXPERT_BANDWIDTH_SHARE * gpu.bandwidth)
-    # Decoded together, requests share the reading of the weights, until their arithmetic takes longer.
-    read_seconds = (weight_bytes_per_token + cached) / (decoding.bandwidth_share * gpu.bandwidth)
-    layers_s = decoding.layer_s * (
+    expert_s = structure.all_expert_bytes / batch_tokens / (EXPERT_BANDWIDTH_SHARE * gpu.bandwidth)
+    counted_layers = (
         layers * (1 + (EMBEDDING_LAYER if structure.per_layer_embeddings else 0))
         + (MLX_EXPERT_LAYER if is_mlx else EXPERT_LAYER) * structure.expert_layers
         + (MLX_RECURRENT_LAYER if is_mlx else RECURRENT_LAYER) * structure.recurrent_layers
         + CONVOLUTION_LAYER * structure.convolution_layers
     )
-    seconds = max(read_seconds, concurrent_requests * 2 * matmul_weight_count / rate) + layers_s
-    if is_ollama:
-        seconds *= OLLAMA_EXPERT_SLOWDOWN if kind == "mixtures" else OLLAMA_SLOWDOWN
-    slow = OLLAMA_DELTA_LAYER_S * structure.recurrent_layers
-    slowest = seconds + (slow if is_ollama and structure.is_slow_in_ollama else 0.0)
-    spread = max(decoding.spread, KIND_DECODING[kind])
-    prefill_spread = max(prefill.spread, KIND_PREFILL[kind])
+    slow = OLLAMA_DELTA_LAYER_S * structure.recurrent_layers if is_ollama and structure.is_slow_in_ollama else 0.0
+    fastest = gpu.bandwidth / (weight_bytes_per_token + cached)
+    decode_ends, prefill_ends = [], []
+    for prefill in prefills:
+        rate = prefill.rate_share * gpu.rates.get(prefill.rate_dtype, min(gpu.rates.values()))
+        prompt_seconds = 2 * macs / rate + RECURRENT_TOKEN_S * structure.recurrent_layers + expert_s
+        spread = max(prefill.spread, KIND_PREFILL[kind])
+        prefill_ends += [1 / (spread * prompt_seconds), spread / prompt_seconds]
+        for decoding in decodings:
+            # Decoded together, requests share the reading of the weights, until their arithmetic takes longer.
+            read_seconds = (weight_bytes_per_token + cached) / (decoding.bandwidth_share * gpu.bandwidth)
+            seconds = max(read_seconds, concurrent_requests * 2 * matmul_weight_count / rate)
+            seconds += decoding.layer_s * counted_layers
+            if is_ollama:
+                seconds *= OLLAMA_EXPERT_SLOWDOWN if kind == "mixtures" else OLLAMA_SLOWDOWN
+            spread = max(decoding.spread, KIND_DECODING[kind])
+            decode_ends += [1 / (spread * (seconds + slow)), min(spread / seconds, fastest)]
     is_known = gpu.architecture not in FITTED_AS
+    decode_is_known = is_known and key in DECODING and DECODING[key].fitted_source_count > 1
+    prefill_is_known = is_known and prompt_key in PREFILL and PREFILL[prompt_key].fitted_source_count > 1
     return ServingSpeed(
-        Interval(1 / (spread * slowest), spread / seconds),
-        Interval(1 / (prefill_spread * prompt_seconds), prefill_spread / prompt_seconds),
-        "published" if is_known and decoding.fitted_source_count > 1 else "guessed",
-        "published" if is_known and prefill.fitted_source_count > 1 else "guessed",
+        Interval(min(decode_ends), max(decode_ends)),
+        Interval(min(prefill_ends), max(prefill_ends)),
+        "published" if decode_is_known else "guessed",
+        "published" if prefill_is_known else "guessed",
     )
+
+
+def _list_fits(fits: Mapping[tuple[str, str], Fit], key: tuple[str, str]) -> list[Fit]:
+    """Return the fit of an engine and a kind of hardware; all of the engine and of the vendor if it has none."""
+    if key in fits:
+        return [fits[key]]
+    engine, vendor = key
+    return [fit for (name, hardware), fit in fits.items() if name == engine or hardware.startswith(vendor)]

@@ -96,6 +96,8 @@ class ServingEngineSpec:
     """Bytes that a CUDA context and libraries take; with vLLM's CUDA graphs, of which logs report 0.3 to 1 GiB."""
     fitted_speeds_engine: str
     """The engine whose fitted speeds it has."""
+    unsupported_architectures: tuple[str, ...] = ()
+    """Of GPUs that it does not run on."""
 
 
 _LLAMA_CPP = ServingEngineSpec(
@@ -109,7 +111,15 @@ _VLLM_RUNTIME = Interval(GIB // 2, 2 * GIB)
 ENGINES = {
     "ollama": _LLAMA_CPP,
     "llama.cpp": _LLAMA_CPP,
-    "vllm": ServingEngineSpec("bf16", VLLM_BITS, {"bf16": 2.0, "f16": 2.0, "fp8": 1.0}, _VLLM_RUNTIME, "vllm"),
+    "vllm": ServingEngineSpec(
+        "bf16",
+        VLLM_BITS,
+        {"bf16": 2.0, "f16": 2.0, "fp8": 1.0},
+        _VLLM_RUNTIME,
+        "vllm",
+        # It needs compute capability 7.5, or gfx90a, gfx942, gfx950, gfx11 or gfx12 (its page on GPUs, of v0.31).
+        unsupported_architectures=("pascal", "volta", "vega20", "rdna2"),
+    ),
     "mlx": ServingEngineSpec("4bit", MLX_BITS, {"bf16": 2.0, "f16": 2.0}, Interval(0, 0), "mlx"),
 }
 """The engines that serving is planned for."""
