@@ -630,5 +630,5 @@ def test_fitted_speeds_have_no_reason_of_a_guess(card):
 
 @pytest.mark.parametrize(("card", "engine"), [("p40", "vllm"), ("rx-6800-xt", "vllm"), ("v100-32gb", "vllm")])
 def test_an_engine_that_does_not_run_there_is_an_error(card, engine):
-    with pytest.raises(UsageError, match="does not run on"):
+    with pytest.raises(UsageError, match=card):
         plan("llama-3.2-1b", card, engine=engine)
