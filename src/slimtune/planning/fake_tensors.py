@@ -18,6 +18,7 @@ from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_map_only
 from transformers import masking_utils
 from transformers.integrations import moe
 from transformers.utils import logging as transformers_logging
@@ -46,6 +47,8 @@ _META_KERNELS = {
 }  # fmt: skip
 """Operators of which PyTorch's meta kernel says all that FakeTensorMode does, ten times as fast."""
 _DEPENDS_ON_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.inplace_view}
+_IGNORES_CONSTANTS = {torch.Tag.nondeterministic_seeded, torch.Tag.inplace_view}
+"""Operators that FakeTensorMode does not compute where it knows all values."""
 
 
 @contextmanager
@@ -130,7 +133,10 @@ class FakeOperators(TorchDispatchMode):
             return self.mode.fake_tensor_converter.from_real_tensor(self.mode, values, make_constant=True)
         key: list[Any] = [func, torch.get_default_dtype()]
         tensors: list[FakeTensor] = []
-        if _describe_arguments((args, *kwargs.items()), key, tensors) and (kept := tuple(key)) not in _KNOWN_RESULTS:
+        constants: list[Tensor] = []
+        if not _describe_arguments((args, *kwargs.items()), key, tensors, constants):
+            return out
+        if (kept := tuple(key)) not in _KNOWN_RESULTS and not _needs_constants(func, tensors, constants):
             _KNOWN_RESULTS[kept] = self._describe_results(func, out, tensors)
         return out
 
@@ -142,8 +148,11 @@ class FakeOperators(TorchDispatchMode):
             return _multiply_groups(args[0], args[1], args[2] if len(args) > 2 else kwargs.get("offs"))
         key: list[Any] = [func, torch.get_default_dtype()]
         tensors: list[FakeTensor] = []
-        if not _describe_arguments((args, *kwargs.items()), key, tensors):
+        constants: list[Tensor] = []
+        if not _describe_arguments((args, *kwargs.items()), key, tensors, constants):
             return NotImplemented
+        if constants and _needs_constants(func, tensors, constants):
+            return self._compute_constants(func, args, kwargs)
         known = _KNOWN_RESULTS.get(kept := tuple(key))
         if known is None and tensors and func.overloadpacket in _META_KERNELS and kept not in _KNOWN_RESULTS:
             if kwargs.get("device") is not None:
@@ -155,6 +164,18 @@ class FakeOperators(TorchDispatchMode):
             return NotImplemented
         results = [self._make_result(result, tensors) for result in known.results]
         return results[0] if known.kind is None else known.kind(results)
+
+    def _compute_constants(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Return what an operator makes of values that are known, as FakeTensorMode computes it."""
+        if fake_tensor.get_schema_info(func).is_mutable() or not _IGNORES_CONSTANTS.isdisjoint(func.tags):
+            return NotImplemented
+        args, kwargs = tree_map_only(FakeTensor, lambda t: t.constant, (args, kwargs))
+        with no_dispatch():
+            out = func(*args, **kwargs)
+        if not all(self.mode.may_turn_const(t) for t in iterate_nested_tensors(out)):
+            return NotImplemented
+        convert = self.mode.fake_tensor_converter.from_real_tensor
+        return tree_map_only(Tensor, lambda t: convert(self.mode, t, make_constant=True), out)
 
     def _make_result(self, known: Any, tensors: list[FakeTensor]) -> Any:
         if type(known) is int:
@@ -232,22 +253,32 @@ _KNOWN_RESULTS: dict[tuple, _KnownResults | None] = {}
 """By an operator and its arguments, tensors by their shapes; None: FakeTensorMode is to be asked."""
 
 
-def _describe_arguments(values: Iterable[Any], key: list[Any], tensors: list[FakeTensor]) -> bool:
-    """Append what results depend on to a key, and the tensors among the arguments; return whether that is all."""
+def _needs_constants(func: Any, tensors: list[FakeTensor], constants: list[Tensor]) -> bool:
+    """Return whether an operator may compute values or change known ones; else its results follow from shapes."""
+    return bool(constants) and (len(constants) == len(tensors) or fake_tensor.get_schema_info(func).is_mutable())
+
+
+def _describe_arguments(
+    values: Iterable[Any], key: list[Any], tensors: list[FakeTensor], constants: list[Tensor]
+) -> bool:
+    """Append what results depend on to a key, and the tensors among the arguments; return whether that is all.
+
+    `constants` gets the values of tensors whose values are known.
+    """
     for value in values:
         kind = type(value)
         if kind is FakeTensor:
-            if value.constant is not None or value.dtype.is_complex or value.layout != torch.strided:
+            if value.dtype.is_complex or value.layout != torch.strided or value.fake_device != _CPU:
                 return False
-            if value.fake_device != _CPU:
-                return False
+            if value.constant is not None:
+                constants.append(value.constant)
             key += (value.shape, value.stride(), value.dtype, value.storage_offset())
             tensors.append(value)
         elif kind in _PLAIN:
             key += (kind, value)  # 1 and 1.0 are equal
         elif kind is tuple or kind is list:
             key.append(len(value))
-            if not _describe_arguments(value, key, tensors):
+            if not _describe_arguments(value, key, tensors, constants):
                 return False
         else:
             return False

@@ -125,8 +125,10 @@ def trace_training_step(job: MicroBatchWorkload, model: Any = None, *, stop_afte
             objective, collator = make_teacher_objective_and_collator(job.teacher, collator)
             examples = add_dummy_teacher_rows(examples, job.teacher)
         pack = collator(examples)
+        tensors = list(iterate_nested_tensors(pack))
+        # Without values, which `empty_like` would give them: those of the pack are known.
         other_packs = [
-            torch.empty_like(t) for _ in range(job.micro_batches_per_step - 1) for t in iterate_nested_tensors(pack)
+            torch.empty(t.shape, dtype=t.dtype) for _ in range(job.micro_batches_per_step - 1) for t in tensors
         ]
         optimizer = build_optimizer(model, job.optimizer)
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -150,7 +152,7 @@ def trace_training_step(job: MicroBatchWorkload, model: Any = None, *, stop_afte
             using_packed_attention(model),
         ):
             _assign_state(tracker, model, optimizer)
-            tracker.assign((*iterate_nested_tensors(pack), *other_packs), "activations")
+            tracker.assign((*tensors, *other_packs), "activations")
             for parameter in trained:
                 parameter.register_post_accumulate_grad_hook(lambda p: tracker.assign([p.grad], "gradients"))
             if job.micro_batches_per_step > 1:  # every micro-batch but the first adds to the gradients of those before
