@@ -1,5 +1,7 @@
 """Virtual tokens and prefixes with padding, packing, sliding windows, caches, mixed batches, starts from text, PEFT."""
 
+from types import SimpleNamespace
+
 import models_zoo as zoo
 import peft
 import pytest
@@ -12,6 +14,7 @@ import slimtune
 from slimtune import PeftModel, get_peft_model
 from slimtune.core.config.method_settings import fill_recipe_defaults
 from slimtune.errors import AdapterError, ConfigError, ModelError, TargetError, UsageError
+from slimtune.extras.prompt_learning import neutral_text
 from slimtune.methods.prefix_tuning.prefix_tuning_modules import (
     initialize_kv_prefix_from_past_key_values,
     initialize_kv_prefix_from_text,
@@ -419,9 +422,29 @@ def test_starts_equal_pefts(init, tokenizer):
     assert torch.equal(starts[0].float(), starts[1])  # peft rounds them to fp32
 
 
-def test_recipes_start_a_prefix_near_the_base():
-    for given, init in (({}, "vocab"), ({"prefix_projection": False}, "vocab"), ({"prefix_projection": True}, None)):
-        assert fill_recipe_defaults(given, slimtune.PrefixTuningConfig)["init_weights"] == init
+@pytest.mark.parametrize("kind", ["prompt", "p_tuning", "prefix", "projection"])
+def test_neutral_start_answers_as_after_the_end_of_its_text(kind, tokenizer, monkeypatch):
+    monkeypatch.setattr(neutral_text, "NEUTRAL_TEXT", TEXT)
+    settings = config(kind, num_virtual_tokens=6, neutral_start=True)
+    initialize, words = settings.defer_initialization(), tf.AutoTokenizer.from_pretrained(tokenizer)
+    model = get_peft_model(llama(), settings)
+    initialize(model, SimpleNamespace(tokenizer=words), [])
+    ids = text_ids(tokenizer)[:, -6:]
+    expected = logits(llama(), torch.cat([ids.expand(2, -1), tokens()], dim=1))[:, 6:]
+    assert distance(logits(model.eval(), tokens()), expected) < CLOSE
+
+
+def test_neutral_start_outside_of_a_run_is_refused():
+    with pytest.raises(ConfigError, match="neutral_start"):
+        adapted("prefix", neutral_start=True)
+
+
+def test_start_that_is_given_stays():
+    for kind, given in (
+        (slimtune.PrefixTuningConfig, {"init_weights": "vocab"}),
+        (slimtune.PromptTuningConfig, {"prompt_tuning_init": "SAMPLE_VOCAB"}),
+    ):
+        assert not fill_recipe_defaults(given, kind)["neutral_start"]
 
 
 @pytest.mark.parametrize(

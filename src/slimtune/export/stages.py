@@ -25,7 +25,7 @@ from ..core.data.tokenized_dataset import IGNORE_INDEX
 from ..core.foundation.dtype_names import llama_cpp_dtype_name
 from ..core.foundation.files import read_json_object
 from ..core.models.load_errors import silencing_model_loading
-from ..core.training.checkpoint import PREFIX
+from ..core.training.checkpoint import PREFIX, load_method_state
 from ..core.training.datasets import tokenize_recipe_datasets
 from ..core.training.resuming import load_checkpoint_adapter_weights
 from ..core.training.run_dir import ADAPTER_FILE, RunDir
@@ -170,6 +170,7 @@ class _StageChain:
             load_checkpoint_adapter_weights(model, folder)
             try:
                 if strength != 1:
+                    load_method_state(folder, model)
                     AdapterTensorInterpolator(model, self.verifier.loaded.adapter_name).set(strength)
                 trainers = self.trained.score(engine, "texts for the trainer's checkpoint")
             finally:

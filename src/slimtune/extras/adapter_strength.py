@@ -4,7 +4,8 @@
 
 θ are the tensors that carry a module's change, and θ₀ their values at which the module changes nothing: zero for LoRA's
 B, one for the factors of (IA)³, the base's own rows and weights where copies of them train. LoRA's change is s times
-what it was. The tensors themselves change, so a file and a merge contain the weaker adapter without knowing of it.
+what it was. A prompt always changes something: its θ₀ is where its training started. The tensors themselves change, so
+a file and a merge contain the weaker adapter without knowing of it.
 """
 
 import math
@@ -33,7 +34,7 @@ class AdapterTensorInterpolator:
         modules: names of the adapted modules whose strength it sets; None: all.
 
     Raises:
-        UsageError: a method's modules have no such tensors, as prompt tuning's.
+        UsageError: a method's modules have no such tensors, as those of a prompt that was loaded.
     """
 
     def __init__(self, model: Any, adapter_name: str, modules: Collection[str] | None = None) -> None:
@@ -82,11 +83,17 @@ def search_and_set_strength_within_budget(
     """Give a model's adapter the largest strength that keeps a budget; return it and all that were tried.
 
     `measure_forgetting` returns the forgetting at the current strength; `forgetting` is that at strength 1. Strength 0
-    forgets nothing and is not measured.
+    forgets nothing and is not measured, but for a prompt, whose start is kept if even that is outside the budget.
     """
     adapter_strength = AdapterTensorInterpolator(model, "default")
     # Forgetting grows like the square of the strength at first, so its root is interpolated linearly.
     inside, outside, tried = (0.0, 0.0), (1.0, _root(forgetting)), list[tuple[float, float]]()
+    if model.active_peft_config.is_prompt_learning:
+        adapter_strength.set(0.0)
+        tried.append((0.0, change := measure_forgetting()))
+        if not change <= budget:
+            return 0.0, tried
+        inside = 0.0, _root(change)
     for _ in range(MOST_STRENGTHS):
         share = (_root(budget) - inside[1]) / (outside[1] - inside[1])
         strength = inside[0] + (outside[0] - inside[0]) * float(np.clip(np.nan_to_num(share, nan=0.5), 0.1, 0.9))

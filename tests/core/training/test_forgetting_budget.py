@@ -21,6 +21,7 @@ from slimtune.evaluation.general_text import TOKENS_OF_A_KIND, load_general_text
 from slimtune.export.merge import merge
 from slimtune.extras.adapter_strength import AdapterTensorInterpolator
 from slimtune.methods.lora import LoraConfig
+from slimtune.methods.lora.lora_modules import LinearLora
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +113,9 @@ def test_strength_is_reduced_where_no_checkpoint_is_inside(budgeted, tmp_path):
 
 
 @pytest.mark.slow
-def test_interrupted_run_resumes_to_the_same_adapter(budgeted, tmp_path, monkeypatch):
+@pytest.mark.parametrize("method", [{"name": "lora"}, {"name": "p_tuning", "num_virtual_tokens": 4}])
+def test_interrupted_run_resumes_to_the_same_adapter(budgeted, tmp_path, monkeypatch, method):
+    budgeted["method"] = method
     whole = train(recipe_of({**budgeted, "output_dir": str(tmp_path / "whole")}, forgetting_budget=0.02))
     resumed = train_in_two_parts(recipe_of(budgeted, forgetting_budget=0.02), monkeypatch, 4)
     assert distance(resumed.run, whole.run) == 0
@@ -154,23 +157,27 @@ def test_refused_recipes(budgeted, changes, message):
         recipe_of({**budgeted, **changes})
 
 
-def test_prompt_gives_way_to_an_earlier_one_inside_the_budget(budgeted, tmp_path):
-    budgeted |= {"method": {"name": "prefix_tuning", "num_virtual_tokens": 4}}
-    budgeted["train"]["learning_rate"] = 0.05
-    free = train(recipe_of(budgeted, forgetting_budget=99.0))
-    curve = dict(free.forgetting.measured)
-    budget = max(change for change in curve.values() if change < curve[free.best_step])
-    result = train(recipe_of({**budgeted, "output_dir": str(tmp_path / "earlier")}, forgetting_budget=budget))
-    assert result.best_step != free.best_step
-    assert result.forgetting.change == curve[result.best_step] <= budget
-    assert result.forgetting.strength == 1.0
+@pytest.mark.parametrize(("method", "rate"), [("prompt_tuning", 0.3), ("p_tuning", 0.05), ("prefix_tuning", 0.05)])
+def test_prompt_moves_back_toward_its_start(budgeted, tmp_path, method, rate):
+    budgeted |= {"method": {"name": method, "num_virtual_tokens": 4}}
+    budgeted["train"] |= {"learning_rate": rate, "eval_steps": None}
+    budgeted["data"] |= {"validation": None, "validation_fraction": 0.0}
+    start = train(recipe_of(budgeted, forgetting_budget=99.0, learning_rate=1e-12)).forgetting.before
+    free = train(
+        recipe_of({**budgeted, "output_dir": str(tmp_path / "free")}, forgetting_budget=99.0)
+    ).forgetting.before
+    recipe = recipe_of({**budgeted, "output_dir": str(tmp_path / "b")}, forgetting_budget=max(start, 0) / 2 + free / 2)
+    result = train(recipe)
+    assert start < result.forgetting.change <= result.forgetting.budget < result.forgetting.before
+    assert 0 < result.forgetting.strength < 1
+    assert measured_forgetting(result.run, recipe) == pytest.approx(result.forgetting.change, abs=1e-5)
 
 
-def test_prompt_without_an_earlier_one_inside_the_budget_is_kept(budgeted):
-    budgeted |= {"method": {"name": "prompt_tuning", "num_virtual_tokens": 4}}
-    result = train(recipe_of(budgeted, forgetting_budget=1e-9))
-    assert result.forgetting.change == result.forgetting.before > 1e-9
-    assert "no strength" in (Path(result.run) / "train.log").read_text()
+def test_prompt_whose_start_is_outside_the_budget_is_its_start(budgeted):
+    budgeted |= {"method": {"name": "prompt_tuning", "num_virtual_tokens": 4, "prompt_tuning_init": "RANDOM"}}
+    found = train(recipe_of(budgeted, forgetting_budget=1e-9)).forgetting
+    assert found.strength == 0
+    assert found.tried[-1] == (0, found.change)
 
 
 def test_a_budget_that_nobody_named_is_kept_and_measured_once(budgeted):
@@ -180,8 +187,8 @@ def test_a_budget_that_nobody_named_is_kept_and_measured_once(budgeted):
     assert 0 < result.forgetting.strength < 1
 
 
-def test_prompt_is_measured_with_every_validation(budgeted):
-    budgeted |= {"method": {"name": "prompt_tuning", "num_virtual_tokens": 4}}
+def test_adapter_without_strength_is_measured_with_every_validation(budgeted, monkeypatch):
+    monkeypatch.setattr(LinearLora, "has_strength", False)
     result = train(recipe_of(budgeted, forgetting_budget="auto"))
     assert [step for step, _ in result.forgetting.measured] == list(range(2, 13, 2))
 

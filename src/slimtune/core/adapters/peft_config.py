@@ -53,8 +53,8 @@ SiteKind = Literal["linear", "embedding", "conv", "weight", "norm", "parameters"
 """Kinds of places in a model where an adapter module can go (`adapter_module.py`)."""
 
 
-DataInitialization = Callable[[Any, Callable[[], Path], Sequence[Mapping[str, Any]]], None]
-"""Initializes an adapter from data: gets the adapted model, a function that downloads the folder of the base's weights
+DataInitialization = Callable[[Any, Any, Sequence[Mapping[str, Any]]], None]
+"""Initializes an adapter from data: gets the adapted model, the loaded base, with its tokenizer and `download_weights`
 before quantization, and the training rows as tokenized examples."""
 
 

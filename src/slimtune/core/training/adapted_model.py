@@ -88,7 +88,7 @@ def _attach_adapter(
         exclude_non_text_modules_in_place(base.model, config)
         model = get_peft_model(base.model, config)
         if initialize is not None:
-            initialize(model, base.download_weights, rows)
+            initialize(model, base, rows)
     model.peft_config["default"].base_model_name_or_path = base.source.spec  # the Hub id of an alias
     t = recipe.train
     if t.offload_activations and base.device.type == "cpu":

@@ -5,8 +5,8 @@
 If the text has several kinds, such as prose and code, the kind that is forgotten most counts: what one loses is not
 made up for by another. It is measured on the same few rows after the last step and, unless the budget is `auto` and
 the adapter can be made weaker, with every validation. The best checkpoint is kept if it is inside the budget. Else it
-becomes weaker until it is inside (extras/adapter_strength.py); a prompt cannot. It gives way to the best checkpoint
-that is inside as it is, if that has a lower validation loss: on the demo, weaker beats earlier.
+becomes weaker until it is inside (extras/adapter_strength.py), a prompt more like its start. It gives way to the best
+checkpoint that is inside as it is, if that has a lower validation loss: on the demo, weaker beats earlier.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...core.adapters.architectures import get_text_config
 from ...core.adapters.config_fields import FieldError, config_field
-from ...core.adapters.peft_config import PeftConfig, SiteKind
+from ...core.adapters.peft_config import DataInitialization, PeftConfig, SiteKind
 from ...errors import ModelError, format_names
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ class PromptLearningConfig(PeftConfig):
     mergeable: ClassVar[bool] = False
     kinds: ClassVar[tuple[SiteKind, ...]] = ("model",)
     is_prompt_learning: ClassVar[bool] = True
+    fields_not_in_peft: ClassVar[frozenset[str]] = frozenset(["neutral_start"])
     short_names: ClassVar[dict[str, str]] = {"tokens": "num_virtual_tokens"}
 
     num_virtual_tokens: int | None = config_field(None, "number of virtual tokens, typically 10 to 100", ge=1)
@@ -34,6 +35,9 @@ class PromptLearningConfig(PeftConfig):
     )
     num_attention_heads: int | None = config_field(None, "number of key heads; None: the model's", ge=1)
     num_layers: int | None = config_field(None, "number of layers; None: the model's", ge=1)
+    neutral_start: bool = config_field(
+        False, "start at a text that changes little; in a run alone, which has a tokenizer; slimtune only"
+    )
     modules_to_save: list[str] | None = config_field(
         None, "modules trained in full beside the adapter (a new head) and saved with it"
     )
@@ -42,7 +46,16 @@ class PromptLearningConfig(PeftConfig):
         if self.num_virtual_tokens is None:
             yield self.error("num_virtual_tokens", "an integer, at least 1")
 
+    def defer_initialization(self) -> DataInitialization | None:
+        if not self.neutral_start:
+            return None
+        from .neutral_text import initialize_from_neutral_text
+
+        self.neutral_start = False  # an adapter that is read back is not initialized again
+        return initialize_from_neutral_text
+
     def fill_from_model(self, model: Any) -> None:
+        self.require(not self.neutral_start, "neutral_start", "False outside of a run")
         from .prompt_modules import get_embedding_width, require_backbone_names
 
         found = require_backbone_names(model)

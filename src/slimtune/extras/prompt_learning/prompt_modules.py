@@ -18,10 +18,10 @@ decoder that attends to the encoder's output, the virtual positions stay in the 
 
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -97,6 +97,8 @@ class BackboneVirtualTokenModule(BackboneAdapterModule):
 class VirtualTokenCrossAttentionMask(BackboneAdapterModule):
     """Adapter module at a decoder that lets it attend to the `n` virtual tokens in the encoder's output."""
 
+    no_op_values: ClassVar = {}
+
     def __init__(self, n: int) -> None:
         super().__init__()
         self.n = n
@@ -167,6 +169,8 @@ class PrefixAttentionModule(AdapterModule):
 class LearnedPromptEmbeddingsMixin(AdapterModule):
     """Mixin for modules that learn `prompt_embeddings (n, width)`, as a table or as the output of a prompt encoder.
 
+    Their strength is the share of the way from where training started: no prompt changes nothing.
+
     A file always contains `prompt_embeddings`, which is all that PEFT reads and inference needs. With a prompt encoder,
     our files also contain the encoder's tensors (`prompt_encoder.…`), so that training can continue. Loaded from a file
     without them, the embeddings become a table.
@@ -183,6 +187,7 @@ class LearnedPromptEmbeddingsMixin(AdapterModule):
             start_or_encoder if isinstance(start_or_encoder, nn.Module) else PromptEmbeddingTable(start_or_encoder)
         )
         self.prompt_encoder = encoder.to(site.device, site.dtype)
+        self.register_buffer("start", None if site.skip_init else self.compute_embeddings(), persistent=False)
 
     def get_embeddings(self) -> Tensor:
         """Return `prompt_embeddings (n, width)`."""
@@ -192,12 +197,57 @@ class LearnedPromptEmbeddingsMixin(AdapterModule):
         """Return what PEFT's `get_prompt` returns: here, the embeddings `(batch, n, width)`."""
         return self.get_embeddings().repeat(batch_size, 1, 1)
 
+    @torch.no_grad()
+    def compute_embeddings(self) -> Tensor:
+        """Return a copy of the embeddings, without the dropout that an encoder can have."""
+        with _evaluation_mode(self.prompt_encoder):
+            return self.get_embeddings().clone()
+
+    def embed_tokens(self, model: Any, ids: Sequence[int]) -> Tensor:
+        """Return the embeddings `(n, width)` with which the adapted model answers as after these tokens."""
+        with disable_adapter_in_eval_no_grad(model):
+            return model.get_input_embeddings()(torch.tensor(ids, device=model.device))
+
+    @torch.no_grad()
+    def set_start(self, embeddings: Tensor) -> None:
+        """Let training start at these embeddings `(n, width)`."""
+        for name, values in self._find_parameters_with(embeddings).items():
+            self.get_parameter(name).copy_(values)
+        self.start = self.compute_embeddings()
+
+    @property
+    def has_strength(self) -> bool:
+        """Return whether it is known where training started: not in an adapter that was loaded."""
+        return self.start is not None
+
+    def get_no_op_values(self, site: AdapterSite) -> dict[str, Tensor]:
+        """Return the parameters with which the embeddings are those that training started at."""
+        return self._find_parameters_with(self.start)
+
+    @torch.no_grad()
+    def _find_parameters_with(self, embeddings: Tensor) -> dict[str, Tensor]:
+        """Return parameters by name that make the embeddings these: the table, or an encoder's last linear layer."""
+        encoder: Any = self.prompt_encoder
+        if isinstance(encoder, PromptEmbeddingTable):
+            return {"prompt_encoder.embedding.weight": embeddings}
+        with _evaluation_mode(encoder):
+            inputs = encoder.compute_last_inputs().double()
+        last = [name for name, module in self.named_modules() if isinstance(module, nn.Linear)][-1]
+        bias = embeddings.double().mean(0)
+        weight = (torch.linalg.pinv(inputs) @ (embeddings.double() - bias)).T
+        return {f"{last}.weight": weight, f"{last}.bias": bias}
+
+    def extra_state(self) -> dict[str, Tensor]:
+        return {} if self.start is None else {"start": self.start}
+
+    def load_extra_state(self, state: Mapping[str, Tensor]) -> None:
+        self.start = state["start"].to(self.get_embeddings())
+
     def tensors(self) -> dict[str, Tensor]:
         """Return the embeddings, computed without dropout if there is an encoder, and the encoder's tensors."""
         if isinstance(self.prompt_encoder, PromptEmbeddingTable):
             return {"prompt_embeddings": self.prompt_encoder.embedding.weight}
-        with torch.no_grad(), _evaluation_mode(self.prompt_encoder):
-            return {"prompt_embeddings": self.get_embeddings(), **super().tensors()}
+        return {"prompt_embeddings": self.compute_embeddings(), **super().tensors()}
 
     def before_load_state_dict(self, state_dict: Mapping[str, Tensor], site: AdapterSite) -> None:
         """Replace the encoder by a table if the file contains only the embeddings."""

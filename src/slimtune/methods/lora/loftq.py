@@ -28,20 +28,18 @@ from .init_configs import LoftQConfig as LoftQConfig
 _DAMPING = 0.1
 
 
-def initialize_loftq(
-    model: Any, find_weights_folder: Callable[[], Path], calibration_examples: Sequence[Mapping[str, Any]]
-) -> None:
+def initialize_loftq(model: Any, base: Any, calibration_examples: Sequence[Mapping[str, Any]]) -> None:
     """Initialize the LoRA of a run, with the inputs of its layers on the first training rows.
 
     Args:
         model: the adapted model, its base loaded in NF4 or int8.
-        find_weights_folder: returns the folder of the base's safetensors files.
+        base: the loaded base, which finds the safetensors files of its weights before quantization.
         calibration_examples: tokenized examples.
     """
     layers = {n: m for n, m in model.adapted_layers().items() if is_quantized(m)}
     ids = [ids for example in calibration_examples[:ROWS] for ids, _ in list_tokens_and_labels_by_row(dict(example))]
     inputs = collect_layer_inputs(model.get_base_model().eval(), layers, ids)
-    replace_lora_weights_loftq(model, find_weights_folder(), calibration_inputs=inputs)
+    replace_lora_weights_loftq(model, base.download_weights(), calibration_inputs=inputs)
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ class PromptEncoderConfig(PromptLearningConfig):
 
     name: ClassVar = "p_tuning"
     learning_rate: ClassVar = 1e-4
-    recipe_defaults: ClassVar = {"num_virtual_tokens": 20}
+    recipe_defaults: ClassVar = {"num_virtual_tokens": 20, "neutral_start": True}
     short_names: ClassVar = {"tokens": "num_virtual_tokens", "hidden": "encoder_hidden_size"}
 
     encoder_reparameterization_type: PromptEncoderReparameterizationType | Literal["MLP", "LSTM"] = config_field(

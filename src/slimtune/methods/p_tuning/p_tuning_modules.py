@@ -27,7 +27,11 @@ class PromptEncoder(nn.Module):
         linears = [nn.Linear(*size, device=device) for size in sizes]
         self.mlp_head = nn.Sequential(linears[0], *(m for linear in linears[1:] for m in (nn.ReLU(), linear)))
 
+    def compute_last_inputs(self) -> Tensor:
+        """Return the inputs of the last linear layer `(n, h)`."""
+        x = self.embedding.weight
+        return self.mlp_head[:-1](x if self.lstm_head is None else self.lstm_head(x[None])[0][0])
+
     def forward(self) -> Tensor:
         """Return `(n, hidden)`."""
-        x = self.embedding.weight
-        return self.mlp_head(x if self.lstm_head is None else self.lstm_head(x[None])[0][0])
+        return self.mlp_head[-1](self.compute_last_inputs())

@@ -23,11 +23,13 @@ class PrefixTuningConfig(PromptLearningConfig):
 
     name: ClassVar = "prefix_tuning"
     kinds: ClassVar = ("model", "attention")
-    fields_not_in_peft: ClassVar = frozenset(["prefix_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"])
+    fields_not_in_peft: ClassVar = PromptLearningConfig.fields_not_in_peft | {
+        "prefix_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs",
+    }  # fmt: skip
     learning_rate: ClassVar = 1e-2
     recipe_defaults: ClassVar = {
         "num_virtual_tokens": 20,
-        "init_weights": lambda g: None if g.get("prefix_projection") or g.get("prefix_tuning_init_text") else "vocab",
+        "neutral_start": lambda g: not {"init_weights", "prefix_tuning_init_text"} & g.keys(),
     }
 
     init_weights: Literal["zero", "vocab"] | None = config_field(

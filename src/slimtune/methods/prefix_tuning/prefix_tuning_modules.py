@@ -1,7 +1,8 @@
 """Prefix tuning's adapter modules."""
 
 import inspect
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,9 @@ class AllLayersPrefix(prompt.LearnedPromptEmbeddingsMixin, prompt.PrefixPosition
     def n(self) -> int:
         encoder: Any = self.prompt_encoder
         return len(encoder.embedding.weight)
+
+    def embed_tokens(self, model: Any, ids: Sequence[int]) -> Tensor:
+        return _make_prefix_from_cache(_compute_kv_cache(model, torch.tensor([ids])), len(ids))
 
     def get_layer_prefix(self, layer: int) -> AttentionPrefix:
         """Return the keys and values of one layer.
@@ -74,6 +78,8 @@ class BackbonePastKeyValuesPrefix(AllLayersPrefix):
 class LayerPrefix(prompt.PrefixAttentionModule):
     """A layer's part of the prefix."""
 
+    no_op_values: ClassVar = {}
+
     def __init__(self, all_layers_prefix: AllLayersPrefix, layer: int) -> None:
         super().__init__()
         self.shared, self.layer = (all_layers_prefix,), layer
@@ -98,10 +104,14 @@ class PrefixProjection(nn.Module):
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
 
+    def compute_last_inputs(self) -> Tensor:
+        """Return the inputs of the last linear layer `(n, h)`."""
+        return self.transform[:2](self.embedding.weight)
+
     def forward(self, kv_slice: slice = slice(None)) -> Tensor:
         """Return `(n, layers · 2 · kv heads · head size)`, or some of its columns."""
         last: Any = self.transform[2]
-        return F.linear(self.transform[:2](self.embedding.weight), last.weight[kv_slice], last.bias[kv_slice])
+        return F.linear(self.compute_last_inputs(), last.weight[kv_slice], last.bias[kv_slice])
 
 
 def find_layer_count_heads_and_head_size(model: Any, backbone_name: str) -> tuple[int, int, int]:

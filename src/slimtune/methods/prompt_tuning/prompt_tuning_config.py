@@ -29,7 +29,10 @@ class PromptTuningConfig(PromptLearningConfig):
 
     name: ClassVar = "prompt_tuning"
     learning_rate: ClassVar = 3e-3
-    recipe_defaults: ClassVar = {"num_virtual_tokens": 20, "prompt_tuning_init": "SAMPLE_VOCAB"}
+    recipe_defaults: ClassVar = {
+        "num_virtual_tokens": 20,
+        "neutral_start": lambda g: "prompt_tuning_init" not in g,
+    }
     short_names: ClassVar = {"tokens": "num_virtual_tokens", "init": "prompt_tuning_init"}
 
     prompt_tuning_init: PromptTuningInit | Literal["RANDOM", "SAMPLE_VOCAB", "TEXT"] = config_field(
