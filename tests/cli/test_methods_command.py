@@ -92,7 +92,7 @@ def test_sizes_are_those_of_real_adapters(slimtune, slimtune_json, base, tmp_pat
     for name in ("lora", "bottleneck", "prompt_tuning"):
         cls = get_method_config_class(name)
         settings = fill_recipe_defaults({}, cls)
-        settings |= {"prompt_tuning_init": "RANDOM"} if name == "prompt_tuning" else {}
+        settings |= {"neutral_start": False} if name == "prompt_tuning" else {}
         real = get_peft_model(llama(), cls(task_type="CAUSAL_LM", **settings))
         trained, total = real.get_nb_trainable_parameters()
         real.float().save_pretrained(tmp_path / name)

@@ -239,10 +239,11 @@ def _measure_sizes(classes: Iterable[Any], model: str, trust_remote_code: bool) 
             how: dict[str, Any] = {"dtype": torch.bfloat16, "trust_remote_code": trust_remote_code}
             base: Any = AutoModelForCausalLM.from_config(info.config, **how)
         for cls in classes:
-            settings = {"task_type": "CAUSAL_LM", **fill_recipe_defaults({}, cls)}
+            config = cls(task_type="CAUSAL_LM", **fill_recipe_defaults({}, cls))
+            config.defer_initialization()  # the same tensors without data
             try:
                 with warnings.catch_warnings(action="ignore"):  # training shows them
-                    adapted = get_peft_model(base, cls(**settings))
+                    adapted = get_peft_model(base, config)
             except (SlimtuneError, ValueError) as e:
                 sizes.append(getattr(e, "message", str(e)))
                 continue

@@ -187,7 +187,9 @@ class LearnedPromptEmbeddingsMixin(AdapterModule):
             start_or_encoder if isinstance(start_or_encoder, nn.Module) else PromptEmbeddingTable(start_or_encoder)
         )
         self.prompt_encoder = encoder.to(site.device, site.dtype)
-        self.register_buffer("start", None if site.skip_init else self.compute_embeddings(), persistent=False)
+        # On meta no start has values, and a plan counts that of a run.
+        is_start = not site.skip_init or site.device.type == "meta"
+        self.register_buffer("start", self.compute_embeddings() if is_start else None, persistent=False)
 
     def get_embeddings(self) -> Tensor:
         """Return `prompt_embeddings (n, width)`."""
