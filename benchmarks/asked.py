@@ -9,7 +9,7 @@ benchmarks/data/asked_questions.jsonl has titles of issues, questions and error 
 repositories, shortened, each with its address and with the answers that are right ("none" if nothing is). They were
 labelled from the pages before `explain` saw them. The hash of the repository's name decides the part, so that a thread
 is never in two. Wordings were added for questions of the open parts alone; later parts were collected from threads that
-the earlier ones do not have. A list of the nearest answers counts as no answer. Texts that stood in older collections,
+the earlier ones do not have. Texts that stood in older collections,
 or whose wordings the pages already had, were left out.
 """
 
@@ -21,13 +21,12 @@ import math
 from collections import Counter
 from pathlib import Path
 
-from slimtune.diagnostics.knowledge import AnswerAndNearPages, ErrorPage, find_answers, rank_answers
-from slimtune.diagnostics.knowledge.guides import QuestionGuide
+from slimtune.diagnostics.knowledge import FoundAnswers, find_answers, rank_answers
 
 ASKED = Path(__file__).parent / "data" / "asked_questions.jsonl"
 FORMER = Path(__file__).parents[1] / "tests" / "cli"
 OPEN_PARTS = ("development", "validation", "second development", "third development")
-TEST_PARTS = ("test", "second test", "third test", "fourth test", "fifth test")
+TEST_PARTS = ("test", "second test", "third test", "fourth test", "fifth test", "sixth test")
 """Asked once before their texts were looked at; after that, wordings were added for them as well."""
 
 
@@ -36,22 +35,18 @@ def load_asked(parts: tuple[str, ...] = OPEN_PARTS) -> list[dict]:
     return [row for row in rows if row["part"] in parts]
 
 
-OUTCOMES = ("right", "beside", "wrong", "listed", "nothing")
+OUTCOMES = ("right", "among", "wrong", "listed", "nothing")
 
 
-def name_answer(answer: ErrorPage | QuestionGuide | None) -> str:
-    return "none" if answer is None else answer.name
-
-
-def judge(right: list[str], answers: AnswerAndNearPages) -> str:
-    """Return "right", "beside" (a right one is named as what else may be meant), "wrong", "listed" (no answer, and a
-    right one among the nearest) or "nothing"."""
-    name = name_answer(answers.found)
-    if name in right:
+def judge(right: list[str], answers: FoundAnswers) -> str:
+    """Return "right", "among" (up to three answers are given, one of them right), "wrong" (what is given is not right),
+    "listed" (nothing is given, and a right one is named among the nearest) or "nothing"."""
+    given = {answers.sure.name} if answers.sure else {each.name for each in answers.probable}
+    if given:
+        return "wrong" if given.isdisjoint(right) else "right" if answers.sure else "among"
+    if right == ["none"]:
         return "right"
-    if name != "none":
-        return "beside" if {each.name for each in answers.alternatives} & set(right) else "wrong"
-    return "listed" if {name_answer(each) for each in answers.near} & set(right) else "nothing"
+    return "listed" if {each.name for each in answers.near} & set(right) else "nothing"
 
 
 def count_outcomes(rows: list[dict]) -> Counter[str]:
@@ -78,16 +73,16 @@ def print_figures(parts: tuple[str, ...], listed: bool) -> None:
             print(f"{part}, {len(rows)} {kind}s: {', '.join(shares)}")
             for row in rows if listed else ():
                 answers = find_answers(row["text"])
-                if (outcome := judge(row["right"], answers)) != "right":
-                    print(f"  {outcome}: {row['text']} -> {name_answer(answers.found)}; right: {row['right']}")
+                if (outcome := judge(row["right"], answers)) not in ("right", "among"):
+                    given = [each.name for each in ((answers.sure,) if answers.sure else answers.probable)]
+                    print(f"  {outcome}: {row['text']} -> {given}; right: {row['right']}")
 
 
 def load_texts_to_fit() -> list[dict]:
-    """Return the open questions, the questions of former collections, and texts about other subjects."""
-    rows = [row for row in load_asked((*OPEN_PARTS, *TEST_PARTS)) if row["kind"] == "question"]
+    """Return the open texts, those of former collections, and texts about other subjects."""
+    rows = load_asked((*OPEN_PARTS, *TEST_PARTS))
     for name in ("asked_questions", "forum_questions", "issue_texts", "collected_texts"):
-        former = [json.loads(line) for line in (FORMER / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
-        rows += [row for row in former if row.get("kind") != "error" and len(row["text"]) <= 300]
+        rows += [json.loads(line) for line in (FORMER / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
     foreign = (FORMER / "foreign_texts.txt").read_text(encoding="utf-8").splitlines()
     return rows + [{"text": text, "right": ["none"]} for text in foreign]
 
@@ -121,14 +116,14 @@ def fit_confidence() -> None:
             logits = features[folds == fold] @ fit(signs, folds != fold)
             estimates[-1][folds == fold] = 1 / (1 + np.exp(-logits))
     foreign = np.array([row["right"] == ["none"] for row, _ in ranked])
-    for least_first, least_three in itertools.product((0.85, 0.9, 0.95), (0.7, 0.75, 0.8, 0.85, 0.9)):
-        alone = estimates[0] >= least_first
-        several = ~alone & (estimates[1] >= least_three)
-        right, beside = (alone | several) & rights[0], several & ~rights[0] & rights[1]
-        wrong = (alone | several) & ~right & ~beside
+    for least_sure, least_probable in itertools.product((0.9, 0.93, 0.95, 0.97), (0.3, 0.4, 0.5, 0.6, 0.7)):
+        alone = estimates[0] >= least_sure
+        three = ~alone & (estimates[1] >= least_probable)
         print(
-            f"{least_first} {least_three} of {(~foreign).sum()}: right {right.sum()}, beside {beside.sum()}, wrong "
-            f"{(wrong & ~foreign).sum()}; of {foreign.sum()} about other subjects: wrong {(wrong & foreign).sum()}"
+            f"{least_sure} {least_probable} of {(~foreign).sum()}: alone {(alone & ~foreign).sum()}, right "
+            f"{(alone & rights[0]).sum()}; three {(three & ~foreign).sum()}, right one among them "
+            f"{(three & rights[1]).sum()}; of {foreign.sum()} about other subjects: alone {(alone & foreign).sum()}, "
+            f"three {(three & foreign).sum()}"
         )
 
 

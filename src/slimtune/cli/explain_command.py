@@ -1,6 +1,7 @@
 """`slimtune explain`: what a code, an error or a question is about, from the pages of errors and from the docs."""
 
 import re
+import shlex
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 from typer import Argument
 
-from ..diagnostics.knowledge import MOST_TEXT, AnswerAndNearPages, ErrorPage, find_answers, load_error_pages
+from ..diagnostics.knowledge import MOST_TEXT, FoundAnswers, ErrorPage, find_answers, load_error_pages
 from ..diagnostics.knowledge.guides import QuestionGuide
 from ..errors import UsageError
 from .common import Json, NegativeVerdictResult, make_console, make_table
@@ -50,8 +51,6 @@ class ExplainResult:
     """What it is about."""
     text: str
     """The page in Markdown: cause, check and fix."""
-    alternatives: list[str]
-    """Codes and headings of what may be meant in place of this; empty: this surely is."""
     nearest: list[PageTitle]
     """Other pages that may be meant."""
     guides: list[QuestionGuide]
@@ -62,16 +61,17 @@ class ExplainResult:
 
 @dataclass(frozen=True)
 class NoPageResult:
-    """What `slimtune explain TEXT --json` prints if no page of an error is about the text."""
+    """What `slimtune explain TEXT --json` prints if no page of an error is surely about the text."""
 
     code: None
     """No page."""
     nearest: list[PageTitle]
     """Pages that may be meant."""
     guides: list[QuestionGuide]
-    """What answers the text if it is a question and no error; empty if nothing does, with exit code 1."""
+    """What surely answers the text if it is a question and no error."""
     alternatives: list[str]
-    """Codes and headings of what may be meant in place of this; empty: this surely is."""
+    """Codes and headings of up to three answers, of which one is probably meant, the nearest first; empty if `guides`
+    is not, or if nothing is probably meant, with exit code 1."""
     related: list[str]
     """Headings of the docs that may be meant; `explain HEADING` prints what is under one."""
 
@@ -82,7 +82,7 @@ def explain_error(
     """Explain an error: its cause, how to check it, and what mends it.
 
     CODE is what an error names in its last line. TEXT is any error or question; a pasted traceback finds its page.
-    Without both, all pages are listed. Exit code 1 if nothing answers it.
+    Without both, all pages are listed. Exit code 1 if nothing probably answers it.
     """
     words = " ".join(text or [])
     if words == "-":
@@ -101,37 +101,56 @@ def explain_error(
     related = [each.answer for each in answers.near if isinstance(each, QuestionGuide)]
     if not as_json:
         _print_answers(answers)
-    found, alternatives = answers.found, [each.name for each in answers.alternatives]
-    if isinstance(found, ErrorPage):
-        return ExplainResult(found.code, found.title, found.body, alternatives, nearest, [], related)
-    result = NoPageResult(None, nearest, [found] if found else [], alternatives, related)
-    return result if found else NegativeVerdictResult(result)
+    if isinstance(answers.sure, ErrorPage):
+        return ExplainResult(answers.sure.code, answers.sure.title, answers.sure.body, nearest, [], related)
+    guides = [answers.sure] if answers.sure else []
+    result = NoPageResult(None, nearest, guides, [each.name for each in answers.probable], related)
+    return result if guides or answers.probable else NegativeVerdictResult(result)
 
 
 def _list_titles(pages: list[ErrorPage]) -> list[PageTitle]:
     return [PageTitle(page.code, page.title) for page in pages]
 
 
-def _print_answers(answers: AnswerAndNearPages) -> None:
-    screen, found = make_console(), answers.found
-    if found is None and answers.near:
+def _print_answers(answers: FoundAnswers) -> None:
+    screen = make_console()
+    if answers.sure:
+        _print_answer(screen, answers.sure)
+    elif answers.probable:
+        screen.print("The answer is probably one of these, the nearest first.")
+        for each in answers.probable:
+            screen.print()
+            _print_beginning(screen, each)
+    elif answers.near:
         screen.print(Text("nothing answers this exactly; nearest:", "bold"))
-    elif found is None:
-        screen.print(Text("no page is about this; `slimtune explain` lists them.", "bold"))
-    elif isinstance(found, ErrorPage):
-        screen.print(Text(f"{found.code}: {found.title}", "bold"))
-        _print_markdown(screen, found.body)
-    elif "\n" in found.what:
-        screen.print(Text(found.answer, "bold"))
-        _print_markdown(screen, found.what)
     else:
-        _print_markdown(screen, f"{found.answer}{'' if found.answer[-1] in '?.' else ':'} {found.what}")
-    if answers.alternatives:
-        screen.print(Text("\nIf that is not what you mean", "bold"))
-        _print_names(screen, answers.alternatives, with_summary=True)
-    if found and answers.near:
+        screen.print(Text("no page is about this; `slimtune explain` lists them.", "bold"))
+    if answers.near and (answers.sure or answers.probable):
         screen.print(Text("\nSee also", "bold"))
-    _print_names(screen, answers.near, with_summary=found is None)
+    _print_names(screen, answers.near, with_summary=not answers.sure)
+
+
+def _print_answer(screen: Console, answer: ErrorPage | QuestionGuide) -> None:
+    """Print all that an answer says."""
+    if isinstance(answer, ErrorPage):
+        screen.print(Text(f"{answer.code}: {answer.title}", "bold"))
+        _print_markdown(screen, answer.body)
+    elif "\n" in answer.what:
+        screen.print(Text(answer.answer, "bold"))
+        _print_markdown(screen, answer.what)
+    else:
+        _print_markdown(screen, f"{answer.answer}{'' if answer.answer[-1] in '?.' else ':'} {answer.what}")
+
+
+def _print_beginning(screen: Console, answer: ErrorPage | QuestionGuide) -> None:
+    """Print an answer's first paragraph, and the command that prints all of it if there is more."""
+    is_page = isinstance(answer, ErrorPage)
+    text = answer.body.removeprefix("## Cause\n") if is_page else answer.what
+    first, _, rest = text.strip().partition("\n\n")
+    screen.print(Text(f"{answer.code}: {answer.title}" if is_page else answer.answer, "bold"))
+    _print_markdown(screen, first)
+    if rest:
+        screen.print(Text(f"    slimtune explain {shlex.quote(answer.name)}"), soft_wrap=True)
 
 
 def _print_names(screen: Console, answers: Sequence[ErrorPage | QuestionGuide], with_summary: bool) -> None:

@@ -18,14 +18,18 @@ from .question_words import RankedAnswers, WordingIndex
 
 MOST_TEXT = 50_000
 """Characters of a text that are searched: the last ones, where a traceback says what went wrong."""
-_MOST_QUESTION = 300
-"""Characters of a question; a longer text is a log, which only patterns find."""
+_MOST_QUESTION = 600
+"""Characters of a question or of a short error; a longer text is a log, which only patterns find."""
 _GAP = 300
-_LEAST_CONFIDENCE, _SURE, _LEAST_NEAR, _LEAST_RELATED = 0.95, 0.88, 0.85, 1.2
-"""The confidence from which on an answer is given; the likeness to a wording from which on it is given in any case; the
-scores from which on another is named: where nothing is surely meant, and beside an answer or an exception."""
-_PROBABLE = 0.8
-"""The confidence that one of the first three is right, from which on the first is given and the others are named."""
+_LEAST_SURE, _LEAST_ALIKE = 0.95, 0.88
+"""The confidence in the first answer, or its likeness to a wording, from which on it alone is given."""
+_LEAST_PROBABLE, _LEAST_ADDED, _LEAST_SHARE = 0.6, 0.5, 0.4
+"""The confidence in the first three answers from which on they are given; what patterns add to the score of a page
+beside which another is not given alone, at least and as a share of what they add most."""
+_LEAST_NEAR, _LEAST_RELATED = 0.85, 1.2
+"""The scores from which on others are named: if none is given, and beside one."""
+_PATTERN_WEIGHT, _MOST_PATTERN, _HINT_WEIGHT, _MOST_HINT = 1 / 40, 4.0, 1 / 80, 0.3
+"""What a fitting pattern or hint adds to a page's score for each of its characters, and at most."""
 _EXCEPTION = re.compile(r"\b[A-Za-z_.]*(?:Error|Exception|Warning)\b\s*:")
 _WARNINGS_PAGE = "harmless-warning"
 """The page of texts that stand in many logs beside the error that counts: any other page comes before it."""
@@ -77,60 +81,51 @@ def infer_error_code(text: str, default: str) -> str:
 
 
 @dataclass(frozen=True)
-class AnswerAndNearPages:
-    """What answers a text, if anything does, and what may be meant beside it."""
+class FoundAnswers:
+    """What answers a text."""
 
-    found: ErrorPage | QuestionGuide | None
-    """The answer; None if nothing is surely about the text."""
-    alternatives: tuple[ErrorPage | QuestionGuide, ...]
-    """What may be meant in place of `found`, the nearest first; empty: `found` surely is, or nothing was found."""
+    sure: ErrorPage | QuestionGuide | None
+    """The answer; None if it is not sure which one is."""
+    probable: tuple[ErrorPage | QuestionGuide, ...]
+    """Up to three answers of which one is probably meant, the nearest first; empty if one is sure, or none is near."""
     near: tuple[ErrorPage | QuestionGuide, ...]
-    """Related answers, the nearest first; if none was found, those that are perhaps meant."""
+    """Others that may be meant, the nearest first."""
 
 
-def find_answers(text: str, max_near: int = 3) -> AnswerAndNearPages:
+def find_answers(text: str, max_near: int = 3) -> FoundAnswers:
     """Find what answers a text: a code, a heading of the docs, a question, an error, or a whole traceback."""
     pages = load_error_pages()
     if (code := text.strip().lower().replace(" ", "-")) in pages:
-        return AnswerAndNearPages(pages[code], (), ())
-    is_question = len(text) <= _MOST_QUESTION
-    if is_question and (headed := find_section_by_exact_heading(text)):
-        return AnswerAndNearPages(headed, (), ())
-    ranked = rank_answers(text) if is_question else None
-    scores = ranked.scores if ranked else {}
-    fits = {
-        code: (_score_patterns(text, page.patterns), _score_patterns(text, page.hints)) for code, page in pages.items()
+        return FoundAnswers(pages[code], (), ())
+    if len(text) <= _MOST_QUESTION and (headed := find_section_by_exact_heading(text)):
+        return FoundAnswers(headed, (), ())
+    ranked = rank_answers(text)
+    if ranked is None:
+        return FoundAnswers(None, (), ())
+    scores, is_log = list(ranked.scores), len(text) > _MOST_QUESTION
+    least_fit = max(_LEAST_ADDED, _LEAST_SHARE * max(ranked.added.values()))
+    fitting = [code for code, added in ranked.added.items() if added >= least_fit]
+    is_confident = ranked.confidence >= _LEAST_SURE or (is_log and bool(fitting))
+    is_sure = ranked.nearest >= _LEAST_ALIKE or (is_confident and fitting in ([], scores[:1]))
+    is_probable = ranked.confidence_of_three >= _LEAST_PROBABLE or bool(fitting)
+    shown = 1 if is_sure else max_near if is_probable else 0
+    least = _LEAST_RELATED if shown else _LEAST_NEAR
+    near = [name for name in scores[shown:] if ranked.scores[name] >= least][:max_near]
+    given = _get_answers(scores[:shown])
+    return FoundAnswers(given[0] if is_sure else None, () if is_sure else given, _get_answers(near))
+
+
+def rank_answers(text: str) -> RankedAnswers | None:
+    """Rank all answers by how near a text is to their wordings and patterns; None if it is near none."""
+    patterns = {code: _score_patterns(text, page.patterns) for code, page in load_error_pages().items()}
+    added = {
+        code: min(patterns[code] * _PATTERN_WEIGHT, _MOST_PATTERN)
+        + min(_score_patterns(text, page.hints) * _HINT_WEIGHT, _MOST_HINT)
+        for code, page in load_error_pages().items()
     }
-    by_pattern = sorted(
-        (code for code in fits if any(fits[code])),
-        key=lambda code: (code != _WARNINGS_PAGE and fits[code][0] > 0, fits[code]),
-        reverse=True,
-    )
-    first, rivals, has_exception = "", list[str](), _EXCEPTION.search(text) is not None
-    if ranked and ranked.nearest >= _SURE:
-        first = next(iter(scores))
-    elif by_pattern and fits[by_pattern[0]][0]:
-        first = by_pattern[0]
-    elif ranked and (next(iter(scores)) in pages or not has_exception):
-        if ranked.confidence >= _LEAST_CONFIDENCE:
-            first = next(iter(scores))
-        elif ranked.confidence_of_first >= _PROBABLE:
-            first, *rivals = list(scores)[:max_near]
-    least = _LEAST_RELATED if first or has_exception else _LEAST_NEAR
-    others = [*by_pattern, *(name for name, score in scores.items() if score >= least)]
-    near = list(dict.fromkeys(name for name in others if name not in (first, *rivals)))[:max_near]
-    return AnswerAndNearPages(_get_answers([first])[0] if first else None, _get_answers(rivals), _get_answers(near))
-
-
-def rank_answers(question: str) -> RankedAnswers | None:
-    """Rank all answers by how near a question is to their wordings; None if it shares no word with any."""
-    return _build_index().rank(question, _are_linked)
-
-
-def _are_linked(first: str, second: str) -> bool:
-    """Return whether one of two answers leads to the other: its text names the other's code or heading."""
-    texts = _load_texts()
-    return first in texts[second] or second in texts[first]
+    if any(score for code, score in patterns.items() if code != _WARNINGS_PAGE):
+        added[_WARNINGS_PAGE] = -_MOST_PATTERN
+    return _build_index().rank(text if len(text) <= _MOST_QUESTION else "", added)
 
 
 def _get_answers(names: list[str]) -> tuple[ErrorPage | QuestionGuide, ...]:
@@ -144,14 +139,6 @@ def _build_index() -> WordingIndex:
     wordings = {code: (page.title, code.replace("-", " "), *page.asked) for code, page in pages.items()}
     definitions = {term.guide.name for term in load_terms().values()}
     return WordingIndex(wordings | {name: section.wordings for name, section in sections.items()}, definitions)
-
-
-@cache
-def _load_texts() -> dict[str, str]:
-    """Return what each answer says, by its code or heading."""
-    sections = load_docs_sections_by_heading()
-    texts = {code: page.body for code, page in load_error_pages().items()}
-    return texts | {name: section.guide.what for name, section in sections.items()}
 
 
 def _score_patterns(text: str, patterns: Sequence[str]) -> float:

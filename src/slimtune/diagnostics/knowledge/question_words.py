@@ -11,7 +11,7 @@ import math
 import operator
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -155,11 +155,11 @@ _DEFINITION = 0.85
 """The share of its score that a definition keeps."""
 _SATURATION, _LENGTH = 1.2, 0.75
 """BM25's k1 and b."""
-_CONFIDENCE = (-4.06, 2.06, 4.06, -3.38, 2.44, 1.82)
-_CONFIDENCE_OF_FIRST = (-4.31, 3.47, 1.15, -4.22, 2.71, 2.01)
+_CONFIDENCE = (-3.79, 1.58, 3.41, -3.25, 2.0, 1.72, 1.61, -2.66, 1.14)
+_CONFIDENCE_OF_THREE = (-4.69, 2.21, 0.61, -2.89, 2.14, 2.0, 3.0, 3.37, 3.66)
 """Weights of what the confidence depends on, in the first answer and in the first three: a constant, its score, its
-lead, the share of unknown words, the logarithm of its BM25, and whether the question has a word of the field.
-benchmarks/asked.py fits them."""
+lead, the share of unknown words, the logarithm of its BM25, whether the question has a word of the field, what was
+added to its score and to the second's, and how alike its nearest wording is. benchmarks/asked.py fits them."""
 _SIZE = re.compile(r"\d+(?:b|k|x)?")
 
 
@@ -210,9 +210,11 @@ class RankedAnswers:
     """The answers that share a word with a question, the nearest first."""
 
     scores: dict[str, float]
-    """The score of each, 0 to 3: how alike the question and its nearest wordings are, and its share of BM25."""
+    """The score of each: how alike the question and its nearest wordings are, its share of BM25, and what was added."""
     nearest: float
     """How alike the question and the nearest wording of the first answer are, 0 to 1."""
+    added: Mapping[str, float]
+    """What was added to each score."""
     features: tuple[float, ...]
     """What the confidence depends on."""
 
@@ -222,9 +224,9 @@ class RankedAnswers:
         return _estimate(_CONFIDENCE, self.features)
 
     @property
-    def confidence_of_first(self) -> float:
+    def confidence_of_three(self) -> float:
         """The estimated probability that one of the first three answers is right."""
-        return _estimate(_CONFIDENCE_OF_FIRST, self.features)
+        return _estimate(_CONFIDENCE_OF_THREE, self.features)
 
 
 def _estimate(weights: Sequence[float], features: Sequence[float]) -> float:
@@ -265,11 +267,8 @@ class WordingIndex:
         single = (word for word in self.uses if " " not in word and word[0] != "~")
         self.long_words = [word for word in (*single, *_SYNONYMS) if len(word) >= 5]
 
-    def rank(self, question: str, are_linked: Callable[[str, str], bool]) -> RankedAnswers | None:
-        """Rank the answers to a question; None if none shares a word with it.
-
-        `are_linked` says whether one of two answers leads to the other: then they are no rivals.
-        """
+    def rank(self, question: str, added: Mapping[str, float]) -> RankedAnswers | None:
+        """Rank the answers to a question; `added` is what else speaks for an answer. None if nothing speaks for any."""
         stems = [self._correct(word) for word in split_into_stems_marking_small_words(question)]
         known = {word for word in (*stems, *_pair_neighbours(stems)) if word in self.weights}
         unknown = sum(
@@ -277,25 +276,31 @@ class WordingIndex:
         ) * self.most  # fmt: skip
         total = self._weigh(known) + unknown
         likenesses = self._compare(known, total)
-        if not likenesses:
-            return None
         bm25 = {name: self._score_bm25(name, known) for name in likenesses}
         scores = {
             name: (each[0] + sum(each[:_NEAREST]) / _NEAREST + bm25[name] / total)
             * (_DEFINITION if name in self.definitions else 1)
             for name, each in likenesses.items()
         }
+        for name, score in added.items():
+            if score:
+                scores[name] = scores.get(name, 0.0) + score
+        if not scores:
+            return None
         first, *others = sorted(scores, key=lambda name: scores[name], reverse=True)
-        rival = next((scores[name] for name in others if not are_linked(first, name)), 0.0)
+        nearest = likenesses[first][0] if first in likenesses else 0.0
         features = (
             1.0,
             scores[first],
-            min(scores[first] - rival, _MOST_LEAD),
-            unknown / total,
-            math.log(0.05 + bm25[first] / self.most),
+            min(scores[first] - (scores[others[0]] if others else 0.0), _MOST_LEAD),
+            unknown / total if total else 0.0,
+            math.log(0.05 + bm25.get(first, 0.0) / self.most),
             float(not _FIELD.isdisjoint(known)),
+            added.get(first, 0.0),
+            added.get(others[0], 0.0) if others else 0.0,
+            nearest,
         )
-        return RankedAnswers({name: scores[name] for name in (first, *others)}, likenesses[first][0], features)
+        return RankedAnswers({name: scores[name] for name in (first, *others)}, nearest, added, features)
 
     def _compare(self, known: set[str], total: float) -> dict[str, list[float]]:
         """Return how alike a question and the wordings of each answer are, 0 to 1, the nearest first: the weight of the
