@@ -39,7 +39,7 @@ OUTCOMES = ("right", "among", "wrong", "listed", "nothing")
 
 
 def judge(right: list[str], answers: FoundAnswers) -> str:
-    """Return "right", "among" (up to three answers are given, one of them right), "wrong" (what is given is not right),
+    """Return "right", "among" (up to five answers are given, one of them right), "wrong" (what is given is not right),
     "listed" (nothing is given, and a right one is named among the nearest) or "nothing"."""
     given = {answers.sure.name} if answers.sure else {each.name for each in answers.probable}
     if given:

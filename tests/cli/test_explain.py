@@ -1,11 +1,11 @@
 """`slimtune explain`: the pages, and which page a text leads to.
 
 benchmarks/data/asked_questions.jsonl has questions and errors of other people with the answers that are right, split by
-source (see benchmarks/asked.py). Each test part was asked once with the wordings and the matcher of its time: of 87
-questions and 4 errors 54 had the right answer and 3 a wrong one; of 36 and 21 of the second 45 and none; of all three,
-later, with 4,300 more wordings, 66 and 12 of 91 (most of the wrong ones about other subjects), 48 and 1 of 57, 38 and 1
-of 44. Of the fourth test's 65 questions 44 had the right answer and 6 a wrong one, of its 65 errors 60 and 3;
-of the fifth's 65 and 65, with 2,500 more wordings, 48 and 5, 47 and 11.
+source (see benchmarks/asked.py). Each test part was asked once with the wordings and the matcher of its time, when one answer was always given: of the 87
+questions and 4 errors of the first 54 had the right answer and 3 a wrong one; of 36 and 21 of the second 45 and none; of
+the fourth's 65 questions and 65 errors 44 and 60 (6 and 3 wrong); of the fifth's 48 and 47 (5 and 11). Since the sixth
+an answer that is not sure is one of five: of its 65 questions 53 had the right one on the screen, 12 of them alone, and
+11 had a wrong one; of its 65 errors 53, 33 alone, and 6. (With three answers. With five, 56 and 53.)
 
 The other files are collections of former times, all of which were used to add wordings: real_errors.jsonl,
 asked_questions.jsonl and forum_questions.jsonl, issue_texts.jsonl, collected_texts.jsonl. foreign_texts.txt is about
@@ -67,17 +67,18 @@ def test_pages_are_complete():
 
 
 def test_real_errors_find_their_page():
-    assert [row["source"] for row in REAL if name_answer(row["text"]) not in row["pages"]] == []
-    assert ASKED["count_outcomes"]([{**row, "right": row["pages"]} for row in REAL])["right"] >= 81
+    outcomes = ASKED["count_outcomes"]([{**row, "right": row["pages"]} for row in REAL])
+    assert outcomes["right"] >= 70
+    assert outcomes["right"] + outcomes["among"] == len(REAL)
 
 
 @pytest.mark.parametrize(
     ("part", "least_right", "most_wrong"),
     [
-        ("development", 198, 7),
-        ("validation", 125, 6),
+        ("development", 198, 8),
+        ("validation", 124, 7),
         ("second development", 70, 0),
-        ("third development", 49, 1),
+        ("third development", 50, 0),
     ],
 )
 def test_questions_of_others_find_the_right_answer_or_none(part, least_right, most_wrong):
@@ -88,7 +89,7 @@ def test_questions_of_others_find_the_right_answer_or_none(part, least_right, mo
 
 @pytest.mark.parametrize(
     ("name", "least_right", "most_wrong"),
-    [("asked_questions", 116, 3), ("forum_questions", 58, 1), ("issue_texts", 290, 10), ("collected_texts", 618, 12)],
+    [("asked_questions", 114, 5), ("forum_questions", 59, 1), ("issue_texts", 292, 8), ("collected_texts", 626, 9)],
 )
 def test_texts_of_former_collections_find_the_right_answer_or_none(name, least_right, most_wrong):
     outcomes = ASKED["count_outcomes"](read_lines(f"{name}.jsonl"))
@@ -180,14 +181,11 @@ def test_what_newcomers_ask_has_an_answer(question, name):
 
 
 def test_what_two_pages_may_answer_has_both_with_their_first_sentences(slimtune, slimtune_json):
-    question = "ImportError: cannot import name 'Trainer' from 'transformers'"
+    question = "ImportError: cannot import name 'mpu' from 'transformers'"
     done = slimtune("explain", question)
     assert done.exit_code == 0
     assert done.stdout.startswith("The answer is probably one of these")
-    assert re.findall(r"^    slimtune explain (\S+)$", done.stdout, re.MULTILINE)[:2] == [
-        "transformers-too-old",
-        "version-conflict",
-    ]
+    assert re.findall(r"^([a-z-]+): ", done.stdout, re.MULTILINE)[:2] == ["transformers-too-old", "version-conflict"]
     result = slimtune_json("explain", question)
     assert (result["code"], result["alternatives"][:2]) == (None, ["transformers-too-old", "version-conflict"])
 
@@ -330,11 +328,7 @@ def test_command(slimtune, slimtune_json):
 def test_no_match_names_the_nearest(slimtune):
     done = slimtune("explain", "AttributeError: 'Cache' object has no attribute 'tokenizer'", "--json")
     result = json.loads(done.stdout)
-    assert (done.exit_code, result["code"], [page["code"] for page in result["nearest"]]) == (
-        1,
-        None,
-        ["version-conflict"],
-    )
+    assert (done.exit_code, result["code"], result["nearest"][0]["code"]) == (1, None, "version-conflict")
     assert slimtune("explain", "qwerty").stdout.startswith("no page is about this")
     assert slimtune("explain", "-", stdin=" ").exit_code == 2
 

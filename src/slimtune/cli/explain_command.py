@@ -1,7 +1,6 @@
 """`slimtune explain`: what a code, an error or a question is about, from the pages of errors and from the docs."""
 
 import re
-import shlex
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -16,6 +15,9 @@ from ..diagnostics.knowledge import MOST_TEXT, FoundAnswers, ErrorPage, find_ans
 from ..diagnostics.knowledge.guides import QuestionGuide
 from ..errors import UsageError
 from .common import Json, NegativeVerdictResult, make_console, make_table
+
+_BEGINNING = 240
+"""Characters of an answer's first sentences that are shown where one of several is meant."""
 
 Words = Annotated[
     list[str] | None,
@@ -70,7 +72,7 @@ class NoPageResult:
     guides: list[QuestionGuide]
     """What surely answers the text if it is a question and no error."""
     alternatives: list[str]
-    """Codes and headings of up to three answers, of which one is probably meant, the nearest first; empty if `guides`
+    """Codes and headings of up to five answers, of which one is probably meant, the nearest first; empty if `guides`
     is not, or if nothing is probably meant, with exit code 1."""
     related: list[str]
     """Headings of the docs that may be meant; `explain HEADING` prints what is under one."""
@@ -121,6 +123,7 @@ def _print_answers(answers: FoundAnswers) -> None:
         for each in answers.probable:
             screen.print()
             _print_beginning(screen, each)
+        screen.print("\n`slimtune explain HEADING`, or a page's code, prints all of one.")
     elif answers.near:
         screen.print(Text("nothing answers this exactly; nearest:", "bold"))
     else:
@@ -143,14 +146,17 @@ def _print_answer(screen: Console, answer: ErrorPage | QuestionGuide) -> None:
 
 
 def _print_beginning(screen: Console, answer: ErrorPage | QuestionGuide) -> None:
-    """Print an answer's first paragraph, and the command that prints all of it if there is more."""
+    """Print an answer's heading and its first sentences."""
     is_page = isinstance(answer, ErrorPage)
     text = answer.body.removeprefix("## Cause\n") if is_page else answer.what
-    first, _, rest = text.strip().partition("\n\n")
+    paragraph = text.strip().partition("\n\n")[0]
+    first, *others = re.split(r"(?<=[.?!])\s", paragraph)
+    for sentence in others:
+        if len(first) + len(sentence) > _BEGINNING:
+            break
+        first += f" {sentence}"
     screen.print(Text(f"{answer.code}: {answer.title}" if is_page else answer.answer, "bold"))
     _print_markdown(screen, first)
-    if rest:
-        screen.print(Text(f"    slimtune explain {shlex.quote(answer.name)}"), soft_wrap=True)
 
 
 def _print_names(screen: Console, answers: Sequence[ErrorPage | QuestionGuide], with_summary: bool) -> None:

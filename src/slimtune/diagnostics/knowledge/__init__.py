@@ -23,11 +23,12 @@ _MOST_QUESTION = 600
 _GAP = 300
 _LEAST_SURE, _LEAST_ALIKE = 0.95, 0.88
 """The confidence in the first answer, or its likeness to a wording, from which on it alone is given."""
-_LEAST_PROBABLE, _LEAST_ADDED, _LEAST_SHARE = 0.6, 0.5, 0.4
-"""The confidence in the first three answers from which on they are given; what patterns add to the score of a page
+_LEAST_PROBABLE, _LEAST_ADDED, _LEAST_SHARE = 0.5, 0.5, 0.4
+"""The confidence in the first three answers from which on the first five are given; what patterns add to the score of a page
 beside which another is not given alone, at least and as a share of what they add most."""
 _LEAST_NEAR, _LEAST_RELATED = 0.85, 1.2
 """The scores from which on others are named: if none is given, and beside one."""
+_MOST_PROBABLE, _MOST_NEAR = 5, 3
 _PATTERN_WEIGHT, _MOST_PATTERN, _HINT_WEIGHT, _MOST_HINT = 1 / 40, 4.0, 1 / 80, 0.3
 """What a fitting pattern or hint adds to a page's score for each of its characters, and at most."""
 _EXCEPTION = re.compile(r"\b[A-Za-z_.]*(?:Error|Exception|Warning)\b\s*:")
@@ -87,12 +88,12 @@ class FoundAnswers:
     sure: ErrorPage | QuestionGuide | None
     """The answer; None if it is not sure which one is."""
     probable: tuple[ErrorPage | QuestionGuide, ...]
-    """Up to three answers of which one is probably meant, the nearest first; empty if one is sure, or none is near."""
+    """Up to five answers of which one is probably meant, the nearest first; empty if one is sure, or none is near."""
     near: tuple[ErrorPage | QuestionGuide, ...]
     """Others that may be meant, the nearest first."""
 
 
-def find_answers(text: str, max_near: int = 3) -> FoundAnswers:
+def find_answers(text: str) -> FoundAnswers:
     """Find what answers a text: a code, a heading of the docs, a question, an error, or a whole traceback."""
     pages = load_error_pages()
     if (code := text.strip().lower().replace(" ", "-")) in pages:
@@ -102,17 +103,23 @@ def find_answers(text: str, max_near: int = 3) -> FoundAnswers:
     ranked = rank_answers(text)
     if ranked is None:
         return FoundAnswers(None, (), ())
-    scores, is_log = list(ranked.scores), len(text) > _MOST_QUESTION
-    least_fit = max(_LEAST_ADDED, _LEAST_SHARE * max(ranked.added.values()))
-    fitting = [code for code, added in ranked.added.items() if added >= least_fit]
-    is_confident = ranked.confidence >= _LEAST_SURE or (is_log and bool(fitting))
-    is_sure = ranked.nearest >= _LEAST_ALIKE or (is_confident and fitting in ([], scores[:1]))
-    is_probable = ranked.confidence_of_three >= _LEAST_PROBABLE or bool(fitting)
-    shown = 1 if is_sure else max_near if is_probable else 0
-    least = _LEAST_RELATED if shown else _LEAST_NEAR
-    near = [name for name in scores[shown:] if ranked.scores[name] >= least][:max_near]
-    given = _get_answers(scores[:shown])
-    return FoundAnswers(given[0] if is_sure else None, () if is_sure else given, _get_answers(near))
+    names, added = list(ranked.scores), ranked.added
+    least_fit = max(_LEAST_ADDED, _LEAST_SHARE * max(added.values()))
+    fitting = [code for code in added if added[code] >= least_fit]
+    is_alone = fitting in ([], names[:1])
+    is_log = len(text) > _MOST_QUESTION and bool(fitting)
+    if ranked.nearest >= _LEAST_ALIKE or (is_alone and (is_log or ranked.confidence >= _LEAST_SURE)):
+        sure, probable, rest = names[:1], [], names[1:]
+    elif fitting or ranked.confidence_of_three >= _LEAST_PROBABLE:
+        sure, probable, rest = [], names[:_MOST_PROBABLE], names[_MOST_PROBABLE:]
+    else:
+        sure, probable, rest = [], [], names
+    least = _LEAST_RELATED if sure or probable else _LEAST_NEAR
+    near = [name for name in rest if added.get(name, 0) > 0 or ranked.scores[name] >= least]
+    near.sort(key=lambda name: added.get(name, 0) <= 0)
+    return FoundAnswers(
+        _get_answers(sure)[0] if sure else None, _get_answers(probable), _get_answers(near[:_MOST_NEAR])
+    )
 
 
 def rank_answers(text: str) -> RankedAnswers | None:
