@@ -1,11 +1,11 @@
 """`slimtune explain`: the pages, and which page a text leads to.
 
 benchmarks/data/asked_questions.jsonl has questions and errors of other people with the answers that are right, split by
-source (see benchmarks/asked.py). Each test part was asked once with the wordings and the matcher of its time, when one answer was always given: of the 87
-questions and 4 errors of the first 54 had the right answer and 3 a wrong one; of 36 and 21 of the second 45 and none; of
-the fourth's 65 questions and 65 errors 44 and 60 (6 and 3 wrong); of the fifth's 48 and 47 (5 and 11). Since the sixth
-an answer that is not sure is one of five: of its 65 questions 53 had the right one on the screen, 12 of them alone, and
-11 had a wrong one; of its 65 errors 53, 33 alone, and 6. (With three answers. With five, 56 and 53.)
+source (see benchmarks/asked.py). Each test part was asked once with the wordings and the matcher of its time, when one
+answer was given: of the 87 questions and 4 errors of the first 54 had the right answer and 3 a wrong one; of 36 and 21
+of the second 45 and none; of the fourth's 65 questions and 65 errors 44 and 60 (6, 3 wrong); of the fifth's 48 and 47
+(5 and 11). Now five are given where it is not sure: with the wordings of its time, the fifth has the right one on the
+screen for 56 and 59 (15 and 33 alone; 1 and 3 have a wrong one alone), the sixth for 56 and 55 (10 and 32; 2 and 1).
 
 The other files are collections of former times, all of which were used to add wordings: real_errors.jsonl,
 asked_questions.jsonl and forum_questions.jsonl, issue_texts.jsonl, collected_texts.jsonl. foreign_texts.txt is about

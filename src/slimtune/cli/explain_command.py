@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 from typer import Argument
 
-from ..diagnostics.knowledge import MOST_TEXT, FoundAnswers, ErrorPage, find_answers, load_error_pages
+from ..diagnostics.knowledge import MOST_TEXT, ErrorPage, FoundAnswers, find_answers, load_error_pages
 from ..diagnostics.knowledge.guides import QuestionGuide
 from ..errors import UsageError
 from .common import Json, NegativeVerdictResult, make_console, make_table

@@ -24,8 +24,8 @@ _GAP = 300
 _LEAST_SURE, _LEAST_ALIKE = 0.95, 0.88
 """The confidence in the first answer, or its likeness to a wording, from which on it alone is given."""
 _LEAST_PROBABLE, _LEAST_ADDED, _LEAST_SHARE = 0.5, 0.5, 0.4
-"""The confidence in the first three answers from which on the first five are given; what patterns add to the score of a page
-beside which another is not given alone, at least and as a share of what they add most."""
+"""The confidence in the first three answers from which on the first five are given; what patterns add to the score of a
+page beside which another is not given alone, at least and as a share of what they add most."""
 _LEAST_NEAR, _LEAST_RELATED = 0.85, 1.2
 """The scores from which on others are named: if none is given, and beside one."""
 _MOST_PROBABLE, _MOST_NEAR = 5, 3
