@@ -147,15 +147,17 @@ def _print_answer(screen: Console, answer: ErrorPage | QuestionGuide) -> None:
 
 def _print_beginning(screen: Console, answer: ErrorPage | QuestionGuide) -> None:
     """Print an answer's heading and its first sentences."""
-    is_page = isinstance(answer, ErrorPage)
-    text = answer.body.removeprefix("## Cause\n") if is_page else answer.what
+    if isinstance(answer, ErrorPage):
+        heading, text = f"{answer.code}: {answer.title}", answer.body.removeprefix("## Cause\n")
+    else:
+        heading, text = answer.answer, answer.what
     paragraph = text.strip().partition("\n\n")[0]
     first, *others = re.split(r"(?<=[.?!])\s", paragraph)
     for sentence in others:
         if len(first) + len(sentence) > _BEGINNING:
             break
         first += f" {sentence}"
-    screen.print(Text(f"{answer.code}: {answer.title}" if is_page else answer.answer, "bold"))
+    screen.print(Text(heading, "bold"))
     _print_markdown(screen, first)
 
 
