@@ -97,6 +97,7 @@ def test_texts_of_former_collections_find_the_right_answer_or_none(name, least_r
     assert outcomes["right"] + outcomes["among"] >= least_right
 
 
+@pytest.mark.slow
 def test_an_answer_that_stands_alone_is_hardly_ever_wrong():
     rows = [row for file in ("issue_texts", "collected_texts") for row in read_lines(f"{file}.jsonl")]
     rows += ASKED["load_asked"]((*ASKED["OPEN_PARTS"], *ASKED["TEST_PARTS"]))
