@@ -26,7 +26,7 @@ from slimtune.diagnostics.knowledge import FoundAnswers, find_answers, rank_answ
 ASKED = Path(__file__).parent / "data" / "asked_questions.jsonl"
 FORMER = Path(__file__).parents[1] / "tests" / "cli"
 OPEN_PARTS = ("development", "validation", "second development", "third development")
-TEST_PARTS = ("test", "second test", "third test", "fourth test", "fifth test", "sixth test")
+TEST_PARTS = ("test", "second test", "third test", "fourth test", "fifth test", "sixth test", "seventh test")
 """Asked once before their texts were looked at; after that, wordings were added for them as well."""
 
 
