@@ -76,7 +76,7 @@ def _read_texts(lines: str) -> list[str]:
 
 def infer_error_code(text: str, default: str) -> str:
     """Return the code of the page whose patterns fit an error's text best; `default` if none fits."""
-    scores = {page.code: _score_patterns(text, page.patterns) for page in load_error_pages().values()}
+    scores = _score_pages(text)
     best = max(scores, key=lambda code: (code != _WARNINGS_PAGE and scores[code] > 0, scores[code]))
     return best if scores[best] else default
 
@@ -124,7 +124,7 @@ def find_answers(text: str) -> FoundAnswers:
 
 def rank_answers(text: str) -> RankedAnswers | None:
     """Rank all answers by how near a text is to their wordings and patterns; None if it is near none."""
-    patterns = {code: _score_patterns(text, page.patterns) for code, page in load_error_pages().items()}
+    patterns = _score_pages(text)
     added = {
         code: min(patterns[code] * _PATTERN_WEIGHT, _MOST_PATTERN)
         + min(_score_patterns(text, page.hints) * _HINT_WEIGHT, _MOST_HINT)
@@ -146,6 +146,17 @@ def _build_index() -> WordingIndex:
     wordings = {code: (page.title, code.replace("-", " "), *page.asked) for code, page in pages.items()}
     definitions = {term.guide.name for term in load_terms().values()}
     return WordingIndex(wordings | {name: section.wordings for name, section in sections.items()}, definitions)
+
+
+def _score_pages(text: str) -> dict[str, float]:
+    """Return how well each page's patterns fit a text. One within a longer one that fits, too, says nothing more."""
+    every, _ = _normalize(text)
+    fitting = {code: [p for p in page.patterns if _contains(every, p)] for code, page in load_error_pages().items()}
+    longer = [p.lower() for patterns in fitting.values() for p in patterns]
+    return {
+        code: _score_patterns(text, [p for p in patterns if not any(p.lower() in q != p.lower() for q in longer)])
+        for code, patterns in fitting.items()
+    }
 
 
 def _score_patterns(text: str, patterns: Sequence[str]) -> float:
