@@ -87,8 +87,8 @@ def long() -> bool:
         load_base_config("llama-3.1-8b"), require_gpu_by_name("rtx-3090"), LoraConfig(r=32, **ALL), seq_len=LONGEST,
         quantization="nf4", gradient_checkpointing=True, offload_activations=True, mlp_tile_size=TILE,
     )  # fmt: skip
-    longest = estimate_resources(request, advise=False).max_seq_len // 10_000 * 10_000
-    while (found := estimate_resources(replace(request, seq_len=longest), advise=False)).verdict != "fits":
+    longest = estimate_resources(request, advise="none").max_seq_len // 10_000 * 10_000
+    while (found := estimate_resources(replace(request, seq_len=longest), advise="none")).verdict != "fits":
         longest -= 10_000
     print(f"LoRA r = 32 on Llama 3.1 8B in NF4, one row, 24 GiB, tiles of {TILE}")
     print(f"  longest row     {longest} tokens: {found.verdict}, {found.reason}")

@@ -84,7 +84,7 @@ def measure(task: str, base: str, steps: int, folder: Path) -> dict[str, int]:
 
     def plan(recipe: Any, lengths: Any, content: Any) -> Any:
         request = build_plan_request(recipe, detect_gpu_or_cpu_spec("cpu"), lengths, 1, content)
-        found = estimate_resources(request, advise=False)
+        found = estimate_resources(request, advise="none")
         planned.append(found.allocated_bytes)
         return found
 

@@ -29,7 +29,7 @@ def replace_planner(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]
     def replace(make: Callable[[Any], Any] = lambda r: hand_plan(r.method.name, r.gpu)) -> list[Any]:
         requests: list[Any] = []
 
-        def estimate_resources(request: Any, *, advise: bool = True) -> Any:
+        def estimate_resources(request: Any, *, advise: str = "all") -> Any:
             requests.append(request)
             return make(request)
 

@@ -110,7 +110,7 @@ def test_packed_run_equals_padded(make, task):
 def test_is_planned(make, task):
     recipe = make(task, "run")
     estimate = estimate_resources(
-        build_plan_request(recipe, require_gpu_by_name("rtx-3090"), [(9, 5, 7)] * 6), advise=False
+        build_plan_request(recipe, require_gpu_by_name("rtx-3090"), [(9, 5, 7)] * 6), advise="none"
     )
     assert (estimate.verdict, estimate.method) == ("fits", "lora")
 

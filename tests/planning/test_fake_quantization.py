@@ -93,9 +93,9 @@ def test_layer_holds_what_bitsandbytes_holds(sizes, kind, referee):
         ("int8", "lora", torch.float32, {}, 0.003),
         ("int8", "hira", torch.float32, {}, 0.003),
         ("nf4", "lora", torch.float32, {"optimizer": "adamw-8bit"}, 0.003),
-        # oneDNN's products in bf16 take about 0.1 MB for themselves, whatever their sizes.
-        ("nf4", "lora", BF16, {"optimizer": "adamw-8bit", "gradient_checkpointing": True}, 0.02),
-        ("int8", "lora", BF16, {"gradient_checkpointing": True}, 0.02),
+        # oneDNN's products in bf16 take about 0.1 MB for themselves, 0.15 on some CPUs, whatever their sizes.
+        ("nf4", "lora", BF16, {"optimizer": "adamw-8bit", "gradient_checkpointing": True}, 0.05),
+        ("int8", "lora", BF16, {"gradient_checkpointing": True}, 0.05),
     ],
 )
 def test_step_takes_what_a_real_step_takes(kind, method, dtype, settings, tolerance, referee):

@@ -104,7 +104,7 @@ def test_full_in_bf16(optimizer, monkeypatch, assert_exact):
 @pytest.mark.parametrize(("base", "method"), [("llama", "lora"), ("gpt2", "bottleneck"), ("gemma2", "prefix_tuning")])
 def test_bf16_with_checkpointing(base, method, assert_exact):
     """Some kB are not traced: oneDNN's copies for bf16 products, and a random state for each checkpoint."""
-    assert_exact(make_job(base, method, ROWS[3], BF16, gradient_checkpointing=True), 0.02)
+    assert_exact(make_job(base, method, ROWS[3], BF16, gradient_checkpointing=True), 0.05)
 
 
 @pytest.mark.slow

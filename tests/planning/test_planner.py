@@ -47,7 +47,7 @@ def lora(rank=4, **settings):
     return LoraConfig(r=rank, **{"target_modules": "all-linear", "task_type": "CAUSAL_LM", **settings})
 
 
-def plan_tiny(gpu=ROOMY, advise=False, method=None, **fields):
+def plan_tiny(gpu=ROOMY, advise="none", method=None, **fields):
     return estimate_resources(PlanRequest(TINY, gpu, method or lora(), **{"seq_len": 64, **fields}), advise=advise)
 
 
@@ -61,13 +61,13 @@ def test_llama_3_1_8b():
     plan = estimate_resources(request)
     assert plan.verdict == "fits"
     assert plan.allocated_bytes == pytest.approx(17.86e9, rel=0.005)
-    full = estimate_resources(replace(request, method=CASES["full"](), gradient_accumulation_steps=1), advise=False)
+    full = estimate_resources(replace(request, method=CASES["full"](), gradient_accumulation_steps=1), advise="none")
     assert full.verdict == "does not fit"
     assert full.allocated_bytes == pytest.approx(146e9, rel=0.005)
     assert "optimizer" in full.reason
     small = replace(request, gpu=require_gpu_by_name("rtx-3060-12gb"))
     assert estimate_resources(replace(small, quantization="nf4")).verdict == "fits"
-    assert estimate_resources(small, advise=False).reason.endswith(
+    assert estimate_resources(small, advise="none").reason.endswith(
         "the weights alone (15.0 GiB) are more than the card has"
     )
 
@@ -141,12 +141,15 @@ def test_advice():
     assert all(a.saves > 0 for a in plan.advice)
     first = plan.advice[0]
     assert first.change.startswith("--gradient-checkpointing")
-    better = estimate_resources(replace(request, gradient_checkpointing=True), advise=False)
+    better = estimate_resources(replace(request, gradient_checkpointing=True), advise="none")
     assert (first.saves, first.verdict) == (plan.allocated_bytes - better.allocated_bytes, better.verdict)
+    assert first.verdict == "fits"
+    assert estimate_resources(request, advise="first").advice == [first]
+    assert len(plan.advice) > 1
 
 
 def test_no_activations_are_saved_where_the_weights_alone_are_too_large():
-    planned = plan_tiny(make_gpu_with_memory("1MiB"), advise=True, dtype="float32")
+    planned = plan_tiny(make_gpu_with_memory("1MiB"), advise="all", dtype="float32")
     assert planned.verdict == "does not fit"
     assert {saving.change.split()[0] for saving in planned.advice} <= {"--dtype", "--quantization"}
 
@@ -155,7 +158,7 @@ def test_no_activations_are_saved_where_the_weights_alone_are_too_large():
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_verdict_alone_is_that_of_the_plan(memory, batch_size):
     request = PlanRequest(TINY, make_gpu_with_memory(memory), lora(), seq_len=64, batch_size=batch_size)
-    assert judge_run(request) == estimate_resources(request, advise=False).verdict
+    assert judge_run(request) == estimate_resources(request, advise="none").verdict
 
 
 def test_no_length_fits_where_the_weights_alone_are_too_large():
@@ -166,7 +169,7 @@ def test_no_length_fits_where_the_weights_alone_are_too_large():
 def test_a_quantized_base_that_is_still_too_large_is_not_traced(monkeypatch):
     monkeypatch.setenv("SLIMTUNE_TRACES", "/dev/null")
     tiny = GpuSpec("tiny", "memory", "nvidia", "ampere", 1 << 16, 1 << 16)
-    (saving, *_) = plan_tiny(tiny, advise=True).advice
+    (saving, *_) = plan_tiny(tiny, advise="all").advice
     whole, quantized = plan_tiny(tiny), plan_tiny(tiny, quantization=saving.change.split()[1])
     assert (saving.saves, saving.verdict) == (whole.parts["weights"] - quantized.parts["weights"], "does not fit")
 
@@ -339,7 +342,7 @@ def test_saved_bytes():
 @pytest.mark.slow
 def test_four_processes_shard_the_base():
     one, four = (
-        estimate_resources(make_request(1, fsdp=False), advise=False),
+        estimate_resources(make_request(1, fsdp=False), advise="none"),
         estimate_resources(make_request(4, fsdp=True)),
     )
     assert one.verdict == "does not fit"
@@ -349,7 +352,7 @@ def test_four_processes_shard_the_base():
     assert "4 processes" in four.reason
     assert "computed" in four.evidence["parts"]
     assert four.reserved_bytes.high - four.reserved_bytes.low > 2 * LAYER  # what is gathered beside a layer
-    whole = estimate_resources(make_request(4, fsdp=False), advise=False)
+    whole = estimate_resources(make_request(4, fsdp=False), advise="none")
     assert whole.parts == one.parts
     assert "4 processes" in whole.reason
 

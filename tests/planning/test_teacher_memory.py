@@ -69,7 +69,7 @@ def plan_and_measure(tmp_path, tiny_llama, tiny_tokenizer, monkeypatch):
 
         def plan(recipe, lengths, content):
             request = build_plan_request(recipe, detect_gpu_or_cpu_spec("cpu"), lengths, 1, content)
-            plans.append(estimate_resources(request, advise=False))
+            plans.append(estimate_resources(request, advise="none"))
             return plans[0]
 
         forward_backward = loss.forward_backward

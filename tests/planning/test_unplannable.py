@@ -28,7 +28,7 @@ def plan(kind, *, targets="all-linear", seq_len=64, dtype="bfloat16", packing=Tr
     base = LoadedBaseConfig("tiny", "tiny", config, "")
     request = PlanRequest(base, make_gpu_with_memory("24GiB"), method, dtype=dtype, seq_len=seq_len,
                           batch_size=2, packing=packing, quantization=quantization)  # fmt: skip
-    return estimate_resources(request, advise=False)
+    return estimate_resources(request, advise="none")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ Torch and the library's folders are imported inside the commands, so that `slimt
 """
 
 import errno
+import gc
 import logging
 import os
 import signal
@@ -132,3 +133,4 @@ def main() -> None:
         app(args=sys.argv[1:], prog_name="slimtune")
     finally:  # what has ended must not end by one more Ctrl-C, with another exit code
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        gc.freeze()  # as it exits Python looks for garbage in all that was imported, which takes a second

@@ -122,7 +122,7 @@ def choose_machine(
     if here is not None:
         with suppress(SlimtuneError):  # this machine alone cannot be planned
             mine = make_machine_offer(
-                here, estimate_runs_collecting_errors(jobs, here, advise=False)[0][0], trained_tokens=count
+                here, estimate_runs_collecting_errors(jobs, here, advise="none")[0][0], trained_tokens=count
             )
     owned = [offer for f, offer in zip(found, offers, strict=True) if is_sold_as(f.gpu, kinds)]
     rented = [offer for offer in offers if list_rent_prices(offer.gpu)] if "rent" in kinds else []
@@ -296,7 +296,7 @@ def cost_of_training_run(
     require_trainable_gpu(spec)
     jobs = load_run_to_plan(job, settings)
     versions = describe_other_versions(gpu)
-    estimate = estimate_runs_collecting_errors(jobs, spec, advise=False)[0][0]
+    estimate = estimate_runs_collecting_errors(jobs, spec, advise="none")[0][0]
     count = tokens or jobs.tokens or MILLION
     machine = make_machine_offer(spec, estimate, trained_tokens=count, dollars_per_kwh=kwh_price or None)
     if machine.cost is None:

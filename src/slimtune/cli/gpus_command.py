@@ -171,7 +171,7 @@ def _compare(
         tokens, model = jobs.tokens or MILLION, jobs.base_config.name
         for i, gpu in enumerate(gpus):
             try:
-                estimates[i] = estimate_runs_collecting_errors(jobs, gpu, advise=False)[0][0] if gpu.trains else None
+                estimates[i] = estimate_runs_collecting_errors(jobs, gpu, advise="none")[0][0] if gpu.trains else None
             except SlimtuneError as error:
                 print_progress(f"the run is not planned on {gpu.name}: {error.message}")
     offers = [

@@ -119,7 +119,11 @@ def plan_run(
     # With --serve two answers are asked for: that one of them is not known does not take the other.
     try:
         estimates, errors = estimate_runs_collecting_errors(
-            jobs, spec, processes=processes, raise_if_none=served is None or write is not None or plot is not None
+            jobs,
+            spec,
+            advise="all" if details or as_json else "first",
+            processes=processes,
+            raise_if_none=served is None or write is not None or plot is not None,
         )
     except ModelError as refusal:
         raise _name_plan_of_serving(refusal, jobs, spec) from refusal

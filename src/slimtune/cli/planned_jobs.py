@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ..hardware.hardware_results import UnplannedGpus
     from ..planning.gpu_specs import GpuSpec
     from ..planning.interval import Interval
-    from ..planning.plan_result import MemoryVerdict, ResourceEstimate
+    from ..planning.plan_result import Advice, MemoryVerdict, ResourceEstimate
 
 ROW_SETTINGS = (
     "data.format", "data.columns", "data.ignore_columns", "data.train_on", "data.max_seq_len", "data.on_overlong",
@@ -179,12 +179,12 @@ def _list_methods(text: Any) -> list[str]:
 
 
 def estimate_runs_collecting_errors(
-    jobs: RunsToPlan, gpu: GpuSpec, *, advise: bool = True, processes: int = 1, raise_if_none: bool = True
+    jobs: RunsToPlan, gpu: GpuSpec, *, advise: Advice = "all", processes: int = 1, raise_if_none: bool = True
 ) -> tuple[list[ResourceEstimate], dict[str, SlimtuneError]]:
     """Return the estimate of every run on a GPU, for one of `processes` that train together, and why others have none.
 
-    Changes that save memory are only looked for if there is a single run and `advise` is true. If no run can be
-    planned, the error of the first is raised, unless `raise_if_none` is false.
+    Changes that save memory are only looked for if there is a single run. If no run can be planned, the error of the
+    first is raised, unless `raise_if_none` is false.
     """
     from ..planning.plan_request import build_plan_request
     from ..planning.planner import estimate_resources
@@ -195,7 +195,7 @@ def estimate_runs_collecting_errors(
         print_progress(f"planning {jobs.base_config.name}, {method}, on {gpu.name}")
         try:
             request = build_plan_request(recipe, gpu, jobs.example_lengths, processes, jobs.row_composition)
-            estimates.append(estimate_resources(request, advise=advise and len(jobs.recipes) == 1))
+            estimates.append(estimate_resources(request, advise=advise if len(jobs.recipes) == 1 else "none"))
         except SlimtuneError as e:
             errors[method] = e
     if not estimates and raise_if_none:
@@ -293,7 +293,7 @@ def estimate_run_by_gpu_and_class(
     errors: dict[EquivalentGpuGroup, SlimtuneError] = {}
     for key, gpu in planned.items():
         try:
-            made[key] = estimate_runs_collecting_errors(jobs, gpu, advise=False)[0][0]
+            made[key] = estimate_runs_collecting_errors(jobs, gpu, advise="none")[0][0]
         except SlimtuneError as error:
             errors[key] = error
     if errors and not made:

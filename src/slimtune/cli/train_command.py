@@ -185,7 +185,7 @@ def make_run_planner(allow_misfit: bool) -> "Planner":
             request = build_plan_request(
                 recipe, detect_gpu_or_cpu_spec(recipe.model.device), lengths, distributed.world_size(), content
             )
-            plan = estimate_resources(request, advise=not allow_misfit)
+            plan = estimate_resources(request, advise="none" if allow_misfit else "all")
         except ModelError as e:
             text = f"warning: this run is not planned, so it may run out of memory: {e.message}"
             make_error_console().print(text, style=WARNING)

@@ -99,7 +99,7 @@ def _plan_candidates(
         recipe = grid.build_recipe(candidate, grid.seeds[0], grid.output_dir)
         request = build_plan_request(recipe, detect_gpu_or_cpu_spec(recipe.model.device), grid.example_lengths)
         try:
-            plan = estimate_resources(request, advise=False)
+            plan = estimate_resources(request, advise="none")
             verdict, reason = str(plan.verdict), plan.reason
             if verdict == "does not fit" and executor.is_remote:
                 verdict = "does not fit this machine, but may fit where it trains"

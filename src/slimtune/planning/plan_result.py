@@ -9,6 +9,8 @@ from ..core.foundation.json_results import NOT_IN_JSON, make_json_key_metadata
 from .interval import Interval, format_three_digits
 
 MemoryVerdict = Literal["fits", "tight", "does not fit"]
+Advice = Literal["none", "first", "all"]
+"""Which changes that save memory a plan looks for: none, those up to the first that is enough, or all."""
 THEN_IT: dict[MemoryVerdict, str | None] = {"fits": "fits", "tight": "is tight", "does not fit": None}
 """What a change leads to, behind "then it"; None: it is no help."""
 PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "logits", "runtime")

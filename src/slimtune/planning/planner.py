@@ -47,7 +47,7 @@ from .packed_lengths import (
     resize_example_rows,
 )
 from .plan_request import MAX_SEQ_LEN, MicroBatchWorkload, PlanRequest, pick_length_quantiles
-from .plan_result import PARTS, MemorySaving, MemoryVerdict, ResourceEstimate, TrainingWorkload
+from .plan_result import PARTS, Advice, MemorySaving, MemoryVerdict, ResourceEstimate, TrainingWorkload
 from .throughput import UTILIZATION, estimate_training_speed
 
 RUNTIME = {"cuda": Interval(0.25e9, 0.75e9), "mps": Interval(0.2e9, 1.0e9), "cpu": Interval(0.45e9, 0.8e9)}
@@ -70,12 +70,12 @@ Qwen 2.5); of settings, random states and logs in a checkpoint, and again in the
 on, in the metadata of its adapter's file."""
 
 
-def estimate_resources(request: PlanRequest, *, advise: bool = True) -> ResourceEstimate:
+def estimate_resources(request: PlanRequest, *, advise: Advice = "all") -> ResourceEstimate:
     """Plan one run.
 
     Args:
         request: the run.
-        advise: if it does not surely fit, look for changes that save memory.
+        advise: which changes that save memory to look for if it does not surely fit; "first" stops at one that fits.
 
     Raises:
         UsageError: the targets match nothing, or the settings contradict each other.
@@ -90,7 +90,7 @@ def judge_run(request: PlanRequest) -> MemoryVerdict:
     with _translating_planning_errors(request):
         request, job, model, _ = _prepare_job(request)
         if request.fsdp or (len(job.lengths) > 1 and not request.split_batch):
-            return _estimate_resources(request, advise=False).verdict
+            return _estimate_resources(request, "none").verdict
         job = split_batch_to_fit_if_possible(request, job, None)
         _, _, need = _estimate_need(request, job, extrapolate_step_trace(job, model))
         return judge_memory_fit(need, request.gpu.usable)
@@ -147,7 +147,7 @@ def _estimate_need(
     return peak + more, reserved, reserved + RUNTIME[job.device]
 
 
-def _estimate_resources(request: PlanRequest, advise: bool) -> ResourceEstimate:
+def _estimate_resources(request: PlanRequest, advise: Advice) -> ResourceEstimate:
     gpu, positions = request.gpu, get_max_positions(request.model.config)
     request, job, model, packing_notes = _prepare_job(request)
     trainable_params, total_params = count_trainable_and_all_parameters(model)
@@ -255,9 +255,9 @@ def _estimate_resources(request: PlanRequest, advise: bool) -> ResourceEstimate:
             *packing_notes,
         ],
     )
-    if verdict == "fits" or not advise or request.fsdp:
+    if verdict == "fits" or advise == "none" or request.fsdp:
         return estimate
-    return replace(estimate, advice=_suggest_memory_savings(job, estimate, gpu))
+    return replace(estimate, advice=_suggest_memory_savings(job, estimate, gpu, first=advise == "first"))
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -359,8 +359,10 @@ NEEDS_CUDA_12_6 = ("pascal", "volta")
 """Architectures that torch's builds for CUDA 12.8 and newer have no kernels for (github.com/pytorch/pytorch 190385)."""
 
 
-def _suggest_memory_savings(job: MicroBatchWorkload, estimate: ResourceEstimate, gpu: GpuSpec) -> list[MemorySaving]:
-    """Return changes that save memory, best first.
+def _suggest_memory_savings(
+    job: MicroBatchWorkload, estimate: ResourceEstimate, gpu: GpuSpec, first: bool
+) -> list[MemorySaving]:
+    """Return changes that save memory, best first, or up to the `first` that is enough.
 
     Each change is planned alone. If none is enough, the first entry combines as many as are needed.
     """
@@ -399,6 +401,8 @@ def _suggest_memory_savings(job: MicroBatchWorkload, estimate: ResourceEstimate,
         if saves > 0:
             useful.append((text, change))
             advice.append(MemorySaving(text, saves, verdict))
+            if first and verdict == "fits":
+                break
     # Of the changes that are enough the cheapest first, which is the order they were tried in.
     advice.sort(key=lambda a: (a.verdict != "fits", -a.saves if a.verdict != "fits" else 0))
     if any(a.verdict == "fits" for a in advice):

@@ -116,7 +116,7 @@ def check_run(name, folder, tokenizer):
     })  # fmt: skip
     found = {}
     try:
-        plan = estimate_resources(build_plan_request(recipe, make_gpu_with_memory("24GiB")), advise=False)
+        plan = estimate_resources(build_plan_request(recipe, make_gpu_with_memory("24GiB")), advise="none")
         padded = any("padded, not packed" in note for note in plan.notes)
         agrees = padded == bool(packing_unsupported_reason_or_empty(base))
         found["plan"] = "works" if agrees else "plan and training differ in packing"
