@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 
+from .chinese_words import translate_chinese_words
+
 _STOP_WORDS_TEXT = (
     "a about after again all also always am an and any anyone are as at be because been being but by can could d did "
     "do does doing even ever for from get gets give go good got had has have he help her here his how i if im in into "
@@ -165,7 +167,7 @@ _SIZE = re.compile(r"\d+(?:b|k|x)?")
 
 def split_into_stems_marking_small_words(text: str) -> list[str]:
     """Return the stems of a text's words in their order; small words, which say little, have a ~ before them."""
-    text = text.lower().replace("`", "").replace("_", " ")
+    text = translate_chinese_words(text.lower().replace("`", "").replace("_", " "))
     for pattern, word in _PHRASES:
         text = re.sub(pattern, word, text)
     words = re.findall(r"[^\W_]+", text.replace("'", ""))
