@@ -182,6 +182,20 @@ def test_what_newcomers_ask_has_an_answer(question, name):
     assert name_answer(question) == name
 
 
+@pytest.mark.parametrize(
+    ("question", "name"),
+    [
+        ("微调7B模型需要多少显存", "And on 12, 24 and 48 GB?"),
+        ("合并lora后模型回答变差", "merge-differs"),
+        ("训练时报错 CUDA out of memory", "cuda-out-of-memory"),
+        ("今天天气怎么样？", None),
+    ],
+)
+def test_a_question_in_chinese_finds_its_answer(question, name):
+    found = find_answers(question)
+    assert next((answer.name for answer in (found.sure, *found.probable) if answer), None) == name
+
+
 def test_what_two_pages_may_answer_has_both_with_their_first_sentences(slimtune, slimtune_json):
     question = "ImportError: cannot import name 'Qwen3ForCausalLM' from 'transformers'"
     done = slimtune("explain", question)

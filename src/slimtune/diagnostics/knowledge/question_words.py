@@ -111,6 +111,7 @@ _SAME_WORDS = (
 _PHRASES = (
     (r"\b(?:i )?(?:have|had|got) (?:a |some |one )?(?:quick )?questions? (?:about|regarding|on|concerning)\b", " "),
     (r"^(?:hi|hello|hey)\b|\bthank(?:s| you)\b|\bcould you (?:please )?(?:tell|explain|share|provide)\b", " "),
+    (r"\bany (?:idea|suggestion|advice|hint|help|clue|thought|pointer)s?\b", " "),
     (r"\bfine[- ]?tun\w*|\btun(?:e|ed|ing)\b", "finetun train"),
     (r"hugging[- ]face", "huggingface"),
     (r"\b(?:large )?language models?\b", "model"),
