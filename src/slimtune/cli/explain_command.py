@@ -185,7 +185,7 @@ def _print_markdown(screen: Console, text: str) -> None:
             screen.print(f"    {line}" if is_code else line, soft_wrap=True)
         else:
             line = re.sub(r"<(http[^>]*)>", r"\1", line)
-            line = re.sub(r"\*\*([^*`]+)\*\*", r"\1", line)  # not the two stars of `model.generate(**inputs)`
+            line = re.sub(r"(?<![\w(])\*\*([^*]+)\*\*", r"\1", line)  # not the two stars of `model.generate(**inputs)`
             width = screen.width if screen.is_terminal else max(len(line), 1)
             lines = textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False)
             screen.print("\n".join(lines), soft_wrap=True)
