@@ -21,7 +21,7 @@ MOST_TEXT = 50_000
 _MOST_QUESTION = 600
 """Characters of a question or of a short error; a longer text is a log, which only patterns find."""
 _GAP = 300
-_LEAST_SURE, _LEAST_ALIKE = 0.98, 0.88
+_LEAST_SURE, _LEAST_ALIKE = 0.99, 0.88
 """The confidence in the first answer, or its likeness to a wording, from which on it alone is given."""
 _LEAST_PROBABLE, _LEAST_ADDED, _LEAST_SHARE = 0.5, 0.5, 0.4
 """The confidence in the first three answers from which on the first five are given; what patterns add to the score of a
