@@ -112,7 +112,7 @@ def test_texts_about_other_subjects_find_nothing():
     texts = (Path(__file__).parent / "foreign_texts.txt").read_text().splitlines()
     found = [find_answers(text) for text in texts]
     assert len([answers for answers in found if answers.sure]) <= 1
-    assert len([answers for answers in found if answers.probable]) <= 8
+    assert len([answers for answers in found if answers.probable]) <= 10
 
 
 def test_questions_name_answers_that_exist():
