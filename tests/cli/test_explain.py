@@ -225,6 +225,12 @@ def test_addresses_stay_in_one_line_at_80_columns(code):
     assert max(map(len, prose)) <= 80
 
 
+def test_bold_text_loses_its_stars_and_code_keeps_them():
+    screen = Console(file=StringIO(), width=80)
+    explain_command._print_markdown(screen, "One **word**, and `f(**given)`.")
+    assert screen.file.getvalue() == "One word, and `f(**given)`.\n"
+
+
 def test_texts_of_the_docs_are_in_the_wheel():
     wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
     names = ("learn", "glossary.md", "quick_answers.md")

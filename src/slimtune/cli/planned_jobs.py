@@ -183,8 +183,8 @@ def estimate_runs_collecting_errors(
 ) -> tuple[list[ResourceEstimate], dict[str, SlimtuneError]]:
     """Return the estimate of every run on a GPU, for one of `processes` that train together, and why others have none.
 
-    Changes that save memory are only looked for if there is a single run. If no run can be planned, the error of the
-    first is raised, unless `raise_if_none` is false.
+    Changes that save memory are looked for if there is a single run, as `advise` says to `estimate_resources`. If no
+    run can be planned, the error of the first is raised, unless `raise_if_none` is false.
     """
     from ..planning.plan_request import build_plan_request
     from ..planning.planner import estimate_resources
