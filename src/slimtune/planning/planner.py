@@ -157,7 +157,9 @@ def _estimate_resources(request: PlanRequest, advise: Advice) -> ResourceEstimat
     model_bytes = count_allocated_model_bytes(model, job.device) - saved
     memory_model = None
     if model_bytes + RUNTIME[job.device].low <= gpu.usable.high:
-        memory_model = fit_memory_formula(job, model)
+        # Beside a base of more than half the card few examples fit: one of the formula's traces is then the plan's.
+        one = split_batch_to_fit_if_possible(request, job, None)
+        memory_model = fit_memory_formula(one if 2 * model_bytes > gpu.usable.high else job, model)
         memory_model = replace(memory_model, state=memory_model.state - saved)
 
     def trace_step(job: MicroBatchWorkload, model: Any) -> StepTrace:
