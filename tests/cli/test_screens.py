@@ -116,7 +116,12 @@ def replace_volatile(text: str) -> str:
 
 
 KINDS = [
-    pytest.param(name, terminal, id=name + ".terminal" * terminal, marks=[] if "help" in name else [pytest.mark.slow])
+    pytest.param(
+        name,
+        terminal,
+        id=name + ".terminal" * terminal,
+        marks=[] if "help" in name or "explain" in name else [pytest.mark.slow],
+    )
     for terminal in (False, True)
     for name in SCREENS
 ]
