@@ -28,7 +28,7 @@ from rich.console import Console
 
 import slimtune.errors
 from slimtune.cli import common, explain_command
-from slimtune.diagnostics.knowledge import ErrorPage, find_answers, infer_error_code, load_error_pages
+from slimtune.diagnostics.knowledge import ErrorPage, find_answers, infer_error_code, load_error_pages, select_cases
 from slimtune.diagnostics.knowledge.guides import load_docs_sections_by_heading, load_wordings
 from slimtune.errors import AdapterError, DataError, RunError, SlimtuneError, UsageError
 
@@ -207,6 +207,27 @@ def test_what_two_pages_may_answer_has_both_with_their_first_sentences(slimtune,
     assert (result["code"], result["alternatives"][:2]) == (None, ["version-conflict", "transformers-too-old"])
 
 
+@pytest.mark.parametrize("code", [code for code, page in PAGES.items() if re.search(r'(?m)^(- )?"', page.body)])
+def test_each_message_of_a_page_selects_its_case(code):
+    for line in PAGES[code].body.partition("## Fix\n")[2].splitlines():
+        for message in re.findall('"([^"]+)"', (re.match(r'(- )?("[^"]+"(, | or | and )*)+', line) or [""])[0]):
+            selected = select_cases(PAGES[code], f"Error: {message.replace('…', '7')}\n")
+            assert any(line.removeprefix("- ") in case for case in selected.cases)
+            assert selected.body.partition("## Source")[2] == PAGES[code].body.partition("## Source")[2]
+
+
+def test_the_case_of_a_message_comes_first_and_others_are_left_out(slimtune, slimtune_json):
+    error = "jinja2.exceptions.TemplateSyntaxError: Encountered unknown tag 'generation'."
+    shown = slimtune("explain", error).stdout
+    fix = shown.partition("Fix\n")[2]
+    assert fix.splitlines()[1].startswith("\"unknown tag 'generation'\": ")
+    assert "slimtune gives such a base a built-in template" in fix
+    assert "--enable-auto-tool-choice" not in shown
+    assert "of other messages: `slimtune explain chat-template-missing`" in shown
+    assert "--enable-auto-tool-choice" in slimtune("explain", "chat-template-missing").stdout
+    assert len(slimtune_json("explain", error)["cases"]) == 1
+
+
 def test_only_related_pages_are_named_beside_an_answer():
     beside = find_answers("my model does not stop talking").near
     assert not {each.code for each in beside if isinstance(each, ErrorPage)} & {"gpu-busy", "repository-not-found"}
@@ -218,7 +239,7 @@ def test_addresses_stay_in_one_line_at_80_columns(code):
     screen = StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(explain_command, "make_console", lambda: Console(file=screen, width=80, force_terminal=True))
-        explain_command._print_answers(find_answers(code))
+        explain_command._print_answers(find_answers(code), code)
     printed = re.sub(r"\x1b\[[0-9;]*m", "", screen.getvalue())
     assert all(address in printed for address in re.findall(r"<(https?://\S+)>", PAGES[code].body))
     prose = [line for line in printed.splitlines() if not re.match(r" {4}|.*https?://", line)]

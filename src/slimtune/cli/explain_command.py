@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 from typer import Argument
 
-from ..diagnostics.knowledge import MOST_TEXT, ErrorPage, FoundAnswers, find_answers, load_error_pages
+from ..diagnostics.knowledge import MOST_TEXT, ErrorPage, FoundAnswers, find_answers, load_error_pages, select_cases
 from ..diagnostics.knowledge.guides import QuestionGuide
 from ..errors import UsageError
 from .common import Json, NegativeVerdictResult, make_console, make_table
@@ -53,6 +53,8 @@ class ExplainResult:
     """What it is about."""
     text: str
     """The page in Markdown: cause, check and fix."""
+    cases: list[str]
+    """The parts of its fix that begin with a message that is part of the text."""
     nearest: list[PageTitle]
     """Other pages that may be meant."""
     guides: list[QuestionGuide]
@@ -102,9 +104,10 @@ def explain_error(
     nearest = _list_titles([each for each in answers.near if isinstance(each, ErrorPage)])
     related = [each.answer for each in answers.near if isinstance(each, QuestionGuide)]
     if not as_json:
-        _print_answers(answers)
+        _print_answers(answers, words)
     if isinstance(answers.sure, ErrorPage):
-        return ExplainResult(answers.sure.code, answers.sure.title, answers.sure.body, nearest, [], related)
+        cases = list(select_cases(answers.sure, words).cases)
+        return ExplainResult(answers.sure.code, answers.sure.title, answers.sure.body, cases, nearest, [], related)
     guides = [answers.sure] if answers.sure else []
     result = NoPageResult(None, nearest, guides, [each.name for each in answers.probable], related)
     return result if guides or answers.probable else NegativeVerdictResult(result)
@@ -114,15 +117,15 @@ def _list_titles(pages: list[ErrorPage]) -> list[PageTitle]:
     return [PageTitle(page.code, page.title) for page in pages]
 
 
-def _print_answers(answers: FoundAnswers) -> None:
+def _print_answers(answers: FoundAnswers, text: str) -> None:
     screen = make_console()
     if answers.sure:
-        _print_answer(screen, answers.sure)
+        _print_answer(screen, answers.sure, text)
     elif answers.probable:
         screen.print("The answer is probably one of these, the nearest first.")
         for each in answers.probable:
             screen.print()
-            _print_beginning(screen, each)
+            _print_beginning(screen, each, text)
         screen.print("\n`slimtune explain HEADING`, or a page's code, prints all of one.")
     elif answers.near:
         screen.print(Text("nothing answers this exactly; nearest:", "bold"))
@@ -133,11 +136,15 @@ def _print_answers(answers: FoundAnswers) -> None:
     _print_names(screen, answers.near, with_summary=not answers.sure)
 
 
-def _print_answer(screen: Console, answer: ErrorPage | QuestionGuide) -> None:
-    """Print all that an answer says."""
+def _print_answer(screen: Console, answer: ErrorPage | QuestionGuide, text: str) -> None:
+    """Print all that an answer says about a text."""
     if isinstance(answer, ErrorPage):
+        page = select_cases(answer, text)
         screen.print(Text(f"{answer.code}: {answer.title}", "bold"))
-        _print_markdown(screen, answer.body)
+        _print_markdown(screen, page.body)
+        if page.number_left_out:
+            cases = "1 case" if page.number_left_out == 1 else f"{page.number_left_out} cases"
+            screen.print(f"\n{cases} of other messages: `slimtune explain {answer.code}`")
     elif "\n" in answer.what:
         screen.print(Text(answer.answer, "bold"))
         _print_markdown(screen, answer.what)
@@ -145,20 +152,20 @@ def _print_answer(screen: Console, answer: ErrorPage | QuestionGuide) -> None:
         _print_markdown(screen, f"{answer.answer}{'' if answer.answer[-1] in '?.' else ':'} {answer.what}")
 
 
-def _print_beginning(screen: Console, answer: ErrorPage | QuestionGuide) -> None:
-    """Print an answer's heading and its first sentences."""
+def _print_beginning(screen: Console, answer: ErrorPage | QuestionGuide, text: str) -> None:
+    """Print an answer's heading, and the cases that are about a text or else its first sentences."""
     if isinstance(answer, ErrorPage):
-        heading, text = f"{answer.code}: {answer.title}", answer.body.removeprefix("## Cause\n")
+        heading, told = f"{answer.code}: {answer.title}", answer.body.removeprefix("## Cause\n")
+        cases = select_cases(answer, text).cases
     else:
-        heading, text = answer.answer, answer.what
-    paragraph = text.strip().partition("\n\n")[0]
-    first, *others = re.split(r"(?<=[.?!])\s", paragraph)
+        heading, told, cases = answer.answer, answer.what, ()
+    first, *others = re.split(r"(?<=[.?!])\s", told.strip().partition("\n\n")[0])
     for sentence in others:
         if len(first) + len(sentence) > _BEGINNING:
             break
         first += f" {sentence}"
     screen.print(Text(heading, "bold"))
-    _print_markdown(screen, first)
+    _print_markdown(screen, "\n".join(cases) or first)
 
 
 def _print_names(screen: Console, answers: Sequence[ErrorPage | QuestionGuide], with_summary: bool) -> None:

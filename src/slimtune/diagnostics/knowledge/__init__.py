@@ -3,7 +3,7 @@
 The name of a file is the page's code. Its front matter has a title, patterns that the texts of errors contain, and
 hints: patterns that other errors contain, too, which only order the pages. A pattern is plain text, in which `*` stands
 for up to 300 characters. No pattern is a regular expression, so that a text of any size or content is searched in
-linear time.
+linear time. A line of its fix that begins with quoted messages is a case: it is for texts that contain one of these.
 """
 
 import json
@@ -35,6 +35,9 @@ _EXCEPTION = re.compile(r"\b[A-Za-z_.]*(?:Error|Exception|Warning)\b\s*:")
 _WARNINGS_PAGE = "harmless-warning"
 """The page of texts that stand in many logs beside the error that counts: any other page comes before it."""
 _QUOTES = str.maketrans("", "", "\"'`\\")
+_FIX = "## Fix\n"
+_CASE = re.compile(r'(?:- )?((?:"[^"]+"(?:, or |, and |, | or | and )?)+)')
+"""The messages at the beginning of a case."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,43 @@ def infer_error_code(text: str, default: str) -> str:
     scores = _score_pages(text)
     best = max(scores, key=lambda code: (code != _WARNINGS_PAGE and scores[code] > 0, scores[code]))
     return best if scores[best] else default
+
+
+@dataclass(frozen=True)
+class PageForText:
+    """What a page says about one text."""
+
+    cases: tuple[str, ...]
+    """The cases of its fix that are about the text."""
+    body: str
+    """The page with these cases first in its fix and without the others; all of it if none is about the text."""
+    number_left_out: int
+    """How many cases are not in the body."""
+
+
+def select_cases(page: ErrorPage, text: str) -> PageForText:
+    """Select the cases of a page's fix whose message is part of a text."""
+    before, heading, fix = page.body.partition(_FIX)
+    fix, source_heading, source = fix.partition("\n## ")
+    parts, is_code = [""], False
+    for line in fix.splitlines(keepends=True):
+        if not is_code and line.strip() and not line.startswith("```"):
+            parts.append(line)
+        else:  # a command belongs to the line before it
+            parts[-1] += line
+        is_code ^= line.startswith("```")
+    messages = {part: re.findall('"([^"]+)"', found[1]) for part in parts if (found := _CASE.match(part))}
+    every, _ = _normalize(text)
+    cases = [
+        part.removeprefix("- ").strip()
+        for part in messages if any(_contains(every, m.replace("…", "*")) for m in messages[part])
+    ]  # fmt: skip
+    if not cases:
+        return PageForText((), page.body, 0)
+    others = "".join(part for part in parts if part not in messages).strip()
+    fix = "\n\n".join([*cases, others]).strip()
+    body = f"{before}{heading}{fix}\n{source_heading}{source}"
+    return PageForText(tuple(cases), body, len(messages) - len(cases))
 
 
 @dataclass(frozen=True)
