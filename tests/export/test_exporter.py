@@ -36,7 +36,7 @@ FORMATS: dict[str, dict[str, Any]] = {"merged": {}, "gguf": {}, "mlx": {}, "olla
 """The options with which the tests that run over every format export to each."""
 MARKS = {
     "ollama": [pytest.mark.slow],
-    "mlx": [pytest.mark.skipif(not is_mlx_lm_installed(), reason="mlx-lm is not installed")],
+    "mlx": [pytest.mark.slow, pytest.mark.skipif(not is_mlx_lm_installed(), reason="mlx-lm is not installed")],
 }
 LORA = {"r": 4, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 

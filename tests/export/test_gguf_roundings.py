@@ -80,7 +80,7 @@ def save_adapter(base: Path, folder: Path, precision: str) -> Path:
     )
 
 
-@pytest.mark.parametrize("precision", [*SMALL_BLOCKS, "Q4_K_M"])
+@pytest.mark.parametrize("precision", [*(pytest.param(p, marks=pytest.mark.slow) for p in SMALL_BLOCKS), "Q4_K_M"])
 def test_the_file_contains_the_weights_of_the_forward_pass_bit_for_bit(precision, base, tmp_path):
     run = save_adapter(base, tmp_path / "run", precision)
     found = export(run, "gguf", tmp_path / "out", {"merged": True, "precision": precision}, verify=False)

@@ -18,6 +18,7 @@ from slimtune.extras.mlx_names import add_fields_mlx_lm_reads, select_layers_and
 from slimtune.generation.mlx_engine import MlxEngine, is_mlx_lm_installed
 
 needs_mlx = pytest.mark.skipif(not is_mlx_lm_installed(), reason="mlx-lm is not installed")
+pytestmark = pytest.mark.slow  # each process that tests mlx-lm imports it for 10 s
 LORA = {"r": 4, "lora_alpha": 12, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 

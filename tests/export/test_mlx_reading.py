@@ -18,7 +18,10 @@ from slimtune.extras.mlx_adapter import convert_mlx_adapter_to_peft, get_or_make
 from slimtune.generation.inference_engines import TransformersInferenceEngine
 from slimtune.generation.mlx_engine import MlxEngine, is_mlx_lm_installed
 
-pytestmark = pytest.mark.skipif(not is_mlx_lm_installed(), reason="mlx-lm is not installed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not is_mlx_lm_installed(), reason="mlx-lm is not installed"),
+]
 TEXT = [(7 * i * i + 3) % 250 + 3 for i in range(60)]
 PARAMETERS = {"rank": 4, "dropout": 0.0, "scale": 3.0}
 ENDS = {**PARAMETERS, "keys": ["self_attn.q_proj", "model.embed_tokens"]}

@@ -11,7 +11,10 @@ from safetensors.torch import load_file, save_file
 from slimtune.export.mlx_rounding import AffineGroups, round_mlx_folder_with_inputs
 from slimtune.generation.mlx_engine import is_mlx_lm_installed
 
-pytestmark = pytest.mark.skipif(not is_mlx_lm_installed(), reason="mlx-lm is not installed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not is_mlx_lm_installed(), reason="mlx-lm is not installed"),
+]
 DEQUANTIZE = """
 import sys, numpy as np, mlx.core as mx
 stored = np.load(sys.argv[1])

@@ -74,7 +74,9 @@ LOST = ("zero3-placeholders", "zero3-nothing", "shards", "no-gradient", "diverge
         "share-of-tensor-parallelism", "stage-of-a-pipeline", "names-of-consolidated-files")  # fmt: skip
 
 
-@pytest.mark.parametrize("name", REPAIRED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in MORE_FAULTS else []) for name in REPAIRED]
+)
 def test_fault_is_named_repaired_and_proven(adapter_copy, made_adapters, tiny_tokenizer, tmp_path, name):
     code, kind, _, damage = REPAIRED[name]
     base, folder = adapter_copy(kind)
