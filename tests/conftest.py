@@ -4,6 +4,7 @@ import gc
 import importlib.util
 import json
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ os.environ["SLIMTUNE_TRACES"] = os.devnull  # nor may what an earlier plan has k
 import pytest
 from chatml import CHATML
 from hypothesis import settings
+
+# A script that starts the tests in the background has them ignore Ctrl+C, as do the programs that they start and stop.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Machines are shared: a slow moment is no fault.
 settings.register_profile("slimtune", deadline=None)
