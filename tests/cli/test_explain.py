@@ -28,6 +28,7 @@ from rich.console import Console
 
 import slimtune.errors
 from slimtune.cli import common, explain_command
+from slimtune.diagnostics.issue_trackers import make_issue_search_or_none
 from slimtune.diagnostics.knowledge import ErrorPage, find_answers, infer_error_code, load_error_pages, select_cases
 from slimtune.diagnostics.knowledge.guides import load_docs_sections_by_heading, load_wordings
 from slimtune.errors import AdapterError, DataError, RunError, SlimtuneError, UsageError
@@ -375,6 +376,15 @@ def test_no_match_names_the_nearest(slimtune):
     assert (done.exit_code, result["code"], result["nearest"][0]["code"]) == (1, None, "version-conflict")
     assert slimtune("explain", "qwerty").stdout.startswith("no page is about this")
     assert slimtune("explain", "-", stdin=" ").exit_code == 2
+
+
+def test_an_error_that_is_not_known_leads_to_reports_of_the_program_that_raised_it(slimtune):
+    trace = 'File "/x/site-packages/trl/a.py", line 1\nFile "/x/dist-packages/swift/b.py", line 2\n{}\nkilled'
+    address = make_issue_search_or_none(trace.format("AssertionError: a == b in /home/me/rows.csv"))
+    assert address == "https://github.com/modelscope/ms-swift/issues?q=is%3Aissue+AssertionError%3A+a+%3D%3D+b+in"
+    assert make_issue_search_or_none("AssertionError: a == b") is None
+    unknown = trace.format("AssertionError: qwerty")
+    assert make_issue_search_or_none(unknown) in slimtune("explain", unknown).stdout.splitlines()[-1]
 
 
 def test_the_page_in_the_docs_is_current():

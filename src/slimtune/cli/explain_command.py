@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 from typer import Argument
 
+from ..diagnostics.issue_trackers import make_issue_search_or_none
 from ..diagnostics.knowledge import MOST_TEXT, ErrorPage, FoundAnswers, find_answers, load_error_pages, select_cases
 from ..diagnostics.knowledge.guides import QuestionGuide
 from ..errors import UsageError
@@ -78,6 +79,8 @@ class NoPageResult:
     is not, or if nothing is probably meant, with exit code 1."""
     related: list[str]
     """Headings of the docs that may be meant; `explain HEADING` prints what is under one."""
+    issue_search: str | None
+    """The address of a search among the reports of the program in whose code the error was raised."""
 
 
 def explain_error(
@@ -109,7 +112,8 @@ def explain_error(
         cases = list(select_cases(answers.sure, words).cases)
         return ExplainResult(answers.sure.code, answers.sure.title, answers.sure.body, cases, nearest, [], related)
     guides = [answers.sure] if answers.sure else []
-    result = NoPageResult(None, nearest, guides, [each.name for each in answers.probable], related)
+    alternatives = [each.name for each in answers.probable]
+    result = NoPageResult(None, nearest, guides, alternatives, related, make_issue_search_or_none(words))
     return result if guides or answers.probable else NegativeVerdictResult(result)
 
 
@@ -134,6 +138,8 @@ def _print_answers(answers: FoundAnswers, text: str) -> None:
     if answers.near and (answers.sure or answers.probable):
         screen.print(Text("\nSee also", "bold"))
     _print_names(screen, answers.near, with_summary=not answers.sure)
+    if not answers.sure and (search := make_issue_search_or_none(text)):
+        screen.print("\nWhat others reported of it:", search, soft_wrap=True)
 
 
 def _print_answer(screen: Console, answer: ErrorPage | QuestionGuide, text: str) -> None:

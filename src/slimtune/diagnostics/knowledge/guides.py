@@ -27,7 +27,8 @@ COMMANDS = {
         "before training | calculate vram for fine-tuning | vram calculator | memory estimate of a run | what gpu "
         "size is necessary | how big a model can I train with my card | could I train a 13b on one 24 gb card | how "
         "many gigabytes of gpu memory for full fine-tuning | number of a100 needed for a 70b | formula for the "
-        "required gpu memory | hardware requirements | minimum gpu for lora | does 32 GB suffice | gpu memory usage "
+        "required gpu memory | rule of thumb for how many gpus I need and what it costs | "
+        "hardware requirements | minimum gpu for lora | does 32 GB suffice | gpu memory usage "
         "of training a 3b | expected memory consumption | peak memory of a fine-tuning run | memory space required "
         "for fine-tuning | estimate the number of gpus",
     ),
