@@ -139,7 +139,7 @@ def _print_answers(answers: FoundAnswers, text: str) -> None:
         screen.print(Text("\nSee also", "bold"))
     _print_names(screen, answers.near, with_summary=not answers.sure)
     if not answers.sure and (search := make_issue_search_or_none(text)):
-        screen.print("\nWhat others reported of it:", search, soft_wrap=True)
+        screen.print("\nOthers' reports of this error:", search, soft_wrap=True)
 
 
 def _print_answer(screen: Console, answer: ErrorPage | QuestionGuide, text: str) -> None:

@@ -49,7 +49,7 @@ def make_issue_search_or_none(text: str) -> str | None:
     Paths are left out: they are the user's own.
     """
     modules = [module for module in _MODULE.findall(text) if module in REPOSITORIES]
-    lines = [line for line in text.splitlines() if re.match(r"[\w.]{3,80}(?:Error|Exception|Warning)\b", line.strip())]
+    lines = [line for line in text.splitlines() if re.match(r"[\w.]{3,80}(?:Error|Exception)\b", line.strip())]
     if not modules or not lines:
         return None
     words = [word for word in lines[-1].strip().split() if not re.search(r"[/\\]|0x", word)]
