@@ -38,6 +38,9 @@ def apply_memory_savings(
     model: Any, checkpointing: bool = False, offload: bool = False, tile: int | None = None
 ) -> None:
     """Turn on checkpointing, with offloading, and tiles of `tile` tokens in an adapted model, in place."""
+    for module in list(model.modules()):
+        if getattr(module, "use_kernels", False):
+            module.reset_kernels()  # else each `train()` and `eval()` of transformers takes our forwards away
     if not checkpointing and tile is None:
         _recompute_elementwise(model)
     if checkpointing:
