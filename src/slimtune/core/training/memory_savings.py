@@ -8,8 +8,7 @@
                                (`core/kernels/recompute.py`)
     FSDP2                      shard the frozen base over the processes of a run
 
-With the first three a row takes on the device what one layer's attention takes, and a few hidden states.
-"""
+With the first three a row takes what one layer's attention takes, and a few hidden states."""
 
 import os
 import shutil
@@ -38,9 +37,8 @@ def apply_memory_savings(
     model: Any, checkpointing: bool = False, offload: bool = False, tile: int | None = None
 ) -> None:
     """Turn on checkpointing, with offloading, and tiles of `tile` tokens in an adapted model, in place."""
-    for module in list(model.modules()):
-        if getattr(module, "use_kernels", False):
-            module.reset_kernels()  # else each `train()` and `eval()` of transformers takes our forwards away
+    for module in (m for m in list(model.modules()) if getattr(m, "use_kernels", False)):
+        module.reset_kernels()  # else each `train()` and `eval()` of transformers removes what is set here
     if not checkpointing and tile is None:
         _recompute_elementwise(model)
     if checkpointing:
@@ -75,8 +73,7 @@ def enable_activation_checkpointing(model: Any, *, offload: bool = False) -> Non
 
 def _recompute_elementwise(model: Any) -> None:
     """Keep less for the backward pass in norms and MLPs that compute what Llama's do, in place."""
-    for module in model.modules():
-        # An activation with parameters would get no gradients for them.
+    for module in model.modules():  # an activation with parameters would get no gradients for them
         if has_same_forward_code(module, LlamaMLP) and not list(module.act_fn.parameters()):
             module.forward = partial(_forward_gated, module)
         elif has_same_forward_code(module, LlamaRMSNorm):
