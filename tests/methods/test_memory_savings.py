@@ -14,6 +14,7 @@ from reference import (
     storage_bytes,
 )
 from test_packed_step import ROWS, adapted, packed_loss_and_gradients
+from transformers import LlamaForCausalLM
 from transformers.models.gemma2.modeling_gemma2 import Gemma2MLP
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from transformers.models.granite.modeling_granite import GraniteMLP
@@ -51,6 +52,19 @@ def offload_every_tensor(monkeypatch):
 def with_savings(model, **savings):
     apply_memory_savings(model, **savings)
     return model
+
+
+@pytest.mark.parametrize("savings", [{}, {"tile": 7}], ids=["recomputed", "tiled"])
+def test_savings_survive_eval_and_train(savings, tmp_path):
+    """transformers 5.25 loads with `use_kernels`, and then changes each forward with the mode."""
+    zoo.llama().save_pretrained(tmp_path)
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(tmp_path), LoraConfig(r=2))
+    apply_memory_savings(model, **savings)
+    replaced = [m for m in model.modules() if "forward" in vars(m)]
+    assert replaced
+    model.eval()
+    model.train()
+    assert [m for m in model.modules() if "forward" in vars(m)] == replaced
 
 
 @pytest.mark.parametrize("saving", SAVINGS)

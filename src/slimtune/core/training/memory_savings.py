@@ -4,11 +4,11 @@
                                (core/kernels/: `rms_norm.py`, `recompute.py`); on unless one of the next three is
     activation checkpointing   keep each layer's input; run the layer again in the backward pass
     offloading                 keep those inputs in CPU memory meanwhile (`core/kernels/activation_offload.py`)
-    tiling                     run norms and feed-forwards a few tokens at a time, forward and backward
-                               (`core/kernels/recompute.py`)
+    tiling                     run norms and feed-forwards a few tokens at a time (`core/kernels/recompute.py`)
     FSDP2                      shard the frozen base over the processes of a run
 
-With the first three a row takes what one layer's attention takes, and a few hidden states."""
+With the first three a row takes on the device what one layer's attention takes, and a few hidden states.
+"""
 
 import os
 import shutil
@@ -37,8 +37,8 @@ def apply_memory_savings(
     model: Any, checkpointing: bool = False, offload: bool = False, tile: int | None = None
 ) -> None:
     """Turn on checkpointing, with offloading, and tiles of `tile` tokens in an adapted model, in place."""
-    for module in (m for m in list(model.modules()) if getattr(m, "use_kernels", False)):
-        module.reset_kernels()  # else each `train()` and `eval()` of transformers removes what is set here
+    if getattr(model, "use_kernels", False):
+        model.reset_kernels()  # else each `train()` and `eval()` of transformers removes what is set here
     if not checkpointing and tile is None:
         _recompute_elementwise(model)
     if checkpointing:
@@ -73,7 +73,8 @@ def enable_activation_checkpointing(model: Any, *, offload: bool = False) -> Non
 
 def _recompute_elementwise(model: Any) -> None:
     """Keep less for the backward pass in norms and MLPs that compute what Llama's do, in place."""
-    for module in model.modules():  # an activation with parameters would get no gradients for them
+    for module in model.modules():
+        # An activation with parameters would get no gradients for them.
         if has_same_forward_code(module, LlamaMLP) and not list(module.act_fn.parameters()):
             module.forward = partial(_forward_gated, module)
         elif has_same_forward_code(module, LlamaRMSNorm):
@@ -139,9 +140,8 @@ def shard_base_with_fsdp(model: Any, mesh: DeviceMesh, device: torch.device) -> 
     Each process keeps 1/N. FSDP2 gets one group per layer and one for the rest (embeddings, last norm, head); each is
     gathered before its forward and backward passes. The adapter stays whole in every process, and
     `core/foundation/distributed.py` sums its gradients: it is saved, clipped and resumed as in one process. A fused
-    function
-    keeps the gathered weight for its backward pass: FSDP2 frees that tensor's storage after the layer's forward pass
-    and fills the same storage again before its backward pass. A model in CPU memory is moved layer by layer.
+    function keeps the gathered weight for its backward pass: FSDP2 frees that tensor's storage after the layer's
+    forward pass and fills it again before its backward pass. A model in CPU memory is moved layer by layer.
     """
     layers = _get_transformer_layers(model, "--set train.fsdp=false")
     # The adapter's parameters, trained or fixed, and the base's parameters that it has trained copies of.
